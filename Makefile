@@ -1,0 +1,43 @@
+# The commands of CONTRIBUTING.md. PYTHON picks the interpreter that the environment is made from.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+
+.PHONY: help env demo test check format clean
+
+help:
+	@echo "make demo    train jobs/demo.yaml on two workers and show what came out"
+	@echo "make test    run the tests"
+	@echo "make check   ruff, mypy and import-linter"
+	@echo "make format  let ruff rewrite the code"
+
+env: $(READY)
+
+# torch first and alone: with a CPU build in place nothing pulls a CUDA one, and DeepSpeed's set-up imports it.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt pip setuptools wheel
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/tidegate train jobs/demo.yaml
+	@echo "see it: $(BIN)/tidegate ui"
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,120 @@
+"""The command line. Everything heavy is imported inside the commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Pretrain mixture-of-experts language models with gated attention.",
+)
+
+JobFile = Annotated[Path, typer.Argument(help="YAML job file", show_default=False)]
+Overrides = Annotated[
+    list[str], typer.Option("--set", help="Override one field, as a.b=value; repeatable", show_default=False)
+]
+StateOption = Annotated[
+    Path | None, typer.Option("--state-dir", help="Where runs live [default: $TIDEGATE_STATE or ./.tidegate]")
+]
+
+
+@app.command()
+def train(
+    job: Annotated[Path | None, typer.Argument(help="YAML job file; none with --resume", show_default=False)] = None,
+    overrides: Overrides = [],  # noqa: B006 - typer wants a list
+    workers: Annotated[int | None, typer.Option(help="Short for --set resources.workers=N", show_default=False)] = None,
+    local: Annotated[bool, typer.Option("--local", help="Run the loop in this process, without Ray")] = False,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to use instead of a local one")] = None,
+    resume: Annotated[str | None, typer.Option(help="Continue this run from its last checkpoint")] = None,
+    state_dir: StateOption = None,
+) -> None:
+    """Train a job on Ray, or with --local in this process."""
+    from tidegate.config import ConfigError
+    from tidegate.launch.run import Request, run
+
+    if local and address:
+        raise ConfigError(f"--local and --address {address} exclude each other")
+    if job and resume:
+        raise ConfigError(f"{job} and --resume {resume} exclude each other; change a resumed run with --set")
+    extra = [f"resources.workers={workers}"] if workers is not None else []
+    finished = run(Request(job, [*overrides, *extra], _state(state_dir), resume, local, address))
+    if not finished:
+        raise typer.Exit(143)  # as a process that SIGTERM ended
+
+
+@app.command()
+def show(job: JobFile, overrides: Overrides = []) -> None:  # noqa: B006
+    """Print the resolved job and what each field costs."""
+    from tidegate.launch.show import show_job
+
+    show_job(job, overrides)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a job file."""
+    import json
+
+    from tidegate.train.job import Job
+
+    print(json.dumps(Job.model_json_schema(), indent=2))
+
+
+@app.command()
+def tokenize(job: JobFile, overrides: Overrides = [], state_dir: StateOption = None) -> None:  # noqa: B006
+    """Train or load the job's tokenizer and build its token shards."""
+    from tidegate.launch.show import tokenize_job
+
+    tokenize_job(job, overrides, _state(state_dir))
+
+
+@app.command()
+def doctor(
+    address: Annotated[str | None, typer.Option(help="Ray cluster to look for")] = None, state_dir: StateOption = None
+) -> None:
+    """Check versions, devices, compiler, storage, ports, Ray and MLflow."""
+    from tidegate.launch.doctor import examine
+    from tidegate.launch.state import default_state_dir
+
+    if not examine(address, state_dir or default_state_dir()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def ui(
+    host: Annotated[str, typer.Option()] = "127.0.0.1",
+    port: Annotated[int, typer.Option()] = 5000,
+    state_dir: StateOption = None,
+) -> None:
+    """Open the MLflow UI on the state directory."""
+    from tidegate.launch.state import default_state_dir
+    from tidegate.track import serve_ui
+
+    raise typer.Exit(serve_ui(state_dir or default_state_dir(), host, port))
+
+
+def _state(state_dir: Path | None):  # type: ignore[no-untyped-def]
+    from tidegate.launch.state import StateDir, default_state_dir
+
+    return StateDir(state_dir or default_state_dir())
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one screen on standard error and exit status 2."""
+    from tidegate.config import ConfigError
+
+    try:
+        app()
+    except ConfigError as error:
+        print(f"tidegate: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

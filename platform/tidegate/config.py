@@ -1,0 +1,282 @@
+"""Job files: strict pydantic models, `extends:`, `--set a.b=c`, errors that name file, field and value.
+
+A job file is YAML. `extends: base.yaml` names a file beside it that is read first; the job's own keys are
+laid over it, key by key. Two rules keep that simple: a list replaces a list, and a mapping whose `kind`
+differs from the base's replaces it whole (the fields of another variant mean nothing). `--set a.b=c` is the
+same overlay with one key. Whatever wins, the source of every value is remembered, so an error can say where
+the value was written.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+__all__ = ["Config", "ConfigError", "LoadedJob", "diff", "flatten", "load", "load_stored"]
+
+
+class ConfigError(ValueError):
+    """A user's mistake. The message names the file, the field and the value; the CLI exits with status 2."""
+
+
+class Config(BaseModel):
+    """Base of every section of a job: frozen, no unknown keys, choices only (derived values are properties)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+C = TypeVar("C", bound=Config)
+
+
+class LoadedJob(NamedTuple):
+    """A resolved job and where it came from."""
+
+    config: Any
+    """The validated config."""
+    overrides: dict[str, Any]
+    """Flat `path -> value` of all that the file and `--set` changed against the outermost base."""
+
+
+def load(path: str | Path, schema: type[C], overrides: Sequence[str] = ()) -> LoadedJob:
+    """Read a job file, lay it over what it extends, apply `--set` overrides and validate.
+
+    Args:
+        path: the YAML file.
+        schema: the config class of the whole job.
+        overrides: `a.b=c` strings; the value is read as YAML.
+
+    Raises:
+        ConfigError: with every problem found, one a line, each naming file, field and value.
+    """
+    sources: dict[str, str] = {}
+    chain = _extends_chain(Path(path))
+    merged: dict[str, Any] = {}
+    base: dict[str, Any] = {}
+    for index, (file, mapping) in enumerate(chain):
+        merged = _overlay(merged, mapping, str(file), sources)
+        if index == 0 and len(chain) > 1:
+            base = merged
+    for override in overrides:
+        merged = _overlay(merged, _parse_override(override), f"--set {override}", sources)
+    config = _validate(merged, schema, str(path), sources)
+    return LoadedJob(config, diff(base, merged))
+
+
+def load_stored(document: str, schema: type[C], source: str) -> C:
+    """Validate a resolved config that a run stored as JSON."""
+    try:
+        mapping = json.loads(document)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{source}: not JSON ({error})") from error
+    return _validate(mapping, schema, source, {})
+
+
+def flatten(value: Mapping[str, Any] | Config, prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}, "c": [{"d": 2}]}` becomes `{"a.b": 1, "c.0.d": 2}`."""
+    mapping = value.model_dump(mode="json") if isinstance(value, Config) else value
+    return dict(_leaves(mapping, prefix))
+
+
+def diff(before: Mapping[str, Any] | Config, after: Mapping[str, Any] | Config) -> dict[str, Any]:
+    """Flat `path -> new value` of every leaf that differs; a leaf that went away maps to None."""
+    old, new = (flatten(side) if side else {} for side in (before, after))
+    changed = {key: value for key, value in new.items() if key not in old or old[key] != value}
+    gone = {key: None for key in old if key not in new}
+    return changed | gone
+
+
+def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from _leaves(item, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list) and value and any(isinstance(item, Mapping) for item in value):
+        for index, item in enumerate(value):
+            yield from _leaves(item, f"{prefix}.{index}")
+    else:
+        yield prefix, value
+
+
+# --- reading -------------------------------------------------------------------------------------------------
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a repeated key instead of keeping the last one, and reads 3e-4 as a float."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_StrictLoader.add_implicit_resolver(  # YAML 1.1 wants a dot in 1.0e-3; people write 1e-3
+    "tag:yaml.org,2002:float",
+    __import__("re").compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _extends_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The files from the outermost base to `path`, each with its own mapping."""
+    chain: list[tuple[Path, dict[str, Any]]] = []
+    visited: list[Path] = []
+    current: Path | None = path
+    while current is not None:
+        resolved = current.resolve()
+        if resolved in visited:
+            raise ConfigError(
+                f"{path}: extends: goes in a circle ({' -> '.join(str(p) for p in [*visited, resolved])})"
+            )
+        visited.append(resolved)
+        mapping = _read_yaml(current, named_by=chain[-1][0] if chain else None)
+        parent = mapping.pop("extends", None)
+        if parent is not None and not isinstance(parent, str):
+            raise ConfigError(f"{current}: extends: needs a file name, got {parent!r}")
+        chain.append((current, mapping))
+        current = current.parent / parent if parent else None
+    return chain[::-1]
+
+
+def _read_yaml(path: Path, named_by: Path | None) -> dict[str, Any]:
+    where = f"{named_by}: extends: " if named_by else ""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(f"{where}no such job file: {path}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{where}cannot read {path}: {error}") from error
+    try:
+        mapping = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"{path}: a job file is a mapping, got {type(mapping).__name__}")
+    return mapping
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    path, equals, text = override.partition("=")
+    if not equals or not all(path.split(".")):
+        raise ConfigError(f"--set {override}: write it as a.b=value")
+    try:
+        value: Any = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not YAML: {' '.join(str(error).split())}") from error
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return value
+
+
+def _overlay(base: Any, over: Any, source: str, sources: dict[str, str], path: str = "") -> Any:
+    """`over` on top of `base`; neither is changed. Lists may be addressed by index from `--set`."""
+    if isinstance(base, list) and isinstance(over, dict) and source.startswith("--set"):
+        merged = list(base)
+        for key, value in over.items():
+            if not str(key).isdigit() or int(key) >= len(base):
+                raise ConfigError(f"{source}: {path} is a list of {len(base)} items; {key!r} is not one of them")
+            merged[int(key)] = _overlay(base[int(key)], value, source, sources, f"{path}.{key}")
+        return merged
+    if not isinstance(over, dict):
+        sources[path] = source
+        return over
+    if not isinstance(base, dict) or ("kind" in base and over.get("kind", base["kind"]) != base["kind"]):
+        base = {}
+    sources.setdefault(path, source)
+    merged_mapping = dict(base)
+    for key, value in over.items():
+        child = f"{path}.{key}" if path else str(key)
+        merged_mapping[key] = _overlay(base.get(key), value, source, sources, child)
+    return merged_mapping
+
+
+# --- validating ----------------------------------------------------------------------------------------------
+
+
+def _validate(mapping: Any, schema: type[C], path: str, sources: Mapping[str, str]) -> C:
+    try:
+        return schema.model_validate(mapping)
+    except ValidationError as error:
+        lines = [_describe(problem, schema, path, sources) for problem in error.errors(include_url=False)]
+        raise ConfigError("\n".join(lines)) from error
+
+
+def _describe(problem: Any, schema: type[Config], path: str, sources: Mapping[str, str]) -> str:
+    keys, parent = _resolve_location(problem["loc"], schema)
+    field = ".".join(keys) or "(the whole job)"
+    source = path
+    for depth in range(len(keys), -1, -1):
+        if ".".join(keys[:depth]) in sources:
+            source = sources[".".join(keys[:depth])]
+            break
+    value = problem.get("input")
+    shown = "" if problem["type"] == "missing" or isinstance(value, (dict, Config)) else f" (got {value!r})"
+    if problem["type"] == "extra_forbidden":
+        known = list(parent.model_fields) if parent else []
+        near = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"{source}: {field}: unknown field{shown}; {hint}"
+    if problem["type"].startswith("union_tag"):
+        expected = problem.get("ctx", {}).get("expected_tags", "")
+        tag = problem.get("ctx", {}).get("tag")
+        near = difflib.get_close_matches(str(tag), expected.replace("'", "").split(", "), n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        got = f"unknown kind {tag!r}, " if tag else "needs a kind, "
+        return (
+            f"{source}: {field}: {got}one of {expected}{hint}"
+            if expected
+            else f"{source}: {field}: needs `kind`{shown}"
+        )
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    return f"{source}: {field}: {message}{shown}"
+
+
+def _resolve_location(location: tuple[int | str, ...], schema: type[Config]) -> tuple[list[str], type[Config] | None]:
+    """Turn pydantic's location, which holds union tags, into the keys of the file and the class that owns the last."""
+    keys: list[str] = []
+    owner: type[Config] | None = None
+    current: Any = schema
+    for part in location:
+        options = _options(current)
+        tagged = [o for o in options if _is_config(o) and part in _kinds(o)]
+        if len(options) > 1 and tagged:
+            current = tagged[0]
+            continue
+        keys.append(str(part))
+        models = [option for option in options if _is_config(option)]
+        owner = models[0] if models else None
+        current = None
+        for option in options:
+            if _is_config(option) and part in option.model_fields:
+                owner, current = option, option.model_fields[str(part)].annotation
+            elif get_origin(option) in (list, tuple) and isinstance(part, int):
+                current = get_args(option)[0]
+            elif get_origin(option) is dict:
+                current = get_args(option)[1]
+    return keys, owner
+
+
+def _options(annotation: Any) -> list[Any]:
+    if get_origin(annotation) is Annotated:
+        return _options(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [option for member in get_args(annotation) for option in _options(member)]
+    return [annotation]
+
+
+def _is_config(option: Any) -> bool:
+    return isinstance(option, type) and issubclass(option, Config)
+
+
+def _kinds(option: type[Config]) -> tuple[Any, ...]:
+    kind = option.model_fields.get("kind")
+    return get_args(kind.annotation) if kind else ()

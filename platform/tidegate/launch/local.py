@@ -1,0 +1,78 @@
+"""The loop in this process: no Ray, one worker; for debugging."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from tidegate.config import ConfigError
+from tidegate.parallel import collectives
+from tidegate.track import Delivery, MetricLogger
+from tidegate.train.job import Job
+from tidegate.train.loop import Outcome, World, train
+from tidegate.train.telemetry import Record
+
+__all__ = ["run_local"]
+
+
+def run_local(
+    job: Job, dataset: Path, storage: Path, logger: MetricLogger, show: Callable[[Record], None]
+) -> tuple[Outcome, Delivery]:
+    """Train here, with checkpoints in `storage`; continues from the newest one there."""
+    if not collectives.start():
+        raise ConfigError("--local: this process already belongs to a process group")
+    stop = _StopOnSignal()
+
+    def record(record: Record) -> None:
+        show(record)
+        logger.log(record.metrics, step=record.step, tokens=record.tokens)
+
+    def publish(folder: Path, at: Record) -> None:
+        folder.replace(storage / f"step_{at.step:08d}")
+        for old in _checkpoints(storage)[: -job.resources.keep_checkpoints]:
+            shutil.rmtree(old)
+
+    def new_checkpoint(step: int) -> Path:
+        folder = storage / f".writing_step_{step:08d}"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(storage / f"step_{step:08d}", ignore_errors=True)  # of a run that a later checkpoint lost
+        return folder
+
+    existing = _checkpoints(storage)
+    world = World(dataset, new_checkpoint, publish, record, stop.requested, existing[-1] if existing else None)
+    try:
+        with stop:
+            outcome = train(job, world)
+    finally:
+        delivery = logger.close()
+        collectives.stop()
+    return outcome, delivery
+
+
+def _checkpoints(storage: Path) -> list[Path]:
+    return sorted(storage.glob("step_*"))
+
+
+class _StopOnSignal:
+    """SIGTERM and Ctrl-C ask the loop to end after its step; a second one ends the process."""
+
+    def __init__(self) -> None:
+        self._requested = False
+
+    def requested(self) -> bool:
+        return self._requested
+
+    def __enter__(self) -> None:
+        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._requested:
+            raise KeyboardInterrupt
+        self._requested = True

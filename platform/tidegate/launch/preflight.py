@@ -1,0 +1,56 @@
+"""What can be known to fail before any worker starts."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from tidegate.config import ConfigError
+from tidegate.data import TokenDataset
+from tidegate.model.flops import total
+from tidegate.train.job import Job
+
+__all__ = ["check_dataset", "check_machine", "check_space"]
+
+_BYTES_PER_PARAMETER = 16  # weights in use and, in fp32, master weights and two moments
+
+
+def check_machine(job: Job, *, local: bool, remote: bool) -> None:
+    """The processes and devices that the job asks for, as far as this machine knows.
+
+    Args:
+        local: the loop runs in this process.
+        remote: the workers run on a cluster that this machine does not see into.
+    """
+    if local and job.resources.workers != 1:
+        raise ConfigError(
+            f"--local runs one process, but resources.workers={job.resources.workers}; add --workers 1"
+            + (" --set parallel.expert=1" if job.parallel.expert > 1 else "")
+        )
+    if job.resources.gpu and not remote:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ConfigError("resources.gpu=True, but this machine has no CUDA device; use --set resources.gpu=false")
+
+
+def check_space(job: Job, storage: Path) -> None:
+    """Room for the checkpoints that are kept and the one being written."""
+    params = total(job.model, job.data.sequence_length).params
+    needed = params * _BYTES_PER_PARAMETER * (job.resources.keep_checkpoints + 1)
+    existing = next(p for p in [storage, *storage.parents] if p.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise ConfigError(
+            f"{storage}: no space left for the checkpoints: {needed / 1e9:.1f} GB for resources.keep_checkpoints="
+            f"{job.resources.keep_checkpoints} plus one being written, {free / 1e9:.1f} GB are free"
+        )
+
+
+def check_dataset(job: Job, folder: Path) -> None:
+    """The tokens fit the model's vocabulary."""
+    vocab_size = TokenDataset.open(folder, verify=False).manifest.tokenizer.vocab_size
+    if vocab_size > job.model.vocab_size:
+        raise ConfigError(
+            f"{folder}: the tokenizer has {vocab_size} tokens, more than model.vocab_size={job.model.vocab_size}"
+        )

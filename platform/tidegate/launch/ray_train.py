@@ -1,0 +1,203 @@
+"""The loop on Ray Train workers, with the driver watching.
+
+Ray's `train.report` takes seconds and carries only what comes with a checkpoint, so records go to a small actor (the
+board) instead: rank 0 pushes, the driver drains. The answer to a push says whether the driver wants the run to stop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import ray
+import ray.train
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+import tidegate
+import tidegate_kernels
+from tidegate.config import ConfigError
+from tidegate.parallel import collectives
+from tidegate.track import Delivery, MetricLogger, RunHandle
+from tidegate.train.job import Job
+from tidegate.train.loop import Outcome, World, train
+from tidegate.train.telemetry import Record
+
+__all__ = ["connect", "run_on_ray"]
+
+
+class _WorkerJob(NamedTuple):
+    """What every worker gets."""
+
+    job: Job
+    dataset: Path
+    tracking: RunHandle
+    spool: Path
+    board: Any
+
+
+def connect(address: str | None, job: Job) -> None:
+    """Join the Ray cluster at `address`, or start one on this machine, and check that the job fits.
+
+    Raises:
+        ConfigError: no Ray answers there, or it has less than the job asks for.
+    """
+    packages = [str(Path(str(module.__file__)).parent) for module in (tidegate, tidegate_kernels)]
+    runtime_env = {"py_modules": packages, "env_vars": _forwarded_environment()} if address else None
+    try:
+        ray.init(address=address or "local", runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"--address {address}: no Ray cluster answers ({str(error).splitlines()[0]})") from error
+    resources, available = job.resources, ray.cluster_resources()
+    per_worker = {"CPU": resources.cpus_per_worker, "GPU": int(resources.gpu)}
+    for kind, needed in ((kind, resources.workers * number) for kind, number in per_worker.items()):
+        if needed > available.get(kind, 0):
+            raise ConfigError(
+                f"resources.workers={resources.workers} needs {needed} {kind}s, "
+                f"{address or 'this machine'} has {available.get(kind, 0):g}; Ray would wait for ever"
+            )
+
+
+def run_on_ray(
+    job: Job, name: str, dataset: Path, storage: str, tracking: RunHandle, spool: Path, show: Callable[[Record], None]
+) -> tuple[Outcome, Delivery]:
+    """Train on Ray Train workers; a run of this name that has checkpoints in `storage` continues."""
+    board = _Board.options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    resources = job.resources
+    trainer = TorchTrainer(
+        _worker,  # type: ignore[arg-type]
+        train_loop_config={"worker_job": _WorkerJob(job, dataset, tracking, spool, board)},
+        scaling_config=ScalingConfig(
+            num_workers=resources.workers,
+            use_gpu=resources.gpu,
+            resources_per_worker={"CPU": resources.cpus_per_worker, **({"GPU": 1} if resources.gpu else {})},
+        ),
+        torch_config=TorchConfig(backend="nccl" if resources.gpu else "gloo"),
+        run_config=RunConfig(
+            name=name,
+            storage_path=storage,
+            failure_config=FailureConfig(max_failures=resources.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=resources.keep_checkpoints),
+        ),
+    )
+    with _watch(board, show):
+        try:
+            result = trainer.fit()
+        except ray.train.WorkerGroupError as error:
+            raise _cause(error) from error
+    return result.return_value  # type: ignore[attr-defined]
+
+
+def _worker(config: dict[str, Any]) -> tuple[Outcome, Delivery] | None:
+    """One rank's life."""
+    task: _WorkerJob = config["worker_job"]
+    collectives.start()  # Ray made the process group; this binds the device
+    rank_zero = collectives.rank() == 0
+    logger = None
+    if rank_zero:
+        logger = MetricLogger(
+            task.tracking.uri, task.tracking.run_id, spool=task.spool, flush_every_s=task.job.track.flush_every_s
+        )
+    answer: Any = None
+
+    def record(record: Record) -> None:
+        nonlocal answer
+        assert logger is not None
+        logger.log(record.metrics, step=record.step, tokens=record.tokens)
+        answer = task.board.push.remote(record)
+
+    def should_stop() -> bool:
+        if answer is None or not ray.wait([answer], timeout=0)[0]:
+            return False
+        return bool(ray.get(answer))
+
+    with contextlib.ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tidegate-")))
+        checkpoint = ray.train.get_checkpoint()
+        resume_from = Path(stack.enter_context(checkpoint.as_directory())) if checkpoint else None
+
+        def publish(folder: Path, at: Record) -> None:
+            ray.train.report({"step": at.step, "tokens": at.tokens}, checkpoint=Checkpoint.from_directory(folder))
+            shutil.rmtree(folder)
+
+        world = World(task.dataset, lambda step: scratch / f"step_{step}", publish, record, should_stop, resume_from)
+        try:
+            outcome = train(task.job, world)
+        finally:
+            delivery = logger.close() if logger is not None else None
+    return (outcome, delivery) if delivery is not None else None
+
+
+@ray.remote
+class _Board:
+    """Holds records until the driver takes them, and the driver's wish to stop."""
+
+    def __init__(self) -> None:
+        self._records: list[Record] = []
+        self._stop = False
+
+    def push(self, record: Record) -> bool:
+        self._records.append(record)
+        return self._stop
+
+    def drain(self) -> list[Record]:
+        records, self._records = self._records, []
+        return records
+
+    def request_stop(self) -> None:
+        self._stop = True
+
+
+@contextlib.contextmanager
+def _watch(board: Any, show: Callable[[Record], None]) -> Iterator[None]:
+    """Show records as they come; SIGTERM asks the run to stop after its step."""
+    done = threading.Event()
+
+    def drain() -> None:
+        while True:
+            finished = done.wait(0.5)
+            for record in ray.get(board.drain.remote()):
+                show(record)
+            if finished:
+                return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        board.request_stop.remote()
+
+    thread = threading.Thread(target=drain, name="tidegate-board", daemon=True)
+    in_main = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, stop) if in_main else None
+    thread.start()
+    try:
+        yield
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, previous)
+        done.set()
+        thread.join(timeout=10)
+
+
+def _cause(error: ray.train.WorkerGroupError) -> Exception:
+    """The mistake of the user that a worker met, if that is what it was; otherwise Ray's error."""
+    for failure in error.worker_failures.values():
+        seen: BaseException | None = failure
+        while seen is not None:
+            if isinstance(seen, ConfigError):
+                return seen
+            seen = getattr(seen, "cause", None) or seen.__cause__
+    return error
+
+
+def _forwarded_environment() -> dict[str, str]:
+    """Credentials and settings that workers elsewhere need and Ray does not forward."""
+    wanted = ("MLFLOW_TRACKING_", "HF_", "NCCL_", "AWS_", "GOOGLE_APPLICATION_CREDENTIALS")
+    return {name: value for name, value in os.environ.items() if name.startswith(wanted)}

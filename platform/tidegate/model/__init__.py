@@ -1,0 +1,1 @@
+"""What is trained. Start with `decoder.py`."""

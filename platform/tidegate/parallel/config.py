@@ -1,0 +1,39 @@
+"""How a job is laid over processes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from tidegate.config import Config
+
+__all__ = ["ParallelConfig"]
+
+
+class ParallelConfig(Config):
+    expert: int = Field(default=1, ge=1)
+    """Ranks that share one copy of the experts (EP). Ranks r and r + 1 are neighbours in a group; the world is
+    EP x expert-data-parallel, and every rank is data parallel for all other parameters."""
+    zero_stage: Literal[0, 1, 2] = 1
+    """What DeepSpeed spreads over data-parallel ranks: 0 nothing, 1 optimizer state, 2 gradients too."""
+
+    def problem(self, world_size: int, num_experts: int | None) -> str | None:
+        """Why this layout cannot run, or None."""
+        if world_size % self.expert:
+            return (
+                f"parallel.expert={self.expert} does not divide resources.workers={world_size}; "
+                f"use one of {_divisors(world_size)}"
+            )
+        if num_experts is None and self.expert > 1:
+            return f"parallel.expert={self.expert} needs experts, but model.ffn.kind=dense; set parallel.expert=1"
+        if num_experts is not None and num_experts % self.expert:
+            return (
+                f"parallel.expert={self.expert} does not divide model.ffn.num_experts={num_experts}; "
+                f"use one of {_divisors(num_experts)}"
+            )
+        return None
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

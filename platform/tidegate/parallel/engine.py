@@ -1,0 +1,162 @@
+"""DeepSpeed's engine behind the few calls that the training loop needs."""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from tidegate.model.decoder import Decoder, DecoderOutput, ModelConfig, materialize
+from tidegate.parallel import collectives
+from tidegate.parallel.config import ParallelConfig
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+import deepspeed.ops
+from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
+from deepspeed.utils import logger as deepspeed_logger
+
+from tidegate.parallel.expert import ExpertParallelMoE, tag_parameters
+
+__all__ = ["Engine"]
+
+_TAG = "state"
+
+
+class Engine:
+    """A model under DeepSpeed: forward, backward, step, save, load.
+
+    Args:
+        model_config: the architecture; experts are spread over `parallel.expert` ranks.
+        parallel: layout and ZeRO stage.
+        precision: dtype of the weights in use; bf16 keeps fp32 master weights.
+        seed: of the initial weights.
+        micro_batch: sequences a rank takes at a time.
+        accumulation: micro-batches a step.
+        betas, eps, weight_decay: of AdamW; norms and constants are not decayed.
+        gradient_clip: largest global gradient norm, 0 for none.
+        recompute: activation checkpointing of every block.
+    """
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        parallel: ParallelConfig,
+        *,
+        precision: Literal["fp32", "bf16"],
+        seed: int,
+        micro_batch: int,
+        accumulation: int,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        gradient_clip: float,
+        recompute: bool,
+    ) -> None:
+        self.device = collectives.default_device()
+        expert_rank = collectives.rank() % parallel.expert
+        moe = partial(ExpertParallelMoE, expert_size=parallel.expert, expert_rank=expert_rank)
+        model = materialize(lambda: Decoder(model_config, moe, recompute), self.device, seed)
+        tag_parameters(model)
+        optimizer = torch.optim.AdamW(
+            _parameter_groups(model, weight_decay), lr=0.0, betas=betas, eps=eps, fused=self.device.type == "cuda"
+        )
+        _quiet_and_uncompiled(self.device)
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            dist_init_required=False,
+            config={
+                "train_micro_batch_size_per_gpu": micro_batch,
+                "gradient_accumulation_steps": accumulation,
+                "gradient_clipping": gradient_clip if parallel.zero_stage else 0.0,
+                "bf16": {"enabled": precision == "bf16"},
+                "zero_optimization": {"stage": parallel.zero_stage},
+                "zero_allow_untested_optimizer": True,
+            },
+        )
+
+        self._clip = gradient_clip
+        self._own_norm: torch.Tensor | None = None
+        self._clips_itself = parallel.zero_stage == 0
+        self._expert_replicas = collectives.world_size() // parallel.expert
+
+    @property
+    def model(self) -> Decoder:
+        return self._engine.module
+
+    def forward(self, *args: torch.Tensor | None) -> DecoderOutput:
+        """`Decoder.forward` under the engine."""
+        return self._engine(*args)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Backward of one micro-batch; the engine averages over ranks and accumulation steps."""
+        self._engine.backward(loss)
+        if self._clips_itself and self._engine.is_gradient_accumulation_boundary():
+            self._own_norm = self._clip_by_global_norm()
+        self._engine.step()  # a no-op until the last micro-batch of the step
+
+    def _clip_by_global_norm(self) -> torch.Tensor:
+        """Clip the reduced gradients. Without ZeRO, DeepSpeed takes the norm over each rank's own experts only."""
+        dense = torch.zeros((), device=self.device)
+        experts = torch.zeros((), device=self.device)
+        gradients = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
+        for parameter, gradient in gradients:
+            square = gradient.float().square().sum()
+            if is_moe_param(parameter):
+                experts += square
+            else:
+                dense += square
+        collectives.all_reduce(experts)
+        norm = (dense + experts / self._expert_replicas).sqrt()
+        if self._clip > 0:
+            for _, gradient in gradients:
+                gradient.mul_((self._clip / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def gradient_norm(self) -> float:
+        """Global norm before clipping, of the step just taken. Syncs with the device."""
+        norm = self._own_norm if self._clips_itself else self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    def train(self, mode: bool = True) -> None:
+        self._engine.train(mode)
+
+    def save(self, folder: Path, state: dict[str, Any]) -> None:
+        """Write this rank's part of the checkpoint and, with it, the trainer's `state`."""
+        self._engine.save_checkpoint(str(folder), tag=_TAG, client_state={"tidegate": state})
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Load a checkpoint written at the same layout; returns the trainer's `state`."""
+        path, state = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        if path is None:
+            raise FileNotFoundError(f"no checkpoint in {folder}")
+        return state["tidegate"]
+
+
+def _parameter_groups(model: Decoder, weight_decay: float) -> list[dict[str, Any]]:
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay, "name": "matrices"},
+        {"params": vectors, "weight_decay": 0.0, "name": "vectors"},
+    ]
+    groups = split_params_into_different_moe_groups_for_optimizer(groups)
+    return [group for group in groups if group["params"]]
+
+
+def _quiet_and_uncompiled(device: torch.device) -> None:
+    deepspeed_logger.setLevel(logging.WARNING)
+    if device.type == "cpu":
+        # Otherwise the CPU backend compiles a shared-memory all-reduce at first use (about 75 s, needs g++); gloo does.
+        deepspeed.ops.__compatible_ops__ = {}

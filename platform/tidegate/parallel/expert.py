@@ -1,0 +1,119 @@
+"""The expert-parallel layer: Tidegate's MoE in the shape that DeepSpeed's engine recognises.
+
+DeepSpeed 0.19 reduces gradients, partitions optimizer state and writes checkpoints by two signs: the module is an
+`AutoEPMoELayer`, and its parameters carry tags. `ExpertParallelMoE` is such a module, built directly (no model
+surgery), with our router, experts and statistics. All that we use of DeepSpeed's private parts is in this file;
+tests/tidegate/parallel/test_deepspeed_contract.py says so when a new DeepSpeed changes them.
+
+Letters: N rows, D width, E experts of the model, R ranks of the expert-parallel group, e experts of this rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed.checkpoint.autoep_affine import (
+    autoep_experts_for_rank,
+    autoep_placement_to_affine_map,
+    legacy_uniform_autoep_placement_descriptor,
+)
+from deepspeed.checkpoint.constants import (
+    AFFINE_MAP,
+    AUTOEP_EXPERT_PLACEMENT,
+    AUTOEP_PARAM_EP_RANK,
+    AUTOEP_PARAM_LOCAL_EXPERTS,
+    AUTOEP_PARAM_LOGICAL_SHAPE,
+    DS_AUTOEP_UC_META,
+)
+from deepspeed.module_inject.auto_ep_folding import mark_autoep_folding_router_parameter
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, _AllToAllV, compute_split_plan
+
+from tidegate.model.decoder import Decoder
+from tidegate.model.moe import Experts, MoE, MoEConfig
+
+__all__ = ["ExpertParallelMoE", "tag_parameters"]
+
+
+class ExpertParallelMoE(MoE, AutoEPMoELayer):
+    """`MoE` whose experts are spread over the `expert_size` ranks of a group; equal to `MoE` in what it computes.
+
+    Args:
+        config, width, std, out_std: as for `MoE`.
+        expert_size: R; divides the number of experts and the world size.
+        expert_rank: this rank's place in its group; holds experts `expert_rank * e .. (expert_rank + 1) * e`.
+    """
+
+    def __init__(
+        self, config: MoEConfig, width: int, std: float, out_std: float, *, expert_size: int, expert_rank: int
+    ) -> None:
+        self._local = (config.num_experts // expert_size, expert_rank)
+        super().__init__(config, width, std, out_std)
+        self.num_experts = config.num_experts
+        self.num_local_experts = config.num_experts // expert_size
+        self.hidden_size = width
+        self.ep_size = expert_size
+        self.ep_rank = expert_rank
+        self.ep_group_name = f"ep_size_{expert_size}"
+        self.ep_group = None  # the engine sets it, through the inherited set_deepspeed_parallelism
+        self.expert_placement_descriptor = legacy_uniform_autoep_placement_descriptor(
+            self.num_experts, self.num_local_experts, expert_size
+        )
+        self.combine_impl = "weighted_sum"
+        self.comm_backend = "comm"
+        self.folding_group_handles = None
+        self.tp_group = None
+        self.expert_bias = None
+        self.load_balance_coeff = None
+
+    def build_experts(self, width: int, std: float, out_std: float) -> Experts:
+        num_local, expert_rank = self._local
+        return Experts(num_local, width, self.config.expert_dim, std, out_std, first=num_local * expert_rank)
+
+    def apply_experts(self, rows_ND: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+        """Send rows to the ranks that hold their experts, run them there, bring them back in the same order."""
+        if self.ep_size == 1:
+            return self.experts(rows_ND, counts_E)
+        plan = compute_split_plan(  # exchanges the counts and reads the split sizes on the host: one sync a layer
+            counts_E, self.num_experts, self.ep_size, self.num_local_experts, self.ep_group, counts_E.to(torch.int32)
+        )
+        received = _AllToAllV.apply(self.ep_group, rows_ND, plan.input_splits, plan.output_splits)
+        # Rows arrive by source rank, then expert; the grouped product wants them by expert.
+        counts_Re = plan.local_counts_by_source.to(torch.int64)
+        expert_of_block = torch.arange(self.num_local_experts, device=rows_ND.device).repeat(self.ep_size)
+        expert_of_row = expert_of_block.repeat_interleave(counts_Re.flatten(), output_size=received.shape[0])
+        order = expert_of_row.argsort(stable=True)
+        outputs = self.experts(received.index_select(0, order), counts_Re.sum(dim=0))
+        restored = torch.zeros_like(outputs).index_copy(0, order, outputs)
+        return _AllToAllV.apply(self.ep_group, restored, plan.output_splits, plan.input_splits)
+
+    def tag_parameters(self) -> None:
+        """Tell DeepSpeed which parameters are expert-parallel. Call when they are allocated for good."""
+        weight: Any  # the tags are plain attributes
+        mine = list(autoep_experts_for_rank(self.expert_placement_descriptor, self.ep_rank))
+        for weight in self.experts.parameters():
+            logical_shape = [self.num_experts, *weight.shape[1:]]
+            affine_map = autoep_placement_to_affine_map(self.expert_placement_descriptor, logical_shape)
+            universal = {
+                AUTOEP_EXPERT_PLACEMENT: self.expert_placement_descriptor,
+                AFFINE_MAP: affine_map.to_dict(),
+                AUTOEP_PARAM_LOGICAL_SHAPE: logical_shape,
+                AUTOEP_PARAM_EP_RANK: self.ep_rank,
+                AUTOEP_PARAM_LOCAL_EXPERTS: mine,
+            }
+            setattr(weight, DS_AUTOEP_UC_META, universal)
+            weight.allreduce = False
+            weight.group_name = self.ep_group_name
+            weight.ds_zero_placement_family = "autoep_expert"
+            weight.ds_zero_partition_group_name = self.ep_group_name
+        for weight in self.router.parameters():
+            weight.allreduce = True
+            mark_autoep_folding_router_parameter(weight)
+            weight.ds_zero_placement_family = "replicated"
+
+
+def tag_parameters(model: Decoder) -> None:
+    """Tag the parameters of every expert-parallel layer of the model."""
+    for module in model.modules():
+        if isinstance(module, ExpertParallelMoE):
+            module.tag_parameters()

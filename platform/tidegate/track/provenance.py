@@ -1,0 +1,53 @@
+"""What a run was made of: commit, command, package versions. Never the host or the user."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import subprocess
+from collections.abc import Sequence
+from importlib import metadata
+
+from tidegate.track.client import without_password
+
+VERSIONED_PACKAGES = ("tidegate", "torch", "ray", "deepspeed", "triton", "mlflow", "datasets")
+
+_TAG_VALUE_LIMIT = 8000  # MLflow refuses longer ones
+
+
+def provenance_tags(job: str, command: Sequence[str]) -> dict[str, str]:
+    """The tags that say how to repeat a run: `tidegate.job`, `.command`, `.commit`, `.version.*`."""
+    tags = {"tidegate.job": job, "tidegate.command": without_password(shlex.join(command))}
+    tags["tidegate.version.python"] = platform.python_version()
+    for package in VERSIONED_PACKAGES:
+        version = _version(package)
+        if version is not None:
+            tags[f"tidegate.version.{package}"] = version
+    commit = git_commit()
+    if commit is not None:
+        tags["tidegate.commit"] = commit
+        tags["mlflow.source.git.commit"] = commit.removesuffix("+dirty")  # the one the MLflow UI shows
+    return {key: value[:_TAG_VALUE_LIMIT] for key, value in tags.items()}
+
+
+def git_commit() -> str | None:
+    """The commit of the working directory, `+dirty` appended when files differ from it; None outside git."""
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return None
+    return f"{commit}+dirty" if _git("status", "--porcelain") else commit
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,94 @@
+"""Checkpoint folders: DeepSpeed's sharded state, each rank's generators, and a small JSON that says what it is.
+
+`save` fills a folder that belongs to this rank; the launcher publishes it (Ray's storage merges the ranks' folders).
+The JSON is written by rank 0 and read before anything is loaded, so that a layout that does not fit is an error with
+both layouts in it and not a shape mismatch deep inside DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from tidegate import __version__
+from tidegate.config import ConfigError
+from tidegate.parallel import collectives
+from tidegate.parallel.engine import Engine
+from tidegate.train.job import Job
+
+__all__ = ["Position", "load", "peek", "save"]
+
+_ABOUT = "tidegate.json"
+
+
+class Position(NamedTuple):
+    """Where a run is; everything but weights, optimizer state and generators."""
+
+    step: int
+    """Finished optimizer steps."""
+    tokens: int
+    """Tokens trained on."""
+    data: dict[str, Any]
+    """`TrainLoader.state_dict`."""
+
+
+def save(folder: Path, engine: Engine, job: Job, position: Position) -> None:
+    """Write this rank's part of a checkpoint into `folder`; every rank must call it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    engine.save(folder, position._asdict())
+    torch.save(_generators(), folder / _generator_file())
+    if collectives.rank() == 0:
+        about = {"version": __version__, "layout": _layout(job), "step": position.step, "tokens": position.tokens}
+        (folder / _ABOUT).write_text(json.dumps(about, indent=2), encoding="utf-8")
+
+
+def load(folder: Path, engine: Engine, job: Job) -> Position:
+    """Restore engine and generators from a checkpoint of the same layout; every rank must call it.
+
+    Raises:
+        ConfigError: the folder holds no checkpoint, or one of another layout.
+    """
+    stored = peek(folder)["layout"]
+    for field, ours in _layout(job).items():
+        if stored[field] != ours:
+            raise ConfigError(
+                f"{folder}: the checkpoint was written at {field}={stored[field]}, this job has {field}={ours}; "
+                "resume at the layout of the checkpoint"
+            )
+    state = engine.load(folder)
+    generators = torch.load(folder / _generator_file(), weights_only=True)
+    torch.set_rng_state(generators["cpu"])
+    if "cuda" in generators:
+        torch.cuda.set_rng_state(generators["cuda"])
+    return Position(**state)
+
+
+def peek(folder: Path) -> dict[str, Any]:
+    """The JSON of a checkpoint."""
+    try:
+        return json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{folder}: not a Tidegate checkpoint ({error})") from error
+
+
+def _layout(job: Job) -> dict[str, Any]:
+    return {
+        "resources.workers": job.resources.workers,
+        "parallel.expert": job.parallel.expert,
+        "parallel.zero_stage": job.parallel.zero_stage,
+        "train.precision": job.train.precision,
+    }
+
+
+def _generator_file() -> str:
+    return f"generators_rank_{collectives.rank():05d}.pt"
+
+
+def _generators() -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states

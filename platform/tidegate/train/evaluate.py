@@ -1,0 +1,64 @@
+"""Held-out loss per domain, and which experts each domain uses.
+
+Letters: D domains, B sequences, T tokens, L MoE layers, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from tidegate.data.loader import eval_batches
+from tidegate.data.shards import TokenDataset
+from tidegate.parallel import collectives
+from tidegate.parallel.engine import Engine
+from tidegate.train.job import Job
+
+__all__ = ["Evaluation", "evaluate"]
+
+
+class Evaluation(NamedTuple):
+    domains: tuple[str, ...]
+    nll_D: list[float]
+    """Nats a counted held-out token of each domain."""
+    load_DLE: list[list[list[float]]] | None
+    """Share of each domain's assignments that went to each expert, per layer; rows sum to 1. None if dense."""
+
+    def perplexity(self) -> dict[str, float]:
+        return {domain: math.exp(min(nll, 700.0)) for domain, nll in zip(self.domains, self.nll_D, strict=True)}
+
+
+def evaluate(engine: Engine, job: Job, dataset: TokenDataset) -> Evaluation:
+    """Score the held-out sequences of every domain; every rank takes part and gets the same result."""
+    isolate = job.data.documents == "isolate"
+    batches = eval_batches(
+        dataset,
+        job.data,
+        micro_batch=job.train.micro_batch,
+        rank=collectives.rank(),
+        world_size=collectives.world_size(),
+    )
+    num_domains = len(dataset.domains)
+    totals_D2 = torch.zeros(num_domains, 2, dtype=torch.float64, device=engine.device)
+    counts_DLE: torch.Tensor | None = None
+    engine.train(False)
+    with torch.no_grad():
+        for batch in batches:
+            tokens, documents, counted, domains = (t.to(engine.device) for t in batch)
+            output = engine.forward(tokens[:, :-1], tokens[:, 1:], counted, documents if isolate else None)
+            totals_D2.index_add_(0, domains, torch.stack([output.nll_B, counted.sum(dim=1)], dim=1).double())
+            if output.stats is not None:
+                counts_BLE = output.stats.counts_BE.transpose(0, 1)
+                if counts_DLE is None:
+                    counts_DLE = counts_BLE.new_zeros(num_domains, *counts_BLE.shape[1:])
+                counts_DLE.index_add_(0, domains, counts_BLE)
+    engine.train()
+    collectives.all_reduce(totals_D2)
+    nll_D = (totals_D2[:, 0] / totals_D2[:, 1].clamp(min=1)).tolist()
+    load_DLE = None
+    if counts_DLE is not None:
+        collectives.all_reduce(counts_DLE)
+        load_DLE = (counts_DLE / counts_DLE.sum(dim=-1, keepdim=True).clamp(min=1)).tolist()
+    return Evaluation(tuple(dataset.domains), nll_D, load_DLE)

@@ -1,0 +1,139 @@
+"""The job: everything that one run is, validated as a whole before anything starts."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from tidegate.config import Config
+from tidegate.data.config import DataConfig, TrainedTokenizer
+from tidegate.model.balance import BalanceConfig
+from tidegate.model.decoder import ModelConfig
+from tidegate.model.moe import MoEConfig
+from tidegate.parallel.config import ParallelConfig
+from tidegate.track.config import TrackConfig
+from tidegate.train.schedule import ScheduleConfig
+
+__all__ = ["Job", "OptimizerConfig", "ResourcesConfig", "TrainConfig"]
+
+
+class OptimizerConfig(Config):
+    """AdamW (Loshchilov & Hutter 2019)."""
+
+    schedule: ScheduleConfig
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Of matrices; norms and gate constants are not decayed."""
+    gradient_clip: float = Field(default=1.0, ge=0)
+    """Largest global gradient norm; 0 is off."""
+
+
+class TrainConfig(Config):
+    tokens: int = Field(ge=1)
+    """Training ends with the step that reaches this many tokens."""
+    batch_tokens: int = Field(ge=1)
+    """Tokens an optimizer step, over all ranks and accumulation steps: the same at any world size."""
+    micro_batch: int = Field(ge=1)
+    """Sequences a rank takes at a time; accumulation follows from it."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    seed: int = Field(default=0, ge=0)
+    """Of the initial weights; the order of the data has its own, data.seed."""
+    recompute: bool = False
+    """Run each block again in the backward pass instead of keeping its activations."""
+    log_every: int = Field(default=1, ge=1)
+    """Steps between two records; each costs one host sync."""
+    eval_every: int = Field(default=100, ge=1)
+    save_every: int = Field(default=100, ge=1)
+
+
+class ResourcesConfig(Config):
+    workers: int = Field(default=1, ge=1)
+    """Processes, one GPU each if `gpu`."""
+    gpu: bool = False
+    cpus_per_worker: int = Field(default=1, ge=1)
+    max_failures: int = Field(default=0, ge=-1)
+    """How often Ray restarts the workers from the last checkpoint; -1 is without end."""
+    storage: str | None = None
+    """Folder or fsspec URI of the checkpoints; None: the state directory."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+
+
+class Job(Config):
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    model: ModelConfig
+    balance: BalanceConfig = BalanceConfig()
+    data: DataConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    parallel: ParallelConfig = ParallelConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+    track: TrackConfig = TrackConfig()
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences an optimizer step."""
+        return self.train.batch_tokens // self.data.sequence_length
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches a step on each rank."""
+        return self.global_batch // (self.train.micro_batch * self.resources.workers)
+
+    @property
+    def total_steps(self) -> int:
+        return -(-self.train.tokens // self.train.batch_tokens)
+
+    @property
+    def num_experts(self) -> int | None:
+        return self.model.ffn.num_experts if isinstance(self.model.ffn, MoEConfig) else None
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Job:
+        train, length, workers = self.train, self.data.sequence_length, self.resources.workers
+        if train.batch_tokens % length:
+            near = max(1, round(train.batch_tokens / length)) * length
+            raise ValueError(
+                f"train.batch_tokens={train.batch_tokens} is not a multiple of data.sequence_length={length}; "
+                f"use {near}"
+            )
+        if self.global_batch % (train.micro_batch * workers):
+            raise ValueError(
+                f"train.batch_tokens={train.batch_tokens} is {self.global_batch} sequences, which train.micro_batch="
+                f"{train.micro_batch} x resources.workers={workers} does not divide; change one of the three"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _layout_fits(self) -> Job:
+        problem = self.parallel.problem(self.resources.workers, self.num_experts)
+        if problem:
+            raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def _vocabulary_fits(self) -> Job:
+        tokenizer = self.data.tokenizer
+        if isinstance(tokenizer, TrainedTokenizer) and tokenizer.vocab_size > self.model.vocab_size:
+            raise ValueError(
+                f"data.tokenizer.vocab_size={tokenizer.vocab_size} is more than "
+                f"model.vocab_size={self.model.vocab_size}; make them equal"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> Job:
+        schedule = self.optimizer.schedule
+        used = schedule.warmup_tokens + (schedule.decay_tokens if schedule.kind == "wsd" else 0)
+        if used > self.train.tokens:
+            raise ValueError(
+                f"optimizer.schedule warms up and decays over {used} tokens, more than train.tokens={self.train.tokens}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _bias_needs_experts(self) -> Job:
+        if self.balance.bias_rate > 0 and self.num_experts is None:
+            raise ValueError(f"balance.bias_rate={self.balance.bias_rate} needs experts, but model.ffn.kind=dense")
+        return self

@@ -1,0 +1,161 @@
+"""The training loop. One step of time:
+
+next batch -> forward and backward (accumulated) -> clip -> optimizer -> balance -> log -> save -> evaluate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from tidegate.data.loader import TrainLoader
+from tidegate.data.shards import TokenDataset
+from tidegate.model.balance import Balancer
+from tidegate.model.moe import MoEConfig
+from tidegate.parallel import collectives
+from tidegate.parallel.engine import Engine
+from tidegate.train import checkpoint
+from tidegate.train.checkpoint import Position
+from tidegate.train.evaluate import Evaluation, evaluate
+from tidegate.train.job import Job
+from tidegate.train.step import StepLosses, train_step, update_biases
+from tidegate.train.telemetry import Record, Throughput, load_metrics, peak_flops
+
+__all__ = ["Outcome", "World", "train"]
+
+
+class World(NamedTuple):
+    """What a launcher gives to the loop. Every rank gets the same functions; `record` is called on rank 0 only."""
+
+    dataset: Path
+    """The prepared tokens."""
+    new_checkpoint: Callable[[int], Path]
+    """An empty folder for this rank's part of the checkpoint of a step."""
+    publish: Callable[[Path, Record], None]
+    """Make a filled folder durable; blocks until it is. Every rank calls it for every checkpoint."""
+    record: Callable[[Record], None]
+    """Show and track metrics; must not block."""
+    should_stop: Callable[[], bool]
+    """Whether this rank was asked to end gracefully."""
+    resume_from: Path | None = None
+    """A checkpoint to continue from."""
+
+
+class Outcome(NamedTuple):
+    """How a run ended; the same on every rank."""
+
+    step: int
+    tokens: int
+    finished: bool
+    """False if it was stopped before the last step."""
+    evaluation: Evaluation | None
+
+
+def train(job: Job, world: World) -> Outcome:
+    """Train until the job's last step or until asked to stop; every rank of the process group calls this."""
+    dataset = TokenDataset.open(world.dataset, verify=collectives.rank() == 0)
+    loader = TrainLoader(
+        dataset,
+        job.data,
+        global_batch=job.global_batch,
+        micro_batch=job.train.micro_batch,
+        rank=collectives.rank(),
+        world_size=collectives.world_size(),
+    )
+    engine = build_engine(job)
+    balancer = Balancer(job.balance, collectives.all_reduce, collectives.world_size(), job.accumulation)
+    start = _resume(job, world, engine, loader)
+    throughput = Throughput(job, peak_flops(engine.device))
+    is_moe = isinstance(job.model.ffn, MoEConfig)
+    isolate = job.data.documents == "isolate"
+
+    step, evaluation, stopping = start, None, False
+    while step < job.total_steps and not stopping:
+        batch = next(loader)
+        step += 1
+        tokens = step * job.train.batch_tokens
+        learning_rate = job.optimizer.schedule.at(tokens, job.train.tokens)
+        engine.set_learning_rate(learning_rate)
+        losses = train_step(engine, balancer, batch, isolate=isolate)
+        if job.balance.bias_rate > 0:
+            update_biases(engine.model, balancer.step_counts(), job.balance.bias_rate)
+        throughput.count(job.train.batch_tokens)
+
+        last = step == job.total_steps
+        if step % job.train.log_every == 0 or last:
+            metrics, stopping = _read_losses(job, losses, world.should_stop(), engine)
+            metrics |= throughput.read() | {"train/learning_rate": learning_rate}
+            metrics["train/gradient_norm"] = engine.gradient_norm()
+            if is_moe:
+                metrics |= load_metrics(balancer.step_counts())
+            _record(world, Record(step, tokens, metrics))
+
+        # Save before evaluating: an evaluation that runs out of memory must not cost the run.
+        if step % job.train.save_every == 0 or last or stopping:
+            _save(job, world, engine, loader, step, tokens)
+            throughput.restart()
+        if step % job.train.eval_every == 0 or last:
+            evaluation = evaluate(engine, job, dataset)
+            _record(world, Record(step, tokens, _evaluation_metrics(evaluation)))
+            throughput.restart()
+    return Outcome(step, step * job.train.batch_tokens, not stopping or step == job.total_steps, evaluation)
+
+
+def build_engine(job: Job) -> Engine:
+    """The job's model under DeepSpeed, initialised from its seed."""
+    return Engine(
+        job.model,
+        job.parallel,
+        precision=job.train.precision,
+        seed=job.train.seed,
+        micro_batch=job.train.micro_batch,
+        accumulation=job.accumulation,
+        betas=job.optimizer.betas,
+        eps=job.optimizer.eps,
+        weight_decay=job.optimizer.weight_decay,
+        gradient_clip=job.optimizer.gradient_clip,
+        recompute=job.train.recompute,
+    )
+
+
+def _resume(job: Job, world: World, engine: Engine, loader: TrainLoader) -> int:
+    if world.resume_from is None:
+        return 0
+    position = checkpoint.load(world.resume_from, engine, job)
+    loader.load_state_dict(position.data)
+    return position.step
+
+
+def _save(job: Job, world: World, engine: Engine, loader: TrainLoader, step: int, tokens: int) -> None:
+    folder = world.new_checkpoint(step)
+    checkpoint.save(folder, engine, job, Position(step, tokens, loader.state_dict()))
+    world.publish(folder, Record(step, tokens, {}))
+
+
+def _record(world: World, record: Record) -> None:
+    if collectives.rank() == 0:
+        world.record(record)
+
+
+def _read_losses(job: Job, losses: StepLosses, stop: bool, engine: Engine) -> tuple[dict[str, float], bool]:
+    """Sum the step's losses over ranks and read them, with whether any rank was asked to stop: the one host sync."""
+    values = torch.stack([*losses, torch.tensor(float(stop), device=engine.device)])
+    collectives.all_reduce(values)
+    nll, load_balancing, z, stops = values.tolist()
+    metrics: dict[str, Any] = {"train/loss": nll}
+    if isinstance(job.model.ffn, MoEConfig):
+        if job.balance.loss_weight > 0:
+            metrics["balance/lbl"] = load_balancing / (job.balance.loss_weight * job.model.num_layers)
+        if job.balance.z_loss_weight > 0:
+            metrics["balance/z"] = z / (job.balance.z_loss_weight * job.model.num_layers)
+    return metrics, stops > 0
+
+
+def _evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
+    metrics = {f"val/{domain}/loss": nll for domain, nll in zip(evaluation.domains, evaluation.nll_D, strict=True)}
+    metrics |= {f"val/{domain}/ppl": ppl for domain, ppl in evaluation.perplexity().items()}
+    metrics["val/loss"] = sum(evaluation.nll_D) / len(evaluation.nll_D)
+    return metrics

@@ -1,0 +1,99 @@
+"""One optimizer step: the exact gradient of the global batch, however it is cut into ranks and micro-batches.
+
+The engine averages gradients over N ranks and M micro-batches. Every loss here is therefore a sum over this
+micro-batch's tokens times N M / (counted tokens of the whole step), so that the average is the mean over the step's
+counted tokens, also when micro-batches hold unequal numbers of them.
+
+Letters: M micro-batches, B sequences, T tokens, L MoE layers, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from tidegate.data.loader import StepBatch
+from tidegate.model.balance import Balancer, updated_bias
+from tidegate.model.decoder import Decoder, DecoderOutput
+from tidegate.model.moe import MoE
+from tidegate.parallel import collectives
+from tidegate.parallel.engine import Engine
+
+__all__ = ["StepLosses", "train_step", "update_biases"]
+
+
+class StepLosses(NamedTuple):
+    """This rank's share of the step's losses, on the device; summed over ranks they are the step's."""
+
+    nll: torch.Tensor
+    """Nats a counted token."""
+    load_balancing: torch.Tensor
+    """Weighted balance loss, summed over layers."""
+    z: torch.Tensor
+    """Weighted z-loss, summed over layers."""
+
+
+class _MicroBatch(NamedTuple):
+    tokens_BT: torch.Tensor
+    labels_BT: torch.Tensor
+    counted_BT: torch.Tensor
+    documents_BT: torch.Tensor | None
+
+
+def train_step(engine: Engine, balancer: Balancer, batch: StepBatch, *, isolate: bool) -> StepLosses:
+    """Forward and backward of every micro-batch, then the optimizer.
+
+    Args:
+        engine: set to the step's learning rate.
+        balancer: of the job; counts what this step routes.
+        batch: this rank's part, on the host.
+        isolate: keep attention inside documents.
+
+    Returns:
+        Losses on the device: reading them is the caller's host sync.
+    """
+    micro_batches = _to_device(batch, engine.device, isolate)
+    step_tokens = sum((mb.counted_BT.sum() for mb in micro_batches), torch.zeros((), device=engine.device)).clamp(min=1)
+    collectives.all_reduce(step_tokens)
+    balancer.begin_step(_count(engine, micro_batches) if balancer.needs_counting_pass else None)
+    copies = balancer.world_size * balancer.accumulation
+    total = torch.zeros(3, device=engine.device)
+    for mb in micro_batches:
+        output = _forward(engine, mb)
+        losses = [output.nll_B.sum() * (copies / step_tokens)]
+        if output.stats is not None:
+            losses += balancer.losses(output.stats, mb.counted_BT.float().sum(dim=1), step_tokens)
+        engine.backward(sum(losses[1:], losses[0]))
+        total[: len(losses)] += torch.stack([loss.detach() for loss in losses]) / copies
+    return StepLosses(*total)
+
+
+def update_biases(model: Decoder, counts_LE: torch.Tensor, rate: float) -> None:
+    """Move every layer's selection bias by the step's global counts; the same on every rank."""
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    for layer, counts_E in zip(layers, counts_LE, strict=True):
+        layer.router.expert_bias.copy_(updated_bias(layer.router.expert_bias, counts_E, rate))
+
+
+def _to_device(batch: StepBatch, device: torch.device, isolate: bool) -> list[_MicroBatch]:
+    pinned = device.type == "cuda"
+    tokens, documents, counted = (
+        (t.pin_memory() if pinned else t).to(device, non_blocking=True)
+        for t in (batch.tokens_MBT1, batch.documents_MBT, batch.loss_mask_MBT)
+    )
+    return [
+        _MicroBatch(tokens[m, :, :-1], tokens[m, :, 1:], counted[m], documents[m] if isolate else None)
+        for m in range(tokens.shape[0])
+    ]
+
+
+def _forward(engine: Engine, mb: _MicroBatch) -> DecoderOutput:
+    return engine.forward(mb.tokens_BT, mb.labels_BT, mb.counted_BT, mb.documents_BT)
+
+
+def _count(engine: Engine, micro_batches: list[_MicroBatch]) -> torch.Tensor:
+    """(L, E) this rank's routing counts over the whole step, by a pass without gradient."""
+    with torch.no_grad():
+        counts = [_forward(engine, mb).stats for mb in micro_batches]
+    return torch.stack([stats.counts_BE.sum(dim=1) for stats in counts if stats is not None]).sum(dim=0)
