@@ -107,11 +107,13 @@ def _state(state_dir: Path | None):  # type: ignore[no-untyped-def]
 
 def main() -> None:
     """Entry point: a user's mistake is one screen on standard error and exit status 2."""
-    from tidegate.config import ConfigError
-
     try:
         app()
-    except ConfigError as error:
+    except ValueError as error:
+        from tidegate.config import ConfigError  # pydantic comes with it, which --help need not wait for
+
+        if not isinstance(error, ConfigError):
+            raise
         print(f"tidegate: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -41,7 +42,8 @@ class LoadedJob(NamedTuple):
     config: Any
     """The validated config."""
     overrides: dict[str, Any]
-    """Flat `path -> value` of all that the file and `--set` changed against the outermost base."""
+    """Flat `path -> value` of all that the later files and `--set` changed against the outermost base. A file without
+    `extends:` is its own base, so only `--set` shows. What another `kind` threw out maps to None."""
 
 
 def load(path: str | Path, schema: type[C], overrides: Sequence[str] = ()) -> LoadedJob:
@@ -61,7 +63,7 @@ def load(path: str | Path, schema: type[C], overrides: Sequence[str] = ()) -> Lo
     base: dict[str, Any] = {}
     for index, (file, mapping) in enumerate(chain):
         merged = _overlay(merged, mapping, str(file), sources)
-        if index == 0 and len(chain) > 1:
+        if index == 0:
             base = merged
     for override in overrides:
         merged = _overlay(merged, _parse_override(override), f"--set {override}", sources)
@@ -106,13 +108,18 @@ def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 # --- reading -------------------------------------------------------------------------------------------------
 
 
+_MERGE = "tag:yaml.org,2002:merge"
+
+
 class _StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses a repeated key instead of keeping the last one, and reads 3e-4 as a float."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            if key_node.tag == _MERGE or not isinstance(key_node, yaml.ScalarNode):
+                continue  # `<<` may stand twice; a key that is a list or a mapping is refused by SafeLoader
+            key = self.construct_object(key_node)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
             seen.add(key)
@@ -121,7 +128,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 _StrictLoader.add_implicit_resolver(  # YAML 1.1 wants a dot in 1.0e-3; people write 1e-3
     "tag:yaml.org,2002:float",
-    __import__("re").compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )
 
@@ -157,7 +164,7 @@ def _read_yaml(path: Path, named_by: Path | None) -> dict[str, Any]:
         raise ConfigError(f"{where}cannot read {path}: {error}") from error
     try:
         mapping = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-45
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(mapping, dict):
         raise ConfigError(f"{path}: a job file is a mapping, got {type(mapping).__name__}")
@@ -170,7 +177,7 @@ def _parse_override(override: str) -> dict[str, Any]:
         raise ConfigError(f"--set {override}: write it as a.b=value")
     try:
         value: Any = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"--set {override}: the value is not YAML: {' '.join(str(error).split())}") from error
     for key in reversed(path.split(".")):
         value = {key: value}
@@ -182,16 +189,18 @@ def _overlay(base: Any, over: Any, source: str, sources: dict[str, str], path: s
     if isinstance(base, list) and isinstance(over, dict) and source.startswith("--set"):
         merged = list(base)
         for key, value in over.items():
-            if not str(key).isdigit() or int(key) >= len(base):
+            if not str(key).isdecimal() or int(key) >= len(base):
                 raise ConfigError(f"{source}: {path} is a list of {len(base)} items; {key!r} is not one of them")
             merged[int(key)] = _overlay(base[int(key)], value, source, sources, f"{path}.{key}")
         return merged
-    if not isinstance(over, dict):
+    mappings = isinstance(base, dict) and isinstance(over, dict)
+    if not mappings or ("kind" in base and over.get("kind", base["kind"]) != base["kind"]):
+        for stale in [key for key in sources if key.startswith(f"{path}.")]:
+            del sources[stale]
         sources[path] = source
-        return over
-    if not isinstance(base, dict) or ("kind" in base and over.get("kind", base["kind"]) != base["kind"]):
         base = {}
-    sources.setdefault(path, source)
+    if not isinstance(over, dict):
+        return over
     merged_mapping = dict(base)
     for key, value in over.items():
         child = f"{path}.{key}" if path else str(key)
@@ -206,42 +215,69 @@ def _validate(mapping: Any, schema: type[C], path: str, sources: Mapping[str, st
     try:
         return schema.model_validate(mapping)
     except ValidationError as error:
-        lines = [_describe(problem, schema, path, sources) for problem in error.errors(include_url=False)]
+        problems = error.errors(include_url=False)
+        below = {problem["loc"][:depth] for problem in problems for depth in range(len(problem["loc"]))}
+        lines = [
+            _describe(problem, schema, path, sources)
+            for problem in problems
+            if problem["type"] != "too_short" or problem["loc"] not in below  # pydantic leaves wrong items uncounted
+        ]
         raise ConfigError("\n".join(lines)) from error
 
 
 def _describe(problem: Any, schema: type[Config], path: str, sources: Mapping[str, str]) -> str:
-    keys, parent = _resolve_location(problem["loc"], schema)
-    field = ".".join(keys) or "(the whole job)"
-    source = path
-    for depth in range(len(keys), -1, -1):
-        if ".".join(keys[:depth]) in sources:
-            source = sources[".".join(keys[:depth])]
-            break
+    keys, parent, kinds = _resolve_location(problem["loc"], schema)
     value = problem.get("input")
-    shown = "" if problem["type"] == "missing" or isinstance(value, (dict, Config)) else f" (got {value!r})"
-    if problem["type"] == "extra_forbidden":
-        known = list(parent.model_fields) if parent else []
-        near = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-        return f"{source}: {field}: unknown field{shown}; {hint}"
-    if problem["type"].startswith("union_tag"):
-        expected = problem.get("ctx", {}).get("expected_tags", "")
-        tag = problem.get("ctx", {}).get("tag")
-        near = difflib.get_close_matches(str(tag), expected.replace("'", "").split(", "), n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        got = f"unknown kind {tag!r}, " if tag else "needs a kind, "
-        return (
-            f"{source}: {field}: {got}one of {expected}{hint}"
-            if expected
-            else f"{source}: {field}: needs `kind`{shown}"
-        )
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    return f"{source}: {field}: {message}{shown}"
+    shown = f" (got {'a mapping' if isinstance(value, dict) else repr(value)})"
+    where = f"{_written_in(keys, problem, sources) or path}: {'.'.join(keys)}".removesuffix(" ")
+    match problem["type"]:
+        case "missing":
+            return f"{where}: {message}"
+        case "value_error" | "assertion_error":  # of several fields, which the message names with their values
+            mine = "" if isinstance(value, (dict, Config)) else shown
+            return f"{where}: {message}{mine}" if keys else f"{where} {message}{mine}"
+        case "extra_forbidden":
+            known = list(parent.model_fields) if parent else []
+            near = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+            return f"{where}: unknown field{shown}; {hint}"
+        case "union_tag_not_found":
+            return f"{where}: needs `kind`, one of {', '.join(map(repr, kinds))}"
+        case "union_tag_invalid":
+            tag = problem["ctx"]["tag"]
+            near = difflib.get_close_matches(str(tag), map(str, kinds), n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            return f"{where}: unknown kind {tag!r}, one of {', '.join(map(repr, kinds))}{hint}"
+        case _:
+            return f"{where}: {message}{shown}"
 
 
-def _resolve_location(location: tuple[int | str, ...], schema: type[Config]) -> tuple[list[str], type[Config] | None]:
-    """Turn pydantic's location, which holds union tags, into the keys of the file and the class that owns the last."""
+def _written_in(keys: list[str], problem: Any, sources: Mapping[str, str]) -> str | None:
+    """Where the value was written: the sources of all fields that a cross-field message names, or of the field."""
+    if problem["type"] == "value_error":
+        named = (".".join([*keys, name]) for name in re.findall(r"([a-z][a-z0-9_.]*)=", problem["msg"]))
+        written = dict.fromkeys(sources[name] for name in named if name in sources)
+        if written:
+            return ", ".join(written)
+    if problem["type"] == "union_tag_invalid":
+        keys = [*keys, "kind"]
+    paths = (".".join(keys[:depth]) for depth in range(len(keys), 0, -1))
+    return next((sources[path] for path in paths if path in sources), None)
+
+
+class _Place(NamedTuple):
+    """What pydantic's location means in the file."""
+
+    keys: list[str]
+    owner: type[Config] | None
+    """The class that has, or should have, the last key."""
+    kinds: list[Any]
+    """The `kind`s that may stand there."""
+
+
+def _resolve_location(location: tuple[int | str, ...], schema: type[Config]) -> _Place:
+    """Turn pydantic's location, which holds union tags, into the keys of the file."""
     keys: list[str] = []
     owner: type[Config] | None = None
     current: Any = schema
@@ -262,7 +298,7 @@ def _resolve_location(location: tuple[int | str, ...], schema: type[Config]) -> 
                 current = get_args(option)[0]
             elif get_origin(option) is dict:
                 current = get_args(option)[1]
-    return keys, owner
+    return _Place(keys, owner, [kind for option in _options(current) if _is_config(option) for kind in _kinds(option)])
 
 
 def _options(annotation: Any) -> list[Any]:

@@ -10,9 +10,9 @@ from tidegate.data import TokenDataset
 from tidegate.model.flops import total
 from tidegate.train.job import Job
 
-__all__ = ["check_dataset", "check_machine", "check_space"]
+__all__ = ["BYTES_PER_PARAMETER", "check_dataset", "check_machine", "check_space"]
 
-_BYTES_PER_PARAMETER = 16  # weights in use and, in fp32, master weights and two moments
+BYTES_PER_PARAMETER = 16  # weights in use and, in fp32, master weights and two moments
 
 
 def check_machine(job: Job, *, local: bool, remote: bool) -> None:
@@ -27,6 +27,8 @@ def check_machine(job: Job, *, local: bool, remote: bool) -> None:
             f"--local runs one process, but resources.workers={job.resources.workers}; add --workers 1"
             + (" --set parallel.expert=1" if job.parallel.expert > 1 else "")
         )
+    if local and "://" in (job.resources.storage or ""):
+        raise ConfigError(f"--local writes to a folder, but resources.storage={job.resources.storage} is a URI")
     if job.resources.gpu and not remote:
         import torch
 
@@ -37,7 +39,7 @@ def check_machine(job: Job, *, local: bool, remote: bool) -> None:
 def check_space(job: Job, storage: Path) -> None:
     """Room for the checkpoints that are kept and the one being written."""
     params = total(job.model, job.data.sequence_length).params
-    needed = params * _BYTES_PER_PARAMETER * (job.resources.keep_checkpoints + 1)
+    needed = params * BYTES_PER_PARAMETER * (job.resources.keep_checkpoints + 1)
     existing = next(p for p in [storage, *storage.parents] if p.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
@@ -48,8 +50,8 @@ def check_space(job: Job, storage: Path) -> None:
 
 
 def check_dataset(job: Job, folder: Path) -> None:
-    """The tokens fit the model's vocabulary."""
-    vocab_size = TokenDataset.open(folder, verify=False).manifest.tokenizer.vocab_size
+    """The shards are whole, and their tokens fit the model's vocabulary."""
+    vocab_size = TokenDataset.open(folder, verify=True).vocab_size
     if vocab_size > job.model.vocab_size:
         raise ConfigError(
             f"{folder}: the tokenizer has {vocab_size} tokens, more than model.vocab_size={job.model.vocab_size}"

@@ -26,6 +26,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 import tidegate
 import tidegate_kernels
 from tidegate.config import ConfigError
+from tidegate.launch.doctor import why_no_ray
 from tidegate.parallel import collectives
 from tidegate.track import Delivery, MetricLogger, RunHandle
 from tidegate.train.job import Job
@@ -51,6 +52,10 @@ def connect(address: str | None, job: Job) -> None:
     Raises:
         ConfigError: no Ray answers there, or it has less than the job asks for.
     """
+    # Left to itself ray.init waits two minutes for a cluster that is not there, then ends the whole process.
+    problem = why_no_ray(address) if address else None
+    if problem:
+        raise ConfigError(f"--address {address}: no Ray cluster answers ({problem})")
     packages = [str(Path(str(module.__file__)).parent) for module in (tidegate, tidegate_kernels)]
     runtime_env = {"py_modules": packages, "env_vars": _forwarded_environment()} if address else None
     try:

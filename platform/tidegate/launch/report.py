@@ -109,18 +109,17 @@ def _perplexities(metrics: dict[str, float]) -> str:
 
 
 def _load_table(evaluation: Evaluation) -> Table:
-    """Expert load on held-out text, a row a layer: each column a domain, each character an expert."""
+    """Expert load on held-out text, a row a layer; up to 16 experts also as a bar chart a domain."""
     load_DLE = torch.tensor(evaluation.load_DLE)
     pooled_LE = load_DLE.mean(dim=0)
     violation = max_violation(pooled_LE).tolist()
-    table = Table("layer", *evaluation.domains, "min %", "max %", "maxvio", title="expert load (held-out)")
+    charts = evaluation.domains if load_DLE.shape[-1] <= 16 else ()
+    table = Table("layer", *charts, "min %", "max %", "maxvio", title="expert load (held-out)")
     top = float(load_DLE.max())
     for layer, row_E in enumerate(pooled_LE):
         bars = [
-            "".join(_SHADES[round(8 * share / top)] for share in load_DLE[d, layer].tolist())
-            for d in range(len(load_DLE))
+            "".join(_SHADES[round(8 * float(share) / top)] for share in load_DLE[d, layer]) for d in range(len(charts))
         ]
-        table.add_row(
-            str(layer), *bars, f"{100 * row_E.min():.1f}", f"{100 * row_E.max():.1f}", f"{violation[layer]:.2f}"
-        )
+        low, high = 100 * row_E.min(), 100 * row_E.max()
+        table.add_row(str(layer), *bars, f"{low:.1f}", f"{high:.1f}", f"{violation[layer]:.2f}")
     return table

@@ -6,7 +6,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn
@@ -28,7 +28,9 @@ from tidegate.track import (
     run_url,
 )
 from tidegate.train.job import Job
-from tidegate.train.loop import Outcome
+
+if TYPE_CHECKING:  # the driver need not import DeepSpeed
+    from tidegate.train.loop import Outcome
 
 __all__ = ["Request", "prepare_data", "run"]
 
@@ -71,6 +73,8 @@ def run(request: Request) -> bool:
 
         connect(request.address, job)
     run_folder, tracking = _open(request, plan, reporter)
+    if request.address and tracking.uri.startswith("sqlite"):
+        reporter.say("MLflow is a SQLite file: workers on other machines cannot write to it; set MLFLOW_TRACKING_URI")
     reporter.header(run_folder.name, "this process" if request.local else request.address or "local Ray")
     reporter.say(f"MLflow: {run_url(tracking)}")
     status = "FAILED"
@@ -185,6 +189,8 @@ def _conclude(
         dataset = TokenDataset.open(dataset_folder, verify=False)
         unigram = unigram_perplexity(dataset, job.data)
         reporter.evaluation(outcome.evaluation, unigram)
+        summary = {"perplexity": outcome.evaluation.perplexity(), "unigram_perplexity": unigram}
+        log_dict(tracking, summary, "summary.json")
         if outcome.evaluation.load_DLE is not None:
             with tempfile.TemporaryDirectory() as scratch:
                 path = Path(scratch) / "expert_load.npz"

@@ -10,12 +10,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Any
 
-from tidegate.config import Config, ConfigError
+from tidegate.config import Config, ConfigError, load_stored
 from tidegate.track import RunHandle
 from tidegate.train.job import Job
 
@@ -66,10 +64,10 @@ class RunFolder:
     def read(self) -> RunRecord:
         """What `write` stored."""
         try:
-            document: Any = json.loads(self._record_file.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
+            document = self._record_file.read_text(encoding="utf-8")
+        except OSError as error:
             raise ConfigError(f"{self._record_file}: cannot read the run's record ({error})") from error
-        return RunRecord.model_validate(document)
+        return load_stored(document, RunRecord, str(self._record_file))
 
 
 class StateDir:

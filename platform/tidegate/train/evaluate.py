@@ -6,15 +6,17 @@ Letters: D domains, B sequences, T tokens, L MoE layers, E experts.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from tidegate.data.loader import eval_batches
 from tidegate.data.shards import TokenDataset
 from tidegate.parallel import collectives
-from tidegate.parallel.engine import Engine
 from tidegate.train.job import Job
+
+if TYPE_CHECKING:  # the driver, which reads evaluations, need not import DeepSpeed
+    from tidegate.parallel.engine import Engine
 
 __all__ = ["Evaluation", "evaluate"]
 

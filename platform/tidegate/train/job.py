@@ -125,7 +125,7 @@ class Job(Config):
     @model_validator(mode="after")
     def _schedule_fits(self) -> Job:
         schedule = self.optimizer.schedule
-        used = schedule.warmup_tokens + (schedule.decay_tokens if schedule.kind == "wsd" else 0)
+        used = schedule.warmup_tokens + (schedule.decay_tokens if schedule.kind == "wsd" else 1)
         if used > self.train.tokens:
             raise ValueError(
                 f"optimizer.schedule warms up and decays over {used} tokens, more than train.tokens={self.train.tokens}"

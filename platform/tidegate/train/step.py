@@ -41,12 +41,12 @@ class _MicroBatch(NamedTuple):
     documents_BT: torch.Tensor | None
 
 
-def train_step(engine: Engine, balancer: Balancer, batch: StepBatch, *, isolate: bool) -> StepLosses:
+def train_step(engine: Engine, balancer: Balancer | None, batch: StepBatch, *, isolate: bool) -> StepLosses:
     """Forward and backward of every micro-batch, then the optimizer.
 
     Args:
         engine: set to the step's learning rate.
-        balancer: of the job; counts what this step routes.
+        balancer: of the job; counts what this step routes. None for a dense model.
         batch: this rank's part, on the host.
         isolate: keep attention inside documents.
 
@@ -54,15 +54,17 @@ def train_step(engine: Engine, balancer: Balancer, batch: StepBatch, *, isolate:
         Losses on the device: reading them is the caller's host sync.
     """
     micro_batches = _to_device(batch, engine.device, isolate)
-    step_tokens = sum((mb.counted_BT.sum() for mb in micro_batches), torch.zeros((), device=engine.device)).clamp(min=1)
+    step_tokens = torch.stack([mb.counted_BT.sum() for mb in micro_batches]).sum().float()
     collectives.all_reduce(step_tokens)
-    balancer.begin_step(_count(engine, micro_batches) if balancer.needs_counting_pass else None)
-    copies = balancer.world_size * balancer.accumulation
+    step_tokens.clamp_(min=1)
+    if balancer is not None:
+        balancer.begin_step(_count(engine, micro_batches) if balancer.needs_counting_pass else None)
+    copies = collectives.world_size() * len(micro_batches)
     total = torch.zeros(3, device=engine.device)
     for mb in micro_batches:
         output = _forward(engine, mb)
         losses = [output.nll_B.sum() * (copies / step_tokens)]
-        if output.stats is not None:
+        if balancer is not None and output.stats is not None:
             losses += balancer.losses(output.stats, mb.counted_BT.float().sum(dim=1), step_tokens)
         engine.backward(sum(losses[1:], losses[0]))
         total[: len(losses)] += torch.stack([loss.detach() for loss in losses]) / copies

@@ -50,9 +50,12 @@ class Router(nn.Module):
         nn.init.zeros_(self.expert_bias)
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        # Casting the model to bf16 must not cast the bias: steps of 1e-3 vanish beside a bf16 value near 1.
+        # Casting the model to bf16 must not cast the bias, not even there and back: steps of 1e-3 vanish beside a bf16
+        # value near 1.
+        uncast = self.expert_bias
         module = super()._apply(fn, recurse)
-        self.expert_bias = self.expert_bias.float()
+        if self.expert_bias.dtype != uncast.dtype:
+            self.expert_bias = uncast.to(self.expert_bias.device)
         return module
 
     def logits(self, x_ND: torch.Tensor) -> torch.Tensor:

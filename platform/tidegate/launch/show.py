@@ -1,0 +1,163 @@
+"""`tidegate show` and `tidegate tokenize`: what a job is and costs, and what its data came to, before it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from rich.console import Console
+from rich.table import Column, Table
+
+from tidegate.config import load
+from tidegate.launch.preflight import BYTES_PER_PARAMETER
+from tidegate.model.balance import Balancer
+from tidegate.model.flops import Cost, costs, total
+from tidegate.train.job import Job
+
+if TYPE_CHECKING:
+    from tidegate.data.shards import Manifest
+    from tidegate.launch.state import StateDir
+
+__all__ = ["show_job", "tokenize_job"]
+
+_PAGE_WIDTH = 110
+
+
+def show_job(job: Path, overrides: Sequence[str]) -> None:
+    """Print the resolved job with what `extends:` and `--set` changed marked, its costs and its layout.
+
+    Raises:
+        ConfigError: the job is not valid.
+    """
+    loaded = load(job, Job, overrides)
+    config: Job = loaded.config
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _PAGE_WIDTH  # a pipe has no width; rich would fold the table at 80
+    for line in _marked(config.model_dump(mode="json"), loaded.overrides):
+        console.print(line, soft_wrap=True, markup=False)
+    console.print(_cost_table(config))
+    for line in _summary(config):
+        console.print(line, soft_wrap=True, markup=False)
+
+
+def tokenize_job(job: Path, overrides: Sequence[str], state: StateDir) -> None:
+    """Build the job's token shards, or find them, and print what they hold.
+
+    Raises:
+        ConfigError: the job is not valid, or its text cannot be read.
+    """
+    from tidegate.data import TokenDataset
+    from tidegate.launch.report import Reporter
+    from tidegate.launch.run import prepare_data
+
+    config: Job = load(job, Job, overrides).config
+    reporter = Reporter(config)
+    folder = prepare_data(config, state, job.absolute().parent, reporter)
+    manifest = TokenDataset.open(folder, verify=False).manifest
+    reporter.say(f"tokens: {folder}")
+    tokenizer = manifest.tokenizer
+    reporter.say(
+        f"tokenizer: {tokenizer.config.kind}, {tokenizer.vocab_size:,} tokens of model.vocab_size="
+        f"{config.model.vocab_size:,}, sha256 {tokenizer.sha256[:16]}"
+    )
+    reporter.console.print(_domain_table(manifest))
+
+
+class _Dumper(yaml.SafeDumper):
+    """A field a line; a list of plain values stays on the line of its field."""
+
+    def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.SequenceNode:
+        plain = not any(isinstance(item, (dict, list)) for item in sequence)
+        return super().represent_sequence(tag, sequence, flow_style=plain)
+
+
+def _marked(resolved: Mapping[str, Any], changed: Mapping[str, Any]) -> Iterator[str]:
+    """The YAML of the resolved job; lines that hold a changed value end in `# changed`."""
+    text = yaml.dump(resolved, Dumper=_Dumper, sort_keys=False, width=_PAGE_WIDTH, allow_unicode=True)
+    places = dict(_places(yaml.compose(text, Loader=yaml.SafeLoader), ""))
+    marked = {places[path] for path in changed if path in places}  # fields of a replaced variant have no line
+    for number, line in enumerate(text.splitlines()):
+        yield f"{line}  # changed" if number in marked else line
+
+
+def _places(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int]]:
+    """The path of every value in a document, as `flatten` writes it, and the line that it starts in."""
+    children: list[tuple[str, yaml.Node, yaml.Node]] = []
+    if isinstance(node, yaml.MappingNode):
+        children = [(str(key.value), key, value) for key, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        children = [(str(index), value, value) for index, value in enumerate(node.value)]
+    for name, start, value in children:
+        path = f"{prefix}.{name}" if prefix else name
+        yield path, start.start_mark.line
+        yield from _places(value, path)
+
+
+def _cost_table(job: Job) -> Table:
+    rows, whole = costs(job.model, job.data.sequence_length), total(job.model, job.data.sequence_length)
+    table = Table(Column("field", overflow="fold"))
+    for name in ("parameters", "active", "share", "training FLOPs a token", "share"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*_cells(row, whole))
+    table.add_section()
+    table.add_row(*_cells(whole, whole))
+    return table
+
+
+def _cells(row: Cost, whole: Cost) -> tuple[str, ...]:
+    return (
+        row.field,
+        f"{row.params:,}",
+        f"{row.active_params:,}",
+        f"{row.params / whole.params:.1%}",
+        f"{row.flops_per_token:,.0f}",
+        f"{row.flops_per_token / whole.flops_per_token:.1%}",
+    )
+
+
+def _summary(job: Job) -> Iterator[str]:
+    cost = total(job.model, job.data.sequence_length)
+    train, workers = job.train, job.resources.workers
+    tokens = job.total_steps * train.batch_tokens
+    yield (
+        f"layout: {workers} workers, EP {job.parallel.expert} x DP {workers // job.parallel.expert}, ZeRO "
+        f"{job.parallel.zero_stage}, {train.precision}; accumulation M={job.accumulation}, micro-batch "
+        f"{train.micro_batch}, global batch {job.global_batch:,} sequences = {train.batch_tokens:,} tokens"
+    )
+    per_parameter = tokens / cost.active_params
+    yield f"length: {job.total_steps:,} steps, {tokens:,} tokens, {per_parameter:.3g} tokens an active parameter"
+    yield f"training: {cost.flops_per_token * tokens:.3e} FLOPs"
+    size_gb, keep = cost.params * BYTES_PER_PARAMETER / 1e9, job.resources.keep_checkpoints
+    yield (
+        f"checkpoint: about {size_gb:.3g} GB ({BYTES_PER_PARAMETER} bytes a parameter), {size_gb * (keep + 1):.3g} GB "
+        f"for resources.keep_checkpoints={keep} and the one being written"
+    )
+    if job.num_experts is not None and _counts_first(job):
+        yield (
+            f"balance: scope=global_batch counts=exact with M={job.accumulation} runs one more forward pass a step to "
+            f"count, about a third of the model FLOPs ({cost.flops_per_token * tokens / 3:.3e}); "
+            "balance.counts=running does without it"
+        )
+
+
+def _counts_first(job: Job) -> bool:
+    balancer = Balancer(job.balance, lambda _: None, job.resources.workers, job.accumulation)
+    return balancer.needs_counting_pass
+
+
+def _domain_table(manifest: Manifest) -> Table:
+    table = Table("domain")
+    for name in ("train documents", "train tokens", "held-out documents", "held-out tokens"):
+        table.add_column(name, justify="right")
+    rows = [
+        (d.name, d.train.documents, d.train.tokens, d.held_out.documents, d.held_out.tokens) for d in manifest.domains
+    ]
+    for name, *numbers in rows:
+        table.add_row(name, *(f"{number:,}" for number in numbers))
+    table.add_section()
+    table.add_row("total", *(f"{sum(column):,}" for column in list(zip(*rows, strict=True))[1:]))
+    return table

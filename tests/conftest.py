@@ -1,0 +1,104 @@
+"""Fixtures that more than one folder uses: a tiny job on generated text, and real process groups."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing
+import yaml
+
+os.environ.update(
+    RAY_AUTH_MODE="disabled",
+    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
+    RAY_USAGE_STATS_ENABLED="0",
+    MLFLOW_DISABLE_TELEMETRY="true",
+    HF_HUB_OFFLINE="1",
+)
+
+
+def tiny_settings(folder: Path) -> dict[str, Any]:
+    """A job on two small generated domains that trains a step in well under a second."""
+    random.seed(0)
+    for name, words in (("letters", "abcdefgh"), ("digits", "0123456789")):
+        text = "\n".join("".join(random.choices(words, k=7)) for _ in range(4000))
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    return {
+        "name": "tiny",
+        "model": {
+            "vocab_size": 300,
+            "width": 32,
+            "num_layers": 2,
+            "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8},
+            "ffn": {"kind": "moe", "num_experts": 4, "top_k": 2, "expert_dim": 16, "shared": {"num": 1}},
+        },
+        "balance": {"loss_weight": 0.01, "bias_rate": 0.001},
+        "data": {
+            "sequence_length": 64,
+            "max_document_chars": 500,
+            "eval_sequences": 4,
+            "tokenizer": {"kind": "train", "vocab_size": 300},
+            "domains": [
+                {"name": "letters", "paths": ["{job}/letters.txt"], "held_out": 0.1},
+                {"name": "digits", "paths": ["{job}/digits.txt"], "held_out": 0.1},
+            ],
+        },
+        "optimizer": {"schedule": {"kind": "cosine", "peak": 3e-3, "warmup_tokens": 1024}, "gradient_clip": 0.5},
+        "train": {
+            "tokens": 6144,
+            "batch_tokens": 512,
+            "micro_batch": 2,
+            "precision": "fp32",
+            "log_every": 1,
+            "eval_every": 100,
+            "save_every": 2,
+        },
+        "track": {"flush_every_s": 0.2},
+    }
+
+
+@pytest.fixture
+def tiny_job(tmp_path: Path) -> Callable[..., Path]:
+    """Write the tiny job, with sections laid over it, and return the file."""
+
+    def write(**sections: dict[str, Any]) -> Path:
+        folder = tmp_path / "job"
+        folder.mkdir(exist_ok=True)
+        settings = tiny_settings(folder)
+        for section, values in sections.items():
+            settings[section] = {**settings.get(section, {}), **values}
+        path = folder / "tiny.yaml"
+        path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        return path
+
+    return write
+
+
+def _rank_main(rank: int, world_size: int, rendezvous: str, out: str, function: Callable[..., Any], args: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
+    torch.save(function(*args), f"{out}.{rank}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def on_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
+    """`on_ranks(world_size, function, *args)`: call it in that many gloo processes; results in rank order."""
+    calls = 0
+
+    def run(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        nonlocal calls
+        calls += 1
+        rendezvous, out = tmp_path / f"rendezvous{calls}", tmp_path / f"result{calls}"
+        torch.multiprocessing.spawn(
+            _rank_main, (world_size, str(rendezvous), str(out), function, args), nprocs=world_size
+        )
+        return [torch.load(f"{out}.{rank}", weights_only=False) for rank in range(world_size)]
+
+    return run

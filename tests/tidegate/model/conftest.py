@@ -1,0 +1,128 @@
+"""Poisoned memory, initial values large enough to matter, and attention written out in fp64.
+
+Letters: B batch, T tokens, D width, H query heads, G key/value heads, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import pytest
+import torch
+from torch import nn
+
+from tidegate.model.attention import AttentionConfig
+from tidegate.model.decoder import Decoder, ModelConfig
+from tidegate.model.gates import NoGate
+from tidegate.model.initialisation import Draw
+from tidegate_kernels.gated_output import ACTIVATIONS
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """`torch.empty` returns NaN, so a value that nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def seeded_single_thread() -> Iterator[None]:
+    """Threads cost more than they bring at these sizes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+    torch.set_num_threads(threads)
+
+
+def _initialise(module: nn.Module, seed: int = 0) -> nn.Module:
+    for name, child in module.named_modules():
+        if hasattr(child, "init_weights") and not isinstance(child, Decoder):
+            child.init_weights(Draw(seed, name))
+    return module
+
+
+@pytest.fixture
+def initialise() -> Callable[..., nn.Module]:
+    """Fill a module that is not a whole decoder, as the decoder would."""
+    return _initialise
+
+
+@pytest.fixture
+def model_config() -> Callable[..., ModelConfig]:
+    """A two-layer MoE model of odd sizes (expert widths in multiples of 16 bytes); keywords replace whole fields."""
+
+    def make(**changes: object) -> ModelConfig:
+        fields: dict[str, object] = {
+            "vocab_size": 101,
+            "width": 24,
+            "num_layers": 2,
+            "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6},
+            "ffn": {"kind": "moe", "num_experts": 7, "top_k": 3, "expert_dim": 8},
+        }
+        return ModelConfig.model_validate(fields | changes)
+
+    return make
+
+
+def _attention_formula(
+    config: AttentionConfig,
+    parameters: Mapping[str, torch.Tensor],
+    x_BTD: torch.Tensor,
+    documents_BT: torch.Tensor | None = None,
+    norm_eps: float = 1e-6,
+) -> torch.Tensor:
+    H, G, d = config.num_heads, config.num_kv_heads, config.head_dim
+    B, T, _ = x_BTD.shape
+
+    def gated(position: str, y_BTHd: torch.Tensor) -> torch.Tensor:
+        gate = config.gate
+        if isinstance(gate, NoGate) or gate.kind != position:
+            return y_BTHd
+        if gate.input == "constant":
+            scores = parameters["gate.constant"].expand(B, T, -1)
+        else:
+            scores = x_BTD @ parameters["gate.projection.weight"].T
+        scores_BTHs = scores.reshape(B, T, y_BTHd.shape[2], -1)
+        activated = ACTIVATIONS[gate.activation](scores_BTHs)
+        if gate.heads == "shared":
+            activated = activated.mean(dim=2, keepdim=True)
+        return y_BTHd * activated if gate.form == "multiplicative" else y_BTHd + activated
+
+    def normed(y: torch.Tensor, weight: str) -> torch.Tensor:
+        return y * (y.square().mean(dim=-1, keepdim=True) + norm_eps).rsqrt() * parameters[weight]
+
+    def rotated(y_BTHd: torch.Tensor) -> torch.Tensor:
+        frequency = config.rope_theta ** (-2 * torch.arange(d // 2, dtype=torch.float64) / d)
+        angle = torch.arange(T, dtype=torch.float64)[:, None, None] * frequency
+        first, second = y_BTHd.double().chunk(2, dim=-1)
+        turned = torch.complex(first, second) * torch.exp(1j * angle)
+        return torch.cat([turned.real, turned.imag], dim=-1).to(y_BTHd.dtype)
+
+    q = (x_BTD @ parameters["wq.weight"].T).view(B, T, H, d)
+    k = (x_BTD @ parameters["wk.weight"].T).view(B, T, G, d)
+    v = gated("value", (x_BTD @ parameters["wv.weight"].T).view(B, T, G, d))
+    if config.qk_norm:
+        q, k = normed(q, "q_norm.weight"), normed(k, "k_norm.weight")
+    q, k = rotated(gated("query", q)), rotated(gated("key", k))
+    visible = torch.arange(T)[:, None] >= torch.arange(T)
+    visible_BTT = visible.expand(B, T, T)
+    if documents_BT is not None:
+        visible_BTT = visible_BTT & (documents_BT[:, :, None] == documents_BT[:, None, :])
+    heads = []
+    for head in range(H):
+        group = head // (H // G)
+        scores_BTT = q[:, :, head] @ k[:, :, group].transpose(1, 2) / d**0.5
+        heads.append(scores_BTT.masked_fill(~visible_BTT, -torch.inf).softmax(dim=-1) @ v[:, :, group])
+    y_BTHd = gated("sdpa_output", torch.stack(heads, dim=2))
+    out_BTD = y_BTHd.flatten(2) @ parameters["wo.weight"].T
+    return gated("dense_output", out_BTD.unsqueeze(2)).squeeze(2)
+
+
+@pytest.fixture
+def attention_formula() -> Callable[..., torch.Tensor]:
+    """`(config, parameters by name, x_BTD, documents_BT) -> (B, T, D)`, in the dtype of its arguments."""
+    return _attention_formula

@@ -1,0 +1,67 @@
+"""What expert.py and engine.py assume of DeepSpeed's private parts, said one by one, so that an upgrade breaks here."""
+
+from __future__ import annotations
+
+import inspect
+from importlib.metadata import version
+
+import pytest
+import torch
+
+pytest.importorskip("deepspeed")
+
+HINT = f"DeepSpeed {version('deepspeed')} changed its AutoEP contract; see platform/tidegate/parallel/expert.py: "
+
+
+def test_the_engine_recognises_the_layer_by_its_class() -> None:
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    from tidegate.parallel.expert import ExpertParallelMoE
+
+    assert issubclass(ExpertParallelMoE, AutoEPMoELayer), HINT
+    source = inspect.getsource(DeepSpeedEngine)
+    assert "_AutoEPMoELayer" in source, HINT + "the engine no longer looks for AutoEPMoELayer"
+    assert "set_deepspeed_parallelism(" in source, HINT + "the engine no longer asks layers to make their groups"
+    assert list(inspect.signature(AutoEPMoELayer.set_deepspeed_parallelism).parameters) == [
+        "self",
+        "use_data_before_expert_parallel_",
+        "folding_group_handles",
+    ], HINT
+
+
+def test_the_exchange_has_the_signature_that_is_called() -> None:
+    from deepspeed.module_inject.auto_ep_layer import SplitPlan, _AllToAllV, compute_split_plan
+
+    assert list(inspect.signature(compute_split_plan).parameters) == [
+        "selected_experts",
+        "num_experts",
+        "ep_size",
+        "num_local_experts",
+        "ep_group",
+        "num_tokens_per_expert",
+    ], HINT
+    assert SplitPlan._fields == ("input_splits", "output_splits", "local_counts_by_source"), HINT
+    assert list(inspect.signature(_AllToAllV.forward).parameters) == [
+        "ctx",
+        "group",
+        "x",
+        "input_splits",
+        "output_splits",
+    ], HINT
+
+
+def test_parameters_are_told_apart_by_their_tags() -> None:
+    from deepspeed.moe.utils import is_moe_param
+
+    weight = torch.nn.Parameter(torch.zeros(1))
+    assert not is_moe_param(weight), HINT
+    weight.allreduce = False  # type: ignore[attr-defined]
+    assert is_moe_param(weight), HINT + "expert parameters are no longer marked by allreduce=False"
+
+
+def test_the_cpu_backend_compiles_nothing_when_no_operator_is_compatible() -> None:
+    from deepspeed.comm import torch as backend
+
+    source = inspect.getsource(backend.build_shm_op)
+    assert "__compatible_ops__" in source, HINT + "engine.py keeps the CPU backend from compiling by that table"

@@ -1,0 +1,141 @@
+"""A job as a whole: what follows from it, and values that do not go together (both are named, with the way out)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tidegate.config import ConfigError, load
+from tidegate.train.job import Job
+
+DEMO = Path(__file__).resolve().parents[3] / "jobs" / "demo.yaml"  # 8 experts, 2 workers, 16 sequences of 256
+
+
+def demo(*overrides: str) -> Job:
+    return load(DEMO, Job, overrides).config
+
+
+DENSE = "model.ffn={kind: dense, hidden_dim: 64}"
+CONFLICTS = {
+    "EP and workers": (
+        ["parallel.expert=3"],
+        "parallel.expert=3 does not divide resources.workers=2; use one of [1, 2]",
+    ),
+    "EP over workers": (
+        ["parallel.expert=4"],
+        "parallel.expert=4 does not divide resources.workers=2; use one of [1, 2]",
+    ),
+    "EP and experts": (
+        ["model.ffn.num_experts=7"],
+        "parallel.expert=2 does not divide model.ffn.num_experts=7; use one of [1, 7]",
+    ),
+    "EP without experts": (
+        [DENSE],
+        "parallel.expert=2 needs experts, but model.ffn.kind=dense; set parallel.expert=1",
+    ),
+    "batch and sequence": (
+        ["train.batch_tokens=4000"],
+        "train.batch_tokens=4000 is not a multiple of data.sequence_length=256; use 4096",
+    ),
+    "batch under a sequence": (
+        ["train.batch_tokens=63"],
+        "train.batch_tokens=63 is not a multiple of data.sequence_length=256; use 256",
+    ),
+    "batch and micro-batches": (
+        ["train.micro_batch=3"],
+        "train.batch_tokens=4096 is 16 sequences, which train.micro_batch=3 x resources.workers=2 does not divide; "
+        "change one of the three",
+    ),
+    "batch under the micro-batches": (
+        ["train.micro_batch=16"],
+        "train.batch_tokens=4096 is 16 sequences, which train.micro_batch=16 x resources.workers=2 does not divide; "
+        "change one of the three",
+    ),
+    "kv heads": (
+        ["model.attention.num_kv_heads=3"],
+        "model.attention: num_kv_heads=3 does not divide num_heads=4; use a divisor of 4",
+    ),
+    "more kv heads than heads": (
+        ["model.attention.num_kv_heads=8"],
+        "model.attention: num_kv_heads=8 does not divide num_heads=4; use a divisor of 4",
+    ),
+    "odd head": (["model.attention.head_dim=33"], "model.attention: head_dim=33 is odd; rotary positions need pairs"),
+    "gate": (
+        ["model.attention.gate={kind: dense_output, granularity: headwise}"],
+        "model.attention.gate: granularity=headwise heads=specific does not fit kind=dense_output: heads are mixed "
+        "after the output projection; use granularity=elementwise heads=specific",
+    ),
+    "top_k": (
+        ["model.ffn.top_k=9"],
+        "model.ffn: top_k=9 is more than num_experts=8; choose top_k <= num_experts",
+    ),
+    "vocabulary": (
+        ["data.tokenizer.vocab_size=5000"],
+        "data.tokenizer.vocab_size=5000 is more than model.vocab_size=4096; make them equal",
+    ),
+    "warm-up": (
+        ["optimizer.schedule.warmup_tokens=1200001"],
+        "optimizer.schedule warms up and decays over 1200001 tokens, more than train.tokens=1200000",
+    ),
+    "decay": (
+        ["optimizer.schedule={kind: wsd, peak: 1e-3, warmup_tokens: 400000, decay_tokens: 800001}"],
+        "optimizer.schedule warms up and decays over 1200001 tokens, more than train.tokens=1200000",
+    ),
+    "bias of a dense model": (
+        [DENSE, "parallel.expert=1", "balance.bias_rate=1e-3"],
+        "balance.bias_rate=0.001 needs experts, but model.ffn.kind=dense",
+    ),
+    "domains": (
+        ["data.domains.1.name=prose"],
+        "data: two domains share the name 'prose'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONFLICTS)
+def test_values_that_do_not_go_together(case):
+    overrides, expected = CONFLICTS[case]
+    with pytest.raises(ConfigError) as caught:
+        demo(*overrides)
+    assert str(caught.value).endswith(f": {expected}")
+    assert str(caught.value).count("\n") == 0
+    if case != "domains":  # its message has no field=value
+        assert f"--set {overrides[-1]}" in str(caught.value) or str(DEMO) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.ffn.top_k=8"],
+        ["model.ffn.num_experts=1", "model.ffn.top_k=1", "parallel.expert=1"],
+        ["model.attention.num_kv_heads=1"],
+        ["optimizer.schedule={kind: wsd, peak: 1e-3, warmup_tokens: 400000, decay_tokens: 800000}"],
+        ["resources.workers=6", "parallel.expert=2", "train.batch_tokens=12288"],
+        [DENSE, "parallel.expert=1"],
+    ],
+)
+def test_values_at_the_edge_go_together(overrides):
+    assert isinstance(demo(*overrides), Job)
+
+
+def test_consequences():
+    job = demo()
+    assert (job.global_batch, job.accumulation, job.total_steps, job.num_experts) == (16, 1, 293, 8)
+    job = demo("train.micro_batch=2", "resources.workers=4", "train.tokens=1200129")
+    assert (job.accumulation, job.total_steps) == (2, 294), "the last step may overshoot, never fall short"
+    assert demo("train.tokens=1", "optimizer.schedule.warmup_tokens=0").total_steps == 1
+    assert demo("train.tokens=4096", "optimizer.schedule.warmup_tokens=0").total_steps == 1
+    assert demo(DENSE, "parallel.expert=1").num_experts is None
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4, 8])
+def test_the_batch_is_the_same_at_any_world_size(workers):
+    job = demo(f"resources.workers={workers}", "parallel.expert=1", "train.micro_batch=2")
+    assert job.accumulation * job.train.micro_batch * workers == job.global_batch == 16
+
+
+@pytest.mark.parametrize("name", ["Demo", "my job", "-x", "a/b", "", "ümlaut"])
+def test_names_that_no_folder_should_have(name):
+    with pytest.raises(ConfigError, match=r"name: String should match pattern .* \(got "):
+        demo(f"name={name!r}")
