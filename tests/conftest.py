@@ -48,7 +48,7 @@ def tiny_settings(folder: Path) -> dict[str, Any]:
                 {"name": "digits", "paths": ["{job}/digits.txt"], "held_out": 0.1},
             ],
         },
-        "optimizer": {"schedule": {"kind": "cosine", "peak": 3e-3, "warmup_tokens": 1024}, "gradient_clip": 0.5},
+        "optimizer": {"schedule": {"kind": "cosine", "peak": 3e-3, "warmup_tokens": 512}, "gradient_clip": 0.5},
         "train": {
             "tokens": 6144,
             "batch_tokens": 512,

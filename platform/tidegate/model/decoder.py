@@ -34,7 +34,7 @@ class DenseConfig(Config):
 
 class ModelConfig(Config):
     vocab_size: int = Field(ge=2)
-    width: int = Field(ge=2)
+    width: int = Field(ge=8, multiple_of=8)
     num_layers: int = Field(ge=1)
     attention: AttentionConfig
     ffn: Annotated[MoEConfig | DenseConfig, Field(discriminator="kind")]

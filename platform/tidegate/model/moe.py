@@ -32,7 +32,8 @@ class MoEConfig(Config):
     kind: Literal["moe"] = "moe"
     num_experts: int = Field(ge=1)
     top_k: int = Field(ge=1)
-    expert_dim: int = Field(ge=1)
+    expert_dim: int = Field(ge=8, multiple_of=8)
+    """The grouped matrix product wants rows of whole 16 bytes, 8 numbers in bf16; so for the model's width."""
     router: RouterConfig = SoftmaxTopKConfig()
     shared: SharedExpertsConfig = SharedExpertsConfig()
 
