@@ -1,4 +1,4 @@
-"""The `data:` section of a job. Imports pydantic only, so that `--help` and `check` stay fast."""
+"""The `data:` section of a job. Imports pydantic only, so that reading a job stays fast."""
 
 from __future__ import annotations
 

@@ -116,6 +116,10 @@ class TrainLoader:
         self._ahead = self._reader.submit(self._load, self._state)
         return batch
 
+    def close(self) -> None:
+        """End the reading thread."""
+        self._reader.shutdown()
+
     def state_dict(self) -> dict[str, Any]:
         """JSON-able position after the batches handed out so far; the batch read ahead does not count."""
         return {

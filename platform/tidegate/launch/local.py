@@ -8,22 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from tidegate.config import ConfigError
+from tidegate.launch.ended import Ended
 from tidegate.parallel import collectives
-from tidegate.track import Delivery, MetricLogger
+from tidegate.track import MetricLogger
 from tidegate.train.job import Job
-from tidegate.train.loop import Outcome, World, train
+from tidegate.train.loop import World, train
 from tidegate.train.telemetry import Record
 
 __all__ = ["run_local"]
 
 
-def run_local(
-    job: Job, dataset: Path, storage: Path, logger: MetricLogger, show: Callable[[Record], None]
-) -> tuple[Outcome, Delivery]:
+def run_local(job: Job, dataset: Path, storage: Path, logger: MetricLogger, show: Callable[[Record], None]) -> Ended:
     """Train here, with checkpoints in `storage`; continues from the newest one there."""
-    if not collectives.start():
-        raise ConfigError("--local: this process already belongs to a process group")
+    made = collectives.start(alone=True)
+    assert made
     stop = _StopOnSignal()
 
     def record(record: Record) -> None:
@@ -36,9 +34,8 @@ def run_local(
             shutil.rmtree(old)
 
     def new_checkpoint(step: int) -> Path:
-        folder = storage / f".writing_step_{step:08d}"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(storage / f"step_{step:08d}", ignore_errors=True)  # of a run that a later checkpoint lost
+        folder = storage / ".writing"
+        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed while it wrote
         return folder
 
     existing = _checkpoints(storage)
@@ -49,7 +46,7 @@ def run_local(
     finally:
         delivery = logger.close()
         collectives.stop()
-    return outcome, delivery
+    return Ended(outcome, delivery, str(_checkpoints(storage)[-1]))
 
 
 def _checkpoints(storage: Path) -> list[Path]:

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from tidegate.config import ConfigError
-from tidegate.data import TokenDataset
+from tidegate.data import TokenDataset, check_tokenizer
 from tidegate.model.flops import total
 from tidegate.train.job import Job
 
@@ -49,9 +49,11 @@ def check_space(job: Job, storage: Path) -> None:
         )
 
 
-def check_dataset(job: Job, folder: Path) -> None:
+def check_dataset(job: Job, folder: Path, job_dir: Path) -> None:
     """The shards are whole, and their tokens fit the model's vocabulary."""
-    vocab_size = TokenDataset.open(folder, verify=True).vocab_size
+    dataset = TokenDataset.open(folder, verify=True)
+    check_tokenizer(dataset, job.data, job_dir=job_dir)
+    vocab_size = dataset.vocab_size
     if vocab_size > job.model.vocab_size:
         raise ConfigError(
             f"{folder}: the tokenizer has {vocab_size} tokens, more than model.vocab_size={job.model.vocab_size}"

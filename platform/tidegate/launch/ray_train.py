@@ -1,7 +1,7 @@
 """The loop on Ray Train workers, with the driver watching.
 
 Ray's `train.report` takes seconds and carries only what comes with a checkpoint, so records go to a small actor (the
-board) instead: rank 0 pushes, the driver drains. The answer to a push says whether the driver wants the run to stop.
+board) instead: rank 0 pushes, the driver drains. Through the board, too, the driver asks the run to stop.
 """
 
 from __future__ import annotations
@@ -18,22 +18,26 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
+import fsspec
+import pyarrow.fs
 import ray
 import ray.train
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import tidegate
 import tidegate_kernels
 from tidegate.config import ConfigError
 from tidegate.launch.doctor import why_no_ray
+from tidegate.launch.ended import Ended
 from tidegate.parallel import collectives
 from tidegate.track import Delivery, MetricLogger, RunHandle
 from tidegate.train.job import Job
 from tidegate.train.loop import Outcome, World, train
 from tidegate.train.telemetry import Record
 
-__all__ = ["connect", "run_on_ray"]
+__all__ = ["connect", "run_on_ray", "storage_filesystem"]
 
 
 class _WorkerJob(NamedTuple):
@@ -61,7 +65,8 @@ def connect(address: str | None, job: Job) -> None:
     try:
         ray.init(address=address or "local", runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"--address {address}: no Ray cluster answers ({str(error).splitlines()[0]})") from error
+        what = f"--address {address}: no Ray cluster answers" if address else "Ray does not start on this machine"
+        raise ConfigError(f"{what} ({str(error).splitlines()[0]})") from error
     resources, available = job.resources, ray.cluster_resources()
     per_worker = {"CPU": resources.cpus_per_worker, "GPU": int(resources.gpu)}
     for kind, needed in ((kind, resources.workers * number) for kind, number in per_worker.items()):
@@ -74,9 +79,11 @@ def connect(address: str | None, job: Job) -> None:
 
 def run_on_ray(
     job: Job, name: str, dataset: Path, storage: str, tracking: RunHandle, spool: Path, show: Callable[[Record], None]
-) -> tuple[Outcome, Delivery]:
-    """Train on Ray Train workers; a run of this name that has checkpoints in `storage` continues."""
-    board = _Board.options(num_cpus=0).remote()  # type: ignore[attr-defined]
+) -> Ended:
+    """Train on Ray Train workers; continues if the run `name` has checkpoints in `storage`."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    board = _Board.options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    filesystem, path = storage_filesystem(storage)
     resources = job.resources
     trainer = TorchTrainer(
         _worker,  # type: ignore[arg-type]
@@ -89,7 +96,8 @@ def run_on_ray(
         torch_config=TorchConfig(backend="nccl" if resources.gpu else "gloo"),
         run_config=RunConfig(
             name=name,
-            storage_path=storage,
+            storage_path=path,
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=resources.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=resources.keep_checkpoints),
         ),
@@ -99,7 +107,23 @@ def run_on_ray(
             result = trainer.fit()
         except ray.train.WorkerGroupError as error:
             raise _cause(error) from error
-    return result.return_value  # type: ignore[attr-defined]
+    outcome, delivery = result.return_value  # type: ignore[attr-defined]
+    return Ended(outcome, delivery, result.checkpoint.path if result.checkpoint else f"{storage}/{name}")
+
+
+def storage_filesystem(storage: str) -> tuple[pyarrow.fs.FileSystem | None, str]:
+    """Filesystem and path of a folder or of any URI that fsspec knows.
+
+    Raises:
+        ConfigError: the URI names a protocol that is unknown or not installed here.
+    """
+    if "://" not in storage:
+        return None, storage
+    try:
+        filesystem, path = fsspec.core.url_to_fs(storage)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"resources.storage={storage}: {error}") from error
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), path
 
 
 def _worker(config: dict[str, Any]) -> tuple[Outcome, Delivery] | None:
@@ -112,18 +136,26 @@ def _worker(config: dict[str, Any]) -> tuple[Outcome, Delivery] | None:
         logger = MetricLogger(
             task.tracking.uri, task.tracking.run_id, spool=task.spool, flush_every_s=task.job.track.flush_every_s
         )
-    answer: Any = None
+    question: Any = None
 
     def record(record: Record) -> None:
-        nonlocal answer
         assert logger is not None
         logger.log(record.metrics, step=record.step, tokens=record.tokens)
-        answer = task.board.push.remote(record)
+        task.board.push.remote(record)
 
     def should_stop() -> bool:
-        if answer is None or not ray.wait([answer], timeout=0)[0]:
+        """The latest answer of the board, without waiting for one; rank 0 asks for all."""
+        nonlocal question
+        if not rank_zero:
             return False
-        return bool(ray.get(answer))
+        answer = False
+        if question is not None and ray.wait([question], timeout=0)[0]:
+            with contextlib.suppress(ray.exceptions.RayActorError):  # a board that died comes back without records
+                answer = ray.get(question)
+            question = None
+        if question is None:
+            question = task.board.stop_requested.remote()
+        return answer
 
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tidegate-")))
@@ -150,8 +182,10 @@ class _Board:
         self._records: list[Record] = []
         self._stop = False
 
-    def push(self, record: Record) -> bool:
+    def push(self, record: Record) -> None:
         self._records.append(record)
+
+    def stop_requested(self) -> bool:
         return self._stop
 
     def drain(self) -> list[Record]:
@@ -170,8 +204,9 @@ def _watch(board: Any, show: Callable[[Record], None]) -> Iterator[None]:
     def drain() -> None:
         while True:
             finished = done.wait(0.5)
-            for record in ray.get(board.drain.remote()):
-                show(record)
+            with contextlib.suppress(ray.exceptions.RayActorError):
+                for record in ray.get(board.drain.remote()):
+                    show(record)
             if finished:
                 return
 
@@ -203,6 +238,6 @@ def _cause(error: ray.train.WorkerGroupError) -> Exception:
 
 
 def _forwarded_environment() -> dict[str, str]:
-    """Credentials and settings that workers elsewhere need and Ray does not forward."""
-    wanted = ("MLFLOW_TRACKING_", "HF_", "NCCL_", "AWS_", "GOOGLE_APPLICATION_CREDENTIALS")
+    """Settings that workers elsewhere need and Ray does not forward. No secrets: Ray shows them to its users."""
+    wanted = ("MLFLOW_TRACKING_URI", "NCCL_", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")
     return {name: value for name, value in os.environ.items() if name.startswith(wanted)}

@@ -100,7 +100,8 @@ def _line(metrics: dict[str, float]) -> str:
     parts.append(f"lr {metrics['train/learning_rate']:.2e}")
     parts.append(f"{metrics['speed/tokens_per_s']:,.0f} tok/s")
     if "speed/mfu" in metrics:
-        parts.append(f"mfu {100 * metrics['speed/mfu']:.1f} %")
+        parts.append(f"{metrics['speed/model_tflops_per_device']:.0f} TFLOP/s")
+        parts.append(f"mfu {100 * metrics['speed/mfu']:.1f} % of {metrics['speed/peak_tflops_per_device']:.0f}")
     return " ".join(parts)
 
 

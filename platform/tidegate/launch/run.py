@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn
 
 from tidegate.config import ConfigError, LoadedJob, load
 from tidegate.data import TokenDataset, prepare, unigram_perplexity
+from tidegate.launch.ended import Ended
 from tidegate.launch.preflight import check_dataset, check_machine, check_space
 from tidegate.launch.report import Reporter
 from tidegate.launch.state import RunFolder, StateDir
 from tidegate.track import (
-    Delivery,
     MetricLogger,
     RunHandle,
+    RunStatus,
     finish_run,
     log_dict,
     log_file,
@@ -28,9 +30,6 @@ from tidegate.track import (
     run_url,
 )
 from tidegate.train.job import Job
-
-if TYPE_CHECKING:  # the driver need not import DeepSpeed
-    from tidegate.train.loop import Outcome
 
 __all__ = ["Request", "prepare_data", "run"]
 
@@ -63,33 +62,31 @@ def run(request: Request) -> bool:
     plan = _plan(request)
     job = plan.job
     check_machine(job, local=request.local, remote=request.address is not None)
+    if not job.resources.gpu:  # or torch and DeepSpeed take any GPU they see
+        os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+    storage = _storage(request, job)
     reporter = Reporter(job)
-    storage = job.resources.storage or str(request.state.checkpoints)
-    if "://" not in storage:
-        check_space(job, Path(storage).absolute())
-    dataset = prepare_data(job, request.state, plan.job_dir, reporter)
     if not request.local:
-        from tidegate.launch.ray_train import connect
+        from tidegate.launch.ray_train import connect, storage_filesystem
 
+        storage_filesystem(storage)
         connect(request.address, job)
+    dataset = prepare_data(job, request.state, plan.job_dir, reporter)
     run_folder, tracking = _open(request, plan, reporter)
-    if request.address and tracking.uri.startswith("sqlite"):
-        reporter.say("MLflow is a SQLite file: workers on other machines cannot write to it; set MLFLOW_TRACKING_URI")
-    reporter.header(run_folder.name, "this process" if request.local else request.address or "local Ray")
-    reporter.say(f"MLflow: {run_url(tracking)}")
-    status = "FAILED"
-    reporter.start()
+    status: RunStatus = "FAILED"
     try:
-        outcome, delivery = _train(request, job, run_folder, dataset, storage, tracking, reporter)
-        status = "FINISHED" if outcome.finished else "KILLED"
-    except KeyboardInterrupt:
+        _introduce(request, run_folder, tracking, reporter)
+        reporter.start()
+        ended = _train(request, job, run_folder, dataset, storage, tracking, reporter)
+        status = "FINISHED" if ended.outcome.finished else "KILLED"
+    except (KeyboardInterrupt, SystemExit):  # Ray ends the process on Ctrl-C
         status = "KILLED"
         raise
     finally:
         reporter.stop()
-        finish_run(tracking, status)  # type: ignore[arg-type]
-    _conclude(job, run_folder, dataset, storage, tracking, reporter, outcome, delivery)
-    return outcome.finished
+        finish_run(tracking, status)
+    _conclude(request, job, run_folder, dataset, tracking, reporter, ended)
+    return ended.outcome.finished
 
 
 def prepare_data(job: Job, state: StateDir, job_dir: Path, reporter: Reporter) -> Path:
@@ -106,13 +103,16 @@ def prepare_data(job: Job, state: StateDir, job_dir: Path, reporter: Reporter) -
             bar.update(tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
 
         folder = prepare(job.data, cache_dir=state.data, job_dir=job_dir, progress=progress)
-    check_dataset(job, folder)
+    check_dataset(job, folder, job_dir)
     return folder
 
 
 def _plan(request: Request) -> _Plan:
     if request.resume is not None:
         resumed = request.state.run(request.resume)
+        if resumed.read().local != request.local:
+            started = "with" if resumed.read().local else "without"
+            raise ConfigError(f"--resume {request.resume}: the run was started {started} --local; resume it likewise")
         loaded = load(resumed.job_file, Job, request.overrides)
         return _Plan(loaded, loaded.config, Path(resumed.read().job_dir), resumed)
     if request.job_file is None:
@@ -143,8 +143,38 @@ def _open(request: Request, plan: _Plan, reporter: Reporter) -> tuple[RunFolder,
             run_folder.folder.rmdir()  # nothing half-written: the name is free again
         raise
     if resumed is None:
-        run_folder.write(job, plan.job_dir, tracking, sys.argv)
+        run_folder.write(job, plan.job_dir, tracking, sys.argv, local=request.local)
+    else:
+        resumed.write_job(job)
     return run_folder, tracking
+
+
+def _storage(request: Request, job: Job) -> str:
+    """Where checkpoints go: a URI as it is, a folder absolute, made, and with room."""
+    storage = job.resources.storage or str(request.state.checkpoints)
+    if "://" in storage:
+        return storage
+    folder = Path(storage).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"resources.storage={storage}: cannot be used as a folder ({error.strerror})") from error
+    check_space(job, folder)
+    return str(folder)
+
+
+def _introduce(request: Request, run_folder: RunFolder, tracking: RunHandle, reporter: Reporter) -> None:
+    reporter.header(run_folder.name, "this process" if request.local else request.address or "local Ray")
+    reporter.say(f"MLflow: {run_url(tracking)}")
+    if request.address:
+        reporter.say(f"workers must see {request.state.root}: the tokens are there")
+        if tracking.uri.startswith("sqlite"):
+            reporter.say("and MLflow is a SQLite file there; set MLFLOW_TRACKING_URI to a server for several machines")
+
+
+def _checkpoint_name(run_folder: RunFolder, tracking: RunHandle) -> str:
+    """Unique also where several state directories share one storage."""
+    return f"{run_folder.name}-{tracking.run_id[:8]}"
 
 
 def _train(
@@ -155,35 +185,32 @@ def _train(
     storage: str,
     tracking: RunHandle,
     reporter: Reporter,
-) -> tuple[Outcome, Delivery]:
-    if request.local:
-        from tidegate.launch.local import run_local
+) -> Ended:
+    name = _checkpoint_name(run_folder, tracking)
+    if not request.local:
+        from tidegate.launch.ray_train import run_on_ray
 
-        logger = MetricLogger(
-            tracking.uri, tracking.run_id, spool=run_folder.spool, flush_every_s=job.track.flush_every_s
-        )
-        folder = Path(storage).absolute() / run_folder.name
-        folder.mkdir(parents=True, exist_ok=True)
-        return run_local(job, dataset, folder, logger, reporter.record)
-    from tidegate.launch.ray_train import run_on_ray
+        return run_on_ray(job, name, dataset, storage, tracking, run_folder.spool, reporter.record)
+    from tidegate.launch.local import run_local
 
-    storage = storage if "://" in storage else str(Path(storage).absolute())
-    return run_on_ray(job, run_folder.name, dataset, storage, tracking, run_folder.spool, reporter.record)
+    logger = MetricLogger(tracking.uri, tracking.run_id, spool=run_folder.spool, flush_every_s=job.track.flush_every_s)
+    folder = Path(storage) / name
+    folder.mkdir(exist_ok=True)
+    return run_local(job, dataset, folder, logger, reporter.record)
 
 
 def _conclude(
+    request: Request,
     job: Job,
     run_folder: RunFolder,
     dataset_folder: Path,
-    storage: str,
     tracking: RunHandle,
     reporter: Reporter,
-    outcome: Outcome,
-    delivery: Delivery,
+    ended: Ended,
 ) -> None:
     """Store the last artifacts and print the tables."""
-    checkpoint = f"{storage.rstrip('/')}/{run_folder.name}"
-    log_dict(tracking, {"step": outcome.step, "tokens": outcome.tokens, "folder": checkpoint}, "checkpoint.json")
+    outcome, delivery, checkpoint = ended
+    log_dict(tracking, {"step": outcome.step, "tokens": outcome.tokens, "path": checkpoint}, "checkpoint.json")
     log_file(tracking, dataset_folder / "tokenizer.json")
     if outcome.evaluation is not None:
         dataset = TokenDataset.open(dataset_folder, verify=False)
@@ -194,16 +221,16 @@ def _conclude(
         if outcome.evaluation.load_DLE is not None:
             with tempfile.TemporaryDirectory() as scratch:
                 path = Path(scratch) / "expert_load.npz"
-                np.savez(
-                    path, domains=np.array(outcome.evaluation.domains), load_DLE=np.array(outcome.evaluation.load_DLE)
-                )
+                domains, load_DLE = np.array(outcome.evaluation.domains), np.array(outcome.evaluation.load_DLE)
+                np.savez(path, domains=domains, load_DLE=load_DLE)
                 log_file(tracking, path)
     if not outcome.finished:
-        reporter.say(f"stopped at step {outcome.step}; continue with: tidegate train --resume {run_folder.name}")
+        flags = " --local" if request.local else f" --address {request.address}" if request.address else ""
+        reporter.say(f"stopped at step {outcome.step}; continue with: tidegate train --resume {run_folder.name}{flags}")
     if delivery.undelivered:
         reporter.say(
             f"MLflow did not take {delivery.undelivered} records; they are in {delivery.spool} "
             f"and go out when the run is resumed"
         )
-    reporter.say(f"checkpoints: {checkpoint}")
+    reporter.say(f"checkpoint: {checkpoint}")
     reporter.say(f"run {run_folder.name} in MLflow: {run_url(tracking)}")

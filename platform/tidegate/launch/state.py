@@ -32,6 +32,8 @@ class RunRecord(Config):
 
     job_dir: str
     """The folder that `{job}` stands for in the job's paths."""
+    local: bool
+    """Started with --local; the two launchers lay checkpoints out differently."""
     tracking_uri: str
     experiment_id: str
     run_id: str
@@ -49,17 +51,22 @@ class RunFolder:
         self.spool = folder / "undelivered_metrics.jsonl"
         self._record_file = folder / "run.json"
 
-    def write(self, job: Job, job_dir: Path, handle: RunHandle, command: list[str]) -> None:
+    def write(self, job: Job, job_dir: Path, handle: RunHandle, command: list[str], *, local: bool) -> None:
         """Store what `resume` needs."""
         record = RunRecord(
             job_dir=str(job_dir),
+            local=local,
             tracking_uri=handle.uri,
             experiment_id=handle.experiment_id,
             run_id=handle.run_id,
             command=tuple(command),
         )
-        _write_whole(self.job_file, job.model_dump_json(indent=2))
+        self.write_job(job)
         _write_whole(self._record_file, record.model_dump_json(indent=2))
+
+    def write_job(self, job: Job) -> None:
+        """Store the job as it runs now: the next resume starts from it."""
+        _write_whole(self.job_file, job.model_dump_json(indent=2))
 
     def read(self) -> RunRecord:
         """What `write` stored."""
@@ -85,8 +92,8 @@ class StateDir:
             if not version_file.exists():
                 _write_whole(version_file, LAYOUT_VERSION + "\n")
             version = version_file.read_text(encoding="utf-8").strip()
-        except OSError as error:
-            raise ConfigError(f"{self.root}: the state directory cannot be used: {error.strerror or error}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{self.root}: the state directory cannot be used: {error}") from error
         if version != LAYOUT_VERSION:
             raise ConfigError(
                 f"{version_file}: state directory of layout version {version!r}, this Tidegate writes "

@@ -100,8 +100,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(d, norm_eps) if config.qk_norm else None
         self.gate: Gate | None = None
         if not isinstance(config.gate, NoGate):
-            heads, dim = {"key": (G, d), "value": (G, d), "dense_output": (1, width)}.get(config.gate.kind, (H, d))
-            self.gate = Gate(config.gate, width, heads, dim, std)
+            self.gate = Gate(config.gate, width, *config.gate.gated_shape(width, H, G, d), std)
 
     def forward(self, x_BTD: torch.Tensor, rotary: Rotary, mask: torch.Tensor | None) -> torch.Tensor:
         """Attend.
@@ -133,7 +132,7 @@ class Attention(nn.Module):
         return self.gate(y_BTHd, x_BTD)
 
 
-_BACKENDS = [  # fastest first, as measured on an H100 (kernels/README.md)
+_BACKENDS = [  # fastest first on Hopper (docs/measurements.md)
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,

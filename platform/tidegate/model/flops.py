@@ -17,8 +17,14 @@ from tidegate.model.moe import MoEConfig
 
 __all__ = ["PEAK_BF16_FLOPS", "Cost", "costs", "total"]
 
-PEAK_BF16_FLOPS = {"NVIDIA H100": 989.4e12, "NVIDIA H200": 989.4e12, "NVIDIA A100": 312e12}
-"""Dense bf16 peak of a device by the beginning of its name, FLOP/s (data sheets); the named peak of MFU."""
+PEAK_BF16_FLOPS = {
+    "NVIDIA H100 80GB HBM3": 989.4e12,  # SXM
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989.4e12,
+    "NVIDIA A100": 312e12,
+}
+"""Dense bf16 peak of a device by the beginning of its name, FLOP/s (data sheets); what MFU is measured against."""
 
 
 class Cost(NamedTuple):
@@ -78,7 +84,7 @@ def _attention(config: AttentionConfig, D: int, sequence_length: int) -> list[Co
     gate = config.gate
     if isinstance(gate, NoGate):
         return rows
-    heads, dim = {"key": (G, d), "value": (G, d), "dense_output": (1, D)}.get(gate.kind, (H, d))
+    heads, dim = gate.gated_shape(D, H, G, d)
     out_dim = heads * (dim if gate.granularity == "elementwise" else 1)
     label = f"attention.gate ({gate.kind}, {gate.granularity})"
     return [*rows, Cost(label, out_dim, out_dim, 0.0) if gate.input == "constant" else _matrix(label, D * out_dim)]

@@ -21,9 +21,7 @@ from tidegate.model.initialisation import Draw
 from tidegate.model.layers import Linear
 from tidegate_kernels.gated_output import gated_output
 
-__all__ = ["POSITIONS", "AttentionGate", "Gate", "GateConfig", "NoGate"]
-
-POSITIONS = ("sdpa_output", "value", "key", "query", "dense_output")
+__all__ = ["AttentionGate", "Gate", "GateConfig", "NoGate"]
 
 
 class NoGate(Config):
@@ -42,6 +40,12 @@ class AttentionGate(Config):
     activation: Literal["sigmoid", "silu", "ns_sigmoid", "identity"] = "sigmoid"
     input: Literal["hidden", "constant"] = "hidden"
     """`constant` is the paper's input-independent control: zero-initialised parameters instead of X W."""
+
+    def gated_shape(self, width: int, num_heads: int, num_kv_heads: int, head_dim: int) -> tuple[int, int]:
+        """(heads, dim) of the tensor that is gated."""
+        if self.kind == "dense_output":
+            return 1, width
+        return (num_kv_heads if self.kind in ("key", "value") else num_heads), head_dim
 
     @model_validator(mode="after")
     def _dense_output_has_no_heads(self) -> AttentionGate:

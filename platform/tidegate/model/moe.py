@@ -18,7 +18,7 @@ from tidegate.model.layers import FeedForward, Linear
 from tidegate.model.routers import RouterConfig, Routing, SoftmaxTopKConfig
 from tidegate_kernels.grouped_mm import grouped_mm
 
-__all__ = ["Experts", "MoE", "MoEConfig", "RoutingStats", "SharedExpertsConfig"]
+__all__ = ["Experts", "MoE", "MoEConfig", "Permute", "RoutingStats", "SharedExpertsConfig", "inverse_permutation"]
 
 
 class SharedExpertsConfig(Config):
@@ -123,12 +123,12 @@ class MoE(nn.Module):
         routing: Routing = self.router(x_ND)
         assignments = routing.experts_NK.flatten()
         order = assignments.argsort(stable=True)
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+        inverse = inverse_permutation(order)
         counts_E = assignments.new_zeros(self.config.num_experts).scatter_add_(
             0, assignments, torch.ones_like(assignments)
         )
         rows = _FanOut.apply(x_ND, order, inverse, self.top_k)
-        outputs = _Permute.apply(self.apply_experts(rows, counts_E), inverse, order)
+        outputs = Permute.apply(self.apply_experts(rows, counts_E), inverse, order)
         per_choice_NKD = outputs.unflatten(0, (-1, self.top_k))
         mixed_ND = (per_choice_NKD.float() * routing.weights_NK.unsqueeze(-1)).sum(dim=1).to(x_ND.dtype)
         if self.shared_experts is not None:
@@ -152,6 +152,11 @@ def routing_stats(routing: Routing, counted_BT: torch.Tensor) -> RoutingStats:
     return RoutingStats(counts_BE, prob_sums_BE, (z_BT * counted).sum(dim=1))
 
 
+def inverse_permutation(order: torch.Tensor) -> torch.Tensor:
+    """`inverse[order[i]] = i`, without a second sort."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+
+
 class _FanOut(torch.autograd.Function):
     """`rows[i] = x[order[i] // K]`; the backward gathers and sums over K instead of scattering with atomics."""
 
@@ -168,7 +173,7 @@ class _FanOut(torch.autograd.Function):
         return per_choice.sum(dim=1), None, None, None
 
 
-class _Permute(torch.autograd.Function):
+class Permute(torch.autograd.Function):
     """`y[i] = x[index[i]]` for a permutation, with the inverse permutation as its backward."""
 
     @staticmethod

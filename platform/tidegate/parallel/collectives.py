@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-__all__ = ["all_gather_object", "all_reduce", "barrier", "default_device", "rank", "start", "stop", "world_size"]
+__all__ = ["HostCopy", "all_reduce", "default_device", "rank", "start", "stop", "world_size"]
 
 
 def default_device() -> torch.device:
@@ -19,8 +18,11 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
-def start() -> bool:
-    """Join the process group: Ray's if there is one, torchrun's environment, or a group of one.
+def start(*, alone: bool = False) -> bool:
+    """Join the process group: the launcher's if there is one, else the environment's (torchrun), or a group of one.
+
+    Args:
+        alone: make a group of one whatever the environment says.
 
     Returns:
         Whether this call made the group, so that the caller should `stop` it.
@@ -30,7 +32,7 @@ def start() -> bool:
         torch.cuda.set_device(device)
     if dist.is_initialized():
         return False
-    if "RANK" not in os.environ:
+    if alone or "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     cuda = device.type == "cuda"
     dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
@@ -49,21 +51,28 @@ def world_size() -> int:
     return dist.get_world_size()
 
 
-def barrier() -> None:
-    dist.barrier()
-
-
 def all_reduce(tensor: torch.Tensor) -> None:
     """Sum over all ranks, in place."""
     if dist.get_world_size() > 1:
         dist.all_reduce(tensor)
 
 
-def all_gather_object(value: Any) -> list[Any]:
-    """One picklable object of every rank, in rank order, on every rank."""
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
+class HostCopy:
+    """A device scalar on its way to the host: reading it later does not wait for work queued after the copy."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self._event = None
+        self._host = value
+        if value.is_cuda:
+            self._host = torch.empty_like(value, device="cpu", pin_memory=True)
+            self._host.copy_(value, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> float:
+        if self._event is not None:
+            self._event.synchronize()
+        return float(self._host)
 
 
 def _free_port() -> str:

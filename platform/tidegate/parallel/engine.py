@@ -116,8 +116,9 @@ class Engine:
         collectives.all_reduce(experts)
         norm = (dense + experts / self._expert_replicas).sqrt()
         if self._clip > 0:
+            factor = (self._clip / (norm + 1e-6)).clamp(max=1.0)
             for _, gradient in gradients:
-                gradient.mul_((self._clip / (norm + 1e-6)).clamp(max=1.0))
+                gradient.mul_(factor)
         return norm
 
     def set_learning_rate(self, learning_rate: float) -> None:
@@ -137,10 +138,18 @@ class Engine:
         self._engine.save_checkpoint(str(folder), tag=_TAG, client_state={"tidegate": state})
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Load a checkpoint written at the same layout; returns the trainer's `state`."""
+        """Load a checkpoint written at the same layout; returns the trainer's `state`.
+
+        Weights, moments and counts come from the checkpoint; AdamW's settings and the clip stay those of the job.
+        """
+        groups = self._engine.optimizer.param_groups
+        settings = [{key: group[key] for key in ("betas", "eps", "weight_decay")} for group in groups]
         path, state = self._engine.load_checkpoint(str(folder), tag=_TAG)
-        if path is None:
-            raise FileNotFoundError(f"no checkpoint in {folder}")
+        assert path is not None, folder
+        for group, setting in zip(self._engine.optimizer.param_groups, settings, strict=True):
+            group.update(setting)
+        if not self._clips_itself:
+            self._engine.optimizer.clip_grad = self._clip
         return state["tidegate"]
 
 

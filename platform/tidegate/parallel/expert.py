@@ -30,7 +30,7 @@ from deepspeed.module_inject.auto_ep_folding import mark_autoep_folding_router_p
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, _AllToAllV, compute_split_plan
 
 from tidegate.model.decoder import Decoder
-from tidegate.model.moe import Experts, MoE, MoEConfig
+from tidegate.model.moe import Experts, MoE, MoEConfig, Permute, inverse_permutation
 
 __all__ = ["ExpertParallelMoE", "tag_parameters"]
 
@@ -83,9 +83,11 @@ class ExpertParallelMoE(MoE, AutoEPMoELayer):
         expert_of_block = torch.arange(self.num_local_experts, device=rows_ND.device).repeat(self.ep_size)
         expert_of_row = expert_of_block.repeat_interleave(counts_Re.flatten(), output_size=received.shape[0])
         order = expert_of_row.argsort(stable=True)
-        outputs = self.experts(received.index_select(0, order), counts_Re.sum(dim=0))
-        restored = torch.zeros_like(outputs).index_copy(0, order, outputs)
-        return _AllToAllV.apply(self.ep_group, restored, plan.output_splits, plan.input_splits)
+        inverse = inverse_permutation(order)
+        outputs = self.experts(Permute.apply(received, order, inverse), counts_Re.sum(dim=0))
+        return _AllToAllV.apply(
+            self.ep_group, Permute.apply(outputs, inverse, order), plan.output_splits, plan.input_splits
+        )
 
     def tag_parameters(self) -> None:
         """Tell DeepSpeed which parameters are expert-parallel. Call when they are allocated for good."""

@@ -59,7 +59,7 @@ class MetricLogger:
         flush_every_s: seconds between two deliveries.
 
     Raises:
-        ValueError: `spool` holds another run's records, or is no spool.
+        ConfigError: `spool` holds another run's records, or is no spool.
     """
 
     def __init__(self, uri: str, run_id: str, *, spool: Path, flush_every_s: float = 2.0) -> None:

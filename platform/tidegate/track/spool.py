@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from tidegate.config import ConfigError
+
 TOKENS = "tokens"
 """The metric that every record carries last: training tokens seen."""
 
@@ -44,13 +46,13 @@ class Spool:
         """The records that an earlier process left, oldest first.
 
         Raises:
-            ValueError: the file belongs to another run, or is no spool.
+            ConfigError: the file belongs to another run, or is no spool.
         """
         if not self.path.exists():
             return []
         contents = read_spool(self.path)
         if contents.run_id != self._run_id:
-            raise ValueError(
+            raise ConfigError(
                 f"spool {self.path} holds metrics of run {contents.run_id}, not of {self._run_id}; replay or move it"
             )
         if contents.torn:
@@ -86,7 +88,7 @@ def read_spool(path: Path) -> SpoolContents:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no spool; the message names the line.
+        ConfigError: it is no spool; the message names the line.
     """
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     torn = bool(lines) and not lines[-1].endswith("\n")
@@ -98,7 +100,7 @@ def read_spool(path: Path) -> SpoolContents:
             entry = json.loads(line)
             records.append(Record(int(entry["timestamp_ms"]), int(entry["step"]), dict(entry["metrics"])))
     except (IndexError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a metric spool after {len(records)} records") from error
+        raise ConfigError(f"{path}: not a metric spool after {len(records)} records") from error
     return SpoolContents(run_id, records, torn)
 
 

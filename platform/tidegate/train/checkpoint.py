@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 
 from tidegate import __version__
-from tidegate.config import ConfigError
+from tidegate.config import ConfigError, diff, flatten
 from tidegate.parallel import collectives
 from tidegate.parallel.engine import Engine
 from tidegate.train.job import Job
 
-__all__ = ["Position", "load", "peek", "save"]
+__all__ = ["Position", "load", "save"]
 
 _ABOUT = "tidegate.json"
 
@@ -41,7 +41,13 @@ def save(folder: Path, engine: Engine, job: Job, position: Position) -> None:
     engine.save(folder, position._asdict())
     torch.save(_generators(), folder / _generator_file())
     if collectives.rank() == 0:
-        about = {"version": __version__, "layout": _layout(job), "step": position.step, "tokens": position.tokens}
+        about = {
+            "version": __version__,
+            "step": position.step,
+            "tokens": position.tokens,
+            "layout": _layout(job),
+            "model": job.model.model_dump(mode="json"),
+        }
         (folder / _ABOUT).write_text(json.dumps(about, indent=2), encoding="utf-8")
 
 
@@ -49,25 +55,25 @@ def load(folder: Path, engine: Engine, job: Job) -> Position:
     """Restore engine and generators from a checkpoint of the same layout; every rank must call it.
 
     Raises:
-        ConfigError: the folder holds no checkpoint, or one of another layout.
+        ConfigError: the folder holds no checkpoint, or one of another layout or model.
     """
-    stored = peek(folder)["layout"]
-    for field, ours in _layout(job).items():
-        if stored[field] != ours:
-            raise ConfigError(
-                f"{folder}: the checkpoint was written at {field}={stored[field]}, this job has {field}={ours}; "
-                "resume at the layout of the checkpoint"
-            )
+    about = _about(folder)
+    stored = about["layout"] | {f"model.{field}": value for field, value in flatten(about["model"]).items()}
+    wanted = _layout(job) | {f"model.{field}": value for field, value in flatten(job.model).items()}
+    for field in diff(stored, wanted):
+        raise ConfigError(
+            f"{folder}: the checkpoint was written at {field}={stored.get(field)}, this job has "
+            f"{field}={wanted.get(field)}; resume with the checkpoint's"
+        )
     state = engine.load(folder)
     generators = torch.load(folder / _generator_file(), weights_only=True)
     torch.set_rng_state(generators["cpu"])
-    if "cuda" in generators:
+    if "cuda" in generators and engine.device.type == "cuda":
         torch.cuda.set_rng_state(generators["cuda"])
     return Position(**state)
 
 
-def peek(folder: Path) -> dict[str, Any]:
-    """The JSON of a checkpoint."""
+def _about(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:

@@ -124,11 +124,15 @@ class Job(Config):
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> Job:
-        schedule = self.optimizer.schedule
-        used = schedule.warmup_tokens + (schedule.decay_tokens if schedule.kind == "wsd" else 1)
-        if used > self.train.tokens:
+        schedule, tokens = self.optimizer.schedule, self.train.tokens
+        if schedule.warmup_tokens >= tokens:
             raise ValueError(
-                f"optimizer.schedule warms up and decays over {used} tokens, more than train.tokens={self.train.tokens}"
+                f"optimizer.schedule.warmup_tokens={schedule.warmup_tokens} leaves nothing of train.tokens={tokens}"
+            )
+        if schedule.kind == "wsd" and schedule.warmup_tokens + schedule.decay_tokens > tokens:
+            raise ValueError(
+                f"optimizer.schedule.warmup_tokens={schedule.warmup_tokens} and decay_tokens={schedule.decay_tokens} "
+                f"are more than train.tokens={tokens}"
             )
         return self
 

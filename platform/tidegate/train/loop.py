@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -67,25 +67,26 @@ def train(job: Job, world: World) -> Outcome:
     )
     engine = build_engine(job)
     balancer = build_balancer(job)
-    start = _resume(job, world, engine, loader)
+    step, tokens = _resume(job, world, engine, loader)
     throughput = Throughput(job, peak_flops(engine.device))
     isolate = job.data.documents == "isolate"
 
-    step, evaluation, stopping = start, None, False
-    while step < job.total_steps and not stopping:
+    evaluation, stopping = None, False
+    while tokens < job.train.tokens and not stopping:
         batch = next(loader)
         step += 1
-        tokens = step * job.train.batch_tokens
+        tokens += job.train.batch_tokens
         learning_rate = job.optimizer.schedule.at(tokens, job.train.tokens)
         engine.set_learning_rate(learning_rate)
-        losses = train_step(engine, balancer, batch, isolate=isolate)
+        losses, stops = train_step(engine, balancer, batch, isolate=isolate, stop=world.should_stop())
         if balancer is not None and job.balance.bias_rate > 0:
             update_biases(engine.model, balancer.step_counts(), job.balance.bias_rate)
         throughput.count(job.train.batch_tokens)
 
-        last = step == job.total_steps
-        if step % job.train.log_every == 0 or last:
-            metrics, stopping = _read_losses(job, losses, world.should_stop(), engine)
+        last = tokens >= job.train.tokens
+        stopping = stops.read() > 0  # waits for the beginning of this step, not for its end
+        if step % job.train.log_every == 0 or last or stopping:
+            metrics = _read_losses(job, losses)
             metrics |= throughput.read() | {"train/learning_rate": learning_rate}
             metrics["train/gradient_norm"] = engine.gradient_norm()
             if balancer is not None:
@@ -100,7 +101,8 @@ def train(job: Job, world: World) -> Outcome:
             evaluation = evaluate(engine, job, dataset)
             _record(world, Record(step, tokens, _evaluation_metrics(evaluation)))
             throughput.restart()
-    return Outcome(step, step * job.train.batch_tokens, not stopping or step == job.total_steps, evaluation)
+    loader.close()
+    return Outcome(step, tokens, tokens >= job.train.tokens, evaluation)
 
 
 def build_engine(job: Job) -> Engine:
@@ -127,12 +129,13 @@ def build_balancer(job: Job) -> Balancer | None:
     return Balancer(job.balance, collectives.all_reduce, collectives.world_size(), job.accumulation)
 
 
-def _resume(job: Job, world: World, engine: Engine, loader: TrainLoader) -> int:
+def _resume(job: Job, world: World, engine: Engine, loader: TrainLoader) -> tuple[int, int]:
+    """Steps and tokens that are behind us."""
     if world.resume_from is None:
-        return 0
+        return 0, 0
     position = checkpoint.load(world.resume_from, engine, job)
     loader.load_state_dict(position.data)
-    return position.step
+    return position.step, position.tokens
 
 
 def _save(job: Job, world: World, engine: Engine, loader: TrainLoader, step: int, tokens: int) -> None:
@@ -146,18 +149,18 @@ def _record(world: World, record: Record) -> None:
         world.record(record)
 
 
-def _read_losses(job: Job, losses: StepLosses, stop: bool, engine: Engine) -> tuple[dict[str, float], bool]:
-    """Sum the step's losses over ranks and read them, with whether any rank was asked to stop: the one host sync."""
-    values = torch.stack([*losses, torch.tensor(float(stop), device=engine.device)])
+def _read_losses(job: Job, losses: StepLosses) -> dict[str, float]:
+    """Sum the step's losses over ranks and read them: the one host sync of a record."""
+    values = torch.stack([*losses])
     collectives.all_reduce(values)
-    nll, load_balancing, z, stops = values.tolist()
-    metrics: dict[str, Any] = {"train/loss": nll}
+    nll, load_balancing, z = values.tolist()
+    metrics = {"train/loss": nll}
     if isinstance(job.model.ffn, MoEConfig):
         if job.balance.loss_weight > 0:
             metrics["balance/lbl"] = load_balancing / (job.balance.loss_weight * job.model.num_layers)
         if job.balance.z_loss_weight > 0:
             metrics["balance/z"] = z / (job.balance.z_loss_weight * job.model.num_layers)
-    return metrics, stops > 0
+    return metrics
 
 
 def _evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:

@@ -20,7 +20,7 @@ from tidegate.model.moe import MoE
 from tidegate.parallel import collectives
 from tidegate.parallel.engine import Engine
 
-__all__ = ["StepLosses", "train_step", "update_biases"]
+__all__ = ["StepLosses", "StepResult", "train_step", "update_biases"]
 
 
 class StepLosses(NamedTuple):
@@ -34,6 +34,12 @@ class StepLosses(NamedTuple):
     """Weighted z-loss, summed over layers."""
 
 
+class StepResult(NamedTuple):
+    losses: StepLosses
+    stops: collectives.HostCopy
+    """How many ranks had been asked to stop when the step began."""
+
+
 class _MicroBatch(NamedTuple):
     tokens_BT: torch.Tensor
     labels_BT: torch.Tensor
@@ -41,7 +47,9 @@ class _MicroBatch(NamedTuple):
     documents_BT: torch.Tensor | None
 
 
-def train_step(engine: Engine, balancer: Balancer | None, batch: StepBatch, *, isolate: bool) -> StepLosses:
+def train_step(
+    engine: Engine, balancer: Balancer | None, batch: StepBatch, *, isolate: bool, stop: bool = False
+) -> StepResult:
     """Forward and backward of every micro-batch, then the optimizer.
 
     Args:
@@ -49,14 +57,17 @@ def train_step(engine: Engine, balancer: Balancer | None, batch: StepBatch, *, i
         balancer: of the job; counts what this step routes. None for a dense model.
         batch: this rank's part, on the host.
         isolate: keep attention inside documents.
+        stop: whether this rank was asked to stop; it shares the step's first collective.
 
     Returns:
-        Losses on the device: reading them is the caller's host sync.
+        Losses on the device, so that reading them is the caller's host sync, and who wants to stop.
     """
     micro_batches = _to_device(batch, engine.device, isolate)
-    step_tokens = torch.stack([mb.counted_BT.sum() for mb in micro_batches]).sum().float()
-    collectives.all_reduce(step_tokens)
-    step_tokens.clamp_(min=1)
+    own_tokens = torch.stack([mb.counted_BT.sum() for mb in micro_batches]).sum().double()
+    shared = torch.stack([own_tokens, torch.full_like(own_tokens, stop)])
+    collectives.all_reduce(shared)
+    stops = collectives.HostCopy(shared[1])
+    step_tokens = shared[0].clamp(min=1).float()
     if balancer is not None:
         balancer.begin_step(_count(engine, micro_batches) if balancer.needs_counting_pass else None)
     copies = collectives.world_size() * len(micro_batches)
@@ -68,7 +79,7 @@ def train_step(engine: Engine, balancer: Balancer | None, batch: StepBatch, *, i
             losses += balancer.losses(output.stats, mb.counted_BT.float().sum(dim=1), step_tokens)
         engine.backward(sum(losses[1:], losses[0]))
         total[: len(losses)] += torch.stack([loss.detach() for loss in losses]) / copies
-    return StepLosses(*total)
+    return StepResult(StepLosses(*total), stops)
 
 
 def update_biases(model: Decoder, counts_LE: torch.Tensor, rate: float) -> None:

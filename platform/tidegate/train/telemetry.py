@@ -27,14 +27,13 @@ class Throughput:
 
     Args:
         job: whose model FLOPs count.
-        workers: devices that share the work.
-        peak: FLOP/s of one device, or None where none is known (a CPU): then no MFU.
+        peak: FLOP/s of one device, or None where none is known (a CPU, or fp32): then no MFU.
     """
 
     def __init__(self, job: Job, peak: float | None) -> None:
         self._flops_per_token = total(job.model, job.data.sequence_length).flops_per_token
         self._devices = job.resources.workers
-        self._peak = peak
+        self._peak = peak if job.train.precision == "bf16" else None
         self._since = time.monotonic()
         self._tokens = 0
 
@@ -49,6 +48,7 @@ class Throughput:
         metrics = {"speed/tokens_per_s": tokens_per_s, "speed/model_tflops_per_device": flops / 1e12}
         if self._peak is not None:
             metrics["speed/mfu"] = flops / self._peak
+            metrics["speed/peak_tflops_per_device"] = self._peak / 1e12
         self.restart()
         return metrics
 

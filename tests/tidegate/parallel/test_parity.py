@@ -6,7 +6,9 @@ process without engine that sees the whole batch; the truth of training is the e
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,7 +53,14 @@ def part_of(step: int, accumulation: int) -> StepBatch:
     return StepBatch(tokens[mine], documents[mine], counted[mine], torch.zeros_like(mine))
 
 
-def engine_for(parallel: ParallelConfig, accumulation: int, precision: Any = "fp32", clip: float = 0.0) -> Any:
+def engine_for(
+    parallel: ParallelConfig,
+    accumulation: int,
+    precision: Any = "fp32",
+    clip: float = 0.0,
+    recompute: bool = False,
+    weight_decay: float = 0.1,
+) -> Any:
     from tidegate.parallel.engine import Engine
 
     return Engine(
@@ -63,17 +72,17 @@ def engine_for(parallel: ParallelConfig, accumulation: int, precision: Any = "fp
         accumulation=accumulation,
         betas=(0.9, 0.95),
         eps=1e-8,
-        weight_decay=0.1,
+        weight_decay=weight_decay,
         gradient_clip=clip,
-        recompute=False,
+        recompute=recompute,
     )
 
 
 def reduced_gradients(balance: BalanceConfig, accumulation: int, expert: int) -> dict[str, torch.Tensor]:
-    """Gradients after the engine's reduction, of one step."""
+    """Gradients after the engine's reduction, of one step; activations are recomputed where M = 2."""
     from tidegate.train.step import train_step
 
-    engine = engine_for(ParallelConfig(expert=expert, zero_stage=0), accumulation)
+    engine = engine_for(ParallelConfig(expert=expert, zero_stage=0), accumulation, recompute=accumulation == 2)
     inner, gradients = engine._engine, {}
     step = inner.step
 
@@ -126,6 +135,7 @@ def test_gradients_of_a_global_batch_are_those_of_one_process(on_ranks: Any, wor
     cuts = [(accumulation, expert) for accumulation in (1, 2, 4) for expert in sorted({1, min(2, world_size)})]
     for results in zip(*on_ranks(world_size, gradients_at, cuts, EXACT), strict=True):
         for rank, gradients in enumerate(results):
+            assert gradients.keys() == truth.keys()
             for name, gradient in gradients.items():
                 expected = truth[name]
                 if gradient.shape != expected.shape:  # this rank's experts
@@ -158,7 +168,8 @@ def train_losses(layouts: list[Layout], precision: str) -> list[list[list[float]
         steps = []
         for step in range(5):
             engine.set_learning_rate(1e-2)
-            losses = torch.stack(train_step(engine, balancer, part_of(step, accumulation), isolate=True))
+            result = train_step(engine, balancer, part_of(step, accumulation), isolate=True)
+            losses = torch.stack(result.losses)
             update_biases(engine.model, balancer.step_counts(), balance.bias_rate)
             collectives.all_reduce(losses)
             steps.append([*losses.tolist(), engine.gradient_norm()])
@@ -219,9 +230,67 @@ def all_dead_but_one() -> float:
     for block in engine.model.blocks:
         block.ffn.router.expert_bias[:3] = 1000.0
     balancer = Balancer(EXACT, collectives.all_reduce, collectives.world_size(), 1)
-    losses = train_step(engine, balancer, part_of(0, 1), isolate=True)
-    return float(losses.nll)
+    return float(train_step(engine, balancer, part_of(0, 1), isolate=True).losses.nll)
 
 
 def test_a_rank_whose_experts_get_no_rows_takes_part(on_ranks: Callable[..., list[float]]) -> None:
     assert all(torch.isfinite(torch.tensor(loss)) for loss in on_ranks(2, all_dead_but_one))
+
+
+def continue_from_checkpoint(
+    folder: str, layouts: list[Layout], precision: str
+) -> list[tuple[list[float], list[float]]]:
+    """Per layout: losses of steps 3 and 4 straight through, and from a checkpoint taken after step 2."""
+    from tidegate.train.step import train_step, update_biases
+
+    def steps(engine: Any, accumulation: int, which: range) -> list[float]:
+        balance = BalanceConfig(bias_rate=0.01)
+        balancer = Balancer(balance, collectives.all_reduce, collectives.world_size(), accumulation)
+        losses = []
+        for step in which:
+            engine.set_learning_rate(1e-2)
+            result = train_step(engine, balancer, part_of(step, accumulation), isolate=True)
+            update_biases(engine.model, balancer.step_counts(), balance.bias_rate)
+            losses += [*torch.stack(result.losses).tolist(), engine.gradient_norm()]
+        return losses
+
+    runs = []
+    for number, (expert, zero_stage, accumulation) in enumerate(layouts):
+        parallel = ParallelConfig(expert=expert, zero_stage=zero_stage)
+        # Each rank writes to a folder of its own, as on Ray; the folders are merged before loading.
+        own, merged = Path(folder) / f"{number}-rank{collectives.rank()}", Path(folder) / f"{number}-merged"
+        engine = engine_for(parallel, accumulation, precision, clip=0.3)
+        steps(engine, accumulation, range(3))
+        engine.save(own, {"step": 3})
+        straight = steps(engine, accumulation, range(3, 5))
+        shutil.copytree(own, merged, dirs_exist_ok=True)
+        torch.distributed.barrier()
+        resumed = engine_for(parallel, accumulation, precision, clip=0.3, weight_decay=0.1)
+        assert resumed.load(merged) == {"step": 3}
+        runs.append((straight, steps(resumed, accumulation, range(3, 5))))
+    return runs
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_checkpoint_continues_bitwise_at_every_zero_stage(on_ranks: Any, tmp_path: Path, precision: str) -> None:
+    layouts = [(2, 1, 1), (2, 2, 2), (2, 0, 1)]
+    for rank in on_ranks(4, continue_from_checkpoint, str(tmp_path), layouts, precision):
+        for layout, (straight, resumed) in zip(layouts, rank, strict=True):
+            assert resumed == straight, layout
+
+
+def settings_after_load(folder: str) -> list[tuple[float, float]]:
+    found = []
+    for zero_stage in (0, 1, 2):
+        parallel = ParallelConfig(zero_stage=zero_stage)
+        engine_for(parallel, 1, clip=0.3).save(Path(folder) / str(zero_stage), {})
+        engine = engine_for(parallel, 1, clip=9.0, weight_decay=0.5)
+        engine.load(Path(folder) / str(zero_stage))
+        inner = engine._engine.optimizer
+        decay = max(group["weight_decay"] for group in inner.param_groups)
+        found.append((decay, engine._clip if zero_stage == 0 else inner.clip_grad))
+    return found
+
+
+def test_a_resumed_job_keeps_its_own_optimizer_settings(on_ranks: Any, tmp_path: Path) -> None:
+    assert on_ranks(1, settings_after_load, str(tmp_path)) == [[(0.5, 9.0)] * 3]
