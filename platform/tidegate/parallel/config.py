@@ -16,7 +16,8 @@ class ParallelConfig(Config):
     """Ranks that share one copy of the experts (EP). Ranks r and r + 1 are neighbours in a group; the world is
     EP x expert-data-parallel, and every rank is data parallel for all other parameters."""
     zero_stage: Literal[0, 1, 2] = 1
-    """What DeepSpeed spreads over data-parallel ranks: 0 nothing, 1 optimizer state, 2 gradients too."""
+    """What DeepSpeed spreads over data-parallel ranks: 0 nothing, 1 optimizer state, 2 gradients too. With bf16, stages
+    1 and 2 sum gradients in fp32; at 0 DeepSpeed sums them in bf16, which loses digits at large accumulation."""
 
     def problem(self, world_size: int, num_experts: int | None) -> str | None:
         """Why this layout cannot run, or None."""

@@ -68,6 +68,9 @@ class Engine:
             _parameter_groups(model, weight_decay), lr=0.0, betas=betas, eps=eps, fused=self.device.type == "cuda"
         )
         _quiet_and_uncompiled(self.device)
+        # Sums of bf16 gradients over micro-batches and ranks lose digits with every term; DeepSpeed sums in fp32 from
+        # ZeRO 1 on.
+        fp32_sums = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -79,6 +82,7 @@ class Engine:
                 "bf16": {"enabled": precision == "bf16"},
                 "zero_optimization": {"stage": parallel.zero_stage},
                 "zero_allow_untested_optimizer": True,
+                **(fp32_sums if precision == "bf16" and parallel.zero_stage > 0 else {}),
             },
         )
 

@@ -68,7 +68,7 @@ def engine_for(
         parallel,
         precision=precision,
         seed=0,
-        micro_batch=SEQUENCES // collectives.world_size() // accumulation,
+        micro_batch=max(1, SEQUENCES // collectives.world_size() // accumulation),
         accumulation=accumulation,
         betas=(0.9, 0.95),
         eps=1e-8,
@@ -294,3 +294,25 @@ def settings_after_load(folder: str) -> list[tuple[float, float]]:
 
 def test_a_resumed_job_keeps_its_own_optimizer_settings(on_ranks: Any, tmp_path: Path) -> None:
     assert on_ranks(1, settings_after_load, str(tmp_path)) == [[(0.5, 9.0)] * 3]
+
+
+def norms_of_repeated_micro_batches(repeats: list[int], zero_stage: int) -> list[float]:
+    """Gradient norm in bf16 of one sequence, taken that many times as a step's micro-batches."""
+    from tidegate.train.step import train_step
+
+    norms = []
+    for accumulation in repeats:
+        engine = engine_for(ParallelConfig(zero_stage=zero_stage), accumulation, "bf16")
+        balancer = Balancer(BalanceConfig(scope="micro_batch"), collectives.all_reduce, 1, accumulation)
+        tokens, documents, counted = (t[:1].expand(accumulation, 1, -1) for t in global_batch(0))
+        batch = StepBatch(tokens, documents, counted, torch.zeros(accumulation, 1, dtype=torch.int64))
+        train_step(engine, balancer, batch, isolate=True)
+        norms.append(engine.gradient_norm())
+    return norms
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_bf16_gradients_are_summed_in_fp32(on_ranks: Any, zero_stage: int) -> None:
+    """128 equal micro-batches have the gradient of one; sums in bf16 would be off by several tenths of a percent."""
+    ((once, often),) = on_ranks(1, norms_of_repeated_micro_batches, [1, 128], zero_stage)
+    assert often == pytest.approx(once, rel=1e-4)
