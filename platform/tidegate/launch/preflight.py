@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -37,10 +38,12 @@ def check_machine(job: Job, *, local: bool, remote: bool) -> None:
 
 
 def check_space(job: Job, storage: Path) -> None:
-    """Room for the checkpoints that are kept and the one being written."""
+    """A folder that can be written, with room for the checkpoints that are kept and the one being written."""
     params = total(job.model, job.data.sequence_length).params
     needed = params * BYTES_PER_PARAMETER * (job.resources.keep_checkpoints + 1)
     existing = next(p for p in [storage, *storage.parents] if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigError(f"resources.storage={storage}: {existing} is not a folder that can be written to")
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise ConfigError(

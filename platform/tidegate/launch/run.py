@@ -150,15 +150,11 @@ def _open(request: Request, plan: _Plan, reporter: Reporter) -> tuple[RunFolder,
 
 
 def _storage(request: Request, job: Job) -> str:
-    """Where checkpoints go: a URI as it is, a folder absolute, made, and with room."""
+    """Where checkpoints go: a URI as it is, a folder absolute, and with room."""
     storage = job.resources.storage or str(request.state.checkpoints)
     if "://" in storage:
         return storage
     folder = Path(storage).absolute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"resources.storage={storage}: cannot be used as a folder ({error.strerror})") from error
     check_space(job, folder)
     return str(folder)
 
@@ -195,7 +191,7 @@ def _train(
 
     logger = MetricLogger(tracking.uri, tracking.run_id, spool=run_folder.spool, flush_every_s=job.track.flush_every_s)
     folder = Path(storage) / name
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     return run_local(job, dataset, folder, logger, reporter.record)
 
 

@@ -55,6 +55,9 @@ class Tidegate:
                 found.setdefault(step, set()).add(value)
         return found
 
+    def checkpoints(self, run: str) -> list[Path]:
+        return sorted(self.state.glob(f"checkpoints/{run}-*/step_*"))
+
     def run_status(self, run: str) -> str:
         record = json.loads((self.state / "runs" / run / "run.json").read_text())
         with closing(sqlite3.connect(self.state / "mlflow" / "mlflow.db")) as store:
@@ -85,7 +88,7 @@ def test_a_killed_and_resumed_run_has_the_losses_of_one_that_was_left_alone(
     tidegate.wait_for_step(process, 5)
     process.kill()
     process.wait()
-    checkpoints = sorted(p.name for p in (tidegate.state / "checkpoints" / "tiny-2").glob("step_*"))
+    checkpoints = tidegate.checkpoints("tiny-2")
     assert checkpoints, "nothing saved before the kill"
     assert len(checkpoints) <= 2
 
@@ -102,25 +105,29 @@ def test_a_killed_and_resumed_run_has_the_losses_of_one_that_was_left_alone(
 
 @pytest.mark.slow
 def test_sigterm_saves_and_says_how_to_go_on(tidegate: Tidegate, tiny_job: Callable[..., Path]) -> None:
-    process = tidegate.start(str(tiny_job(train={"tokens": 512_000, "save_every": 1000})), *LOCAL)
+    settings = {"tokens": 512_000, "save_every": 1000, "log_every": 2}
+    process = tidegate.start(str(tiny_job(train=settings)), *LOCAL)
     deadline = time.monotonic() + 120
-    while "step 3/" not in tidegate.output.read_text():
+    while "step 4/" not in tidegate.output.read_text():
         assert process.poll() is None, tidegate.output.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 143
-    assert "tidegate train --resume tiny-1" in tidegate.output.read_text()
-    assert len(list((tidegate.state / "checkpoints" / "tiny-1").glob("step_*"))) == 1
+    assert "tidegate train --resume tiny-1 --local" in tidegate.output.read_text()
+    assert len(tidegate.checkpoints("tiny-1")) == 1
     assert tidegate.run_status("tiny-1") == "KILLED"
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_another_layout_is_refused_by_name(tidegate: Tidegate, tiny_job: Callable[..., Path]) -> None:
+def test_what_a_checkpoint_does_not_fit_is_refused_by_name(tidegate: Tidegate, tiny_job: Callable[..., Path]) -> None:
     tidegate.run(str(tiny_job(train={"tokens": 1024})), *LOCAL)
-    printed = tidegate.run(
-        "--resume", "tiny-1", *LOCAL, "--set", "train.tokens=2048", "--set", "parallel.zero_stage=2", status=2
-    )
+    longer = ["--resume", "tiny-1", "--set", "train.tokens=2048"]
+    printed = tidegate.run(*longer, *LOCAL, "--set", "model.attention.num_kv_heads=4", status=2)
+    assert "model.attention.num_kv_heads=2, this job has model.attention.num_kv_heads=4" in printed
+    printed = tidegate.run(*longer, status=2)
+    assert "the run was started with --local; resume it likewise" in printed
+    printed = tidegate.run("--resume", "tiny-1", *LOCAL, "--set", "parallel.zero_stage=2", status=2)
     assert "parallel.zero_stage=1, this job has parallel.zero_stage=2" in printed
 
 

@@ -75,12 +75,12 @@ CONFLICTS = {
         "data.tokenizer.vocab_size=5000 is more than model.vocab_size=4096; make them equal",
     ),
     "warm-up": (
-        ["optimizer.schedule.warmup_tokens=1200001"],
-        "optimizer.schedule warms up and decays over 1200001 tokens, more than train.tokens=1200000",
+        ["optimizer.schedule.warmup_tokens=1200000"],
+        "optimizer.schedule.warmup_tokens=1200000 leaves nothing of train.tokens=1200000",
     ),
     "decay": (
         ["optimizer.schedule={kind: wsd, peak: 1e-3, warmup_tokens: 400000, decay_tokens: 800001}"],
-        "optimizer.schedule warms up and decays over 1200001 tokens, more than train.tokens=1200000",
+        "optimizer.schedule.warmup_tokens=400000 and decay_tokens=800001 are more than train.tokens=1200000",
     ),
     "bias of a dense model": (
         [DENSE, "parallel.expert=1", "balance.bias_rate=1e-3"],
