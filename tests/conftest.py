@@ -1,10 +1,10 @@
-"""Fixtures that more than one folder uses: a tiny job on generated text, and real process groups."""
+"""Fixtures that more than one folder uses: a tiny job on generated text, real process groups, poisoned memory."""
 
 from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,26 @@ def tiny_job(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """`torch.empty` returns NaN, so a value that nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def seeded_single_thread() -> Iterator[None]:
+    """Threads cost more than they bring at these sizes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+    torch.set_num_threads(threads)
 
 
 def _rank_main(rank: int, world_size: int, rendezvous: str, out: str, function: Callable[..., Any], args: Any) -> None:

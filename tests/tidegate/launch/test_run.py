@@ -40,7 +40,7 @@ class Tidegate:
 
     def wait_for_step(self, process: subprocess.Popen[str], step: int) -> None:
         deadline = time.monotonic() + 120
-        while f"step {step}/{STEPS}" not in self.output.read_text():
+        while f"step {step}/" not in self.output.read_text():
             assert process.poll() is None, self.output.read_text()
             assert time.monotonic() < deadline, self.output.read_text()
             time.sleep(0.01)
@@ -107,11 +107,7 @@ def test_a_killed_and_resumed_run_has_the_losses_of_one_that_was_left_alone(
 def test_sigterm_saves_and_says_how_to_go_on(tidegate: Tidegate, tiny_job: Callable[..., Path]) -> None:
     settings = {"tokens": 512_000, "save_every": 1000, "log_every": 2}
     process = tidegate.start(str(tiny_job(train=settings)), *LOCAL)
-    deadline = time.monotonic() + 120
-    while "step 4/" not in tidegate.output.read_text():
-        assert process.poll() is None, tidegate.output.read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    tidegate.wait_for_step(process, 4)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 143
     assert "tidegate train --resume tiny-1 --local" in tidegate.output.read_text()
@@ -165,11 +161,7 @@ def test_sigterm_to_the_driver_stops_ray_workers_after_a_checkpoint_and_resume_g
 ) -> None:
     job = str(tiny_job(resources={"workers": 2}, train={"tokens": 512 * 400, "save_every": 1000}))
     process = tidegate.start(job)
-    deadline = time.monotonic() + 120
-    while "step 3/" not in tidegate.output.read_text():
-        assert process.poll() is None, tidegate.output.read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    tidegate.wait_for_step(process, 3)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=120) == 143, tidegate.output.read_text()
     stopped_at = max(tidegate.losses("tiny-1"))

@@ -5,7 +5,7 @@ Letters: B batch, T tokens, D width, H query heads, G key/value heads, d head wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -19,23 +19,8 @@ from tidegate_kernels.gated_output import ACTIVATIONS
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """`torch.empty` returns NaN, so a value that nobody wrote shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
-@pytest.fixture(autouse=True)
-def seeded_single_thread() -> Iterator[None]:
-    """Threads cost more than they bring at these sizes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
-    torch.set_num_threads(threads)
+def _numerics(poisoned_memory: None, seeded_single_thread: None) -> None:
+    pass
 
 
 def _initialise(module: nn.Module, seed: int = 0) -> nn.Module:
