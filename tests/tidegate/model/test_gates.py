@@ -19,7 +19,7 @@ from tidegate.config import ConfigError, load_stored
 from tidegate.model import flops
 from tidegate.model.attention import Attention, AttentionConfig, rotary_table
 from tidegate.model.decoder import Decoder, ModelConfig, materialize
-from tidegate.model.gates import POSITIONS, AttentionGate, Gate, NoGate
+from tidegate.model.gates import AttentionGate, Gate, NoGate
 from tidegate.model.initialisation import Draw
 from tidegate.model.layers import Linear
 from tidegate_kernels.gated_output import ACTIVATIONS
@@ -104,7 +104,7 @@ def test_no_gate_costs_nothing() -> None:
 
 
 def test_choices_are_those_of_the_code() -> None:
-    assert CHOICES["kind"] == POSITIONS
+    assert CHOICES["kind"] == ("sdpa_output", "value", "key", "query", "dense_output")
     assert set(CHOICES["activation"]) == ACTIVATIONS.keys()
     assert len(GATES) == 4 * 2 * 2 * 2 * len(ACTIVATIONS) * 2 + 2 * len(ACTIVATIONS) * 2
 
