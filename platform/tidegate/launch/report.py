@@ -34,17 +34,12 @@ class Reporter:
 
     def header(self, run_name: str, where: str) -> None:
         job, cost = self._job, total(self._job.model, self._job.data.sequence_length)
-        resources = job.resources
         self.say(
             f"run {run_name}: {cost.params / 1e6:.1f} M parameters, {cost.active_params / 1e6:.1f} M active, "
             f"{cost.flops_per_token / 1e6:.1f} MFLOP a token; "
             f"{job.total_steps} steps of {job.train.batch_tokens:,} tokens"
         )
-        self.say(
-            f"layout: {resources.workers} workers ({where}), EP {job.parallel.expert} x DP "
-            f"{resources.workers // job.parallel.expert}, ZeRO {job.parallel.zero_stage}, {job.train.precision}, "
-            f"accumulation {job.accumulation}"
-        )
+        self.say(f"layout: {job.resources.workers} workers ({where}), {job.layout}, accumulation {job.accumulation}")
 
     def say(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, markup=False)

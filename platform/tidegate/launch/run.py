@@ -110,11 +110,12 @@ def prepare_data(job: Job, state: StateDir, job_dir: Path, reporter: Reporter) -
 def _plan(request: Request) -> _Plan:
     if request.resume is not None:
         resumed = request.state.run(request.resume)
-        if resumed.read().local != request.local:
-            started = "with" if resumed.read().local else "without"
+        record = resumed.read()
+        if record.local != request.local:
+            started = "with" if record.local else "without"
             raise ConfigError(f"--resume {request.resume}: the run was started {started} --local; resume it likewise")
         loaded = load(resumed.job_file, Job, request.overrides)
-        return _Plan(loaded, loaded.config, Path(resumed.read().job_dir), resumed)
+        return _Plan(loaded, loaded.config, Path(record.job_dir), resumed)
     if request.job_file is None:
         raise ConfigError("name a job file, or --resume RUN")
     loaded = load(request.job_file, Job, request.overrides)

@@ -121,11 +121,10 @@ def _cells(row: Cost, whole: Cost) -> tuple[str, ...]:
 
 def _summary(job: Job) -> Iterator[str]:
     cost = total(job.model, job.data.sequence_length)
-    train, workers = job.train, job.resources.workers
+    train = job.train
     tokens = job.total_steps * train.batch_tokens
     yield (
-        f"layout: {workers} workers, EP {job.parallel.expert} x DP {workers // job.parallel.expert}, ZeRO "
-        f"{job.parallel.zero_stage}, {train.precision}; accumulation M={job.accumulation}, micro-batch "
+        f"layout: {job.resources.workers} workers, {job.layout}; accumulation M={job.accumulation}, micro-batch "
         f"{train.micro_batch}, global batch {job.global_batch:,} sequences = {train.batch_tokens:,} tokens"
     )
     per_parameter = tokens / cost.active_params

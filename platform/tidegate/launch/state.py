@@ -1,11 +1,11 @@
 """The state directory: shards, runs, checkpoints and the embedded MLflow store, under one versioned folder.
 
 .tidegate/
-  VERSION              of this layout; another one is refused, not guessed at
-  data/                token shards (tidegate.data)
-  mlflow/              the embedded store (tidegate.track)
-  runs/<run>/          job.json (resolved), run.json (what `resume` needs), undelivered metrics
-  checkpoints/<run>/   unless resources.storage says elsewhere
+  VERSION                          of this layout; another one is refused, not guessed at
+  data/                            token shards (tidegate.data)
+  mlflow/                          the embedded store (tidegate.track)
+  runs/<run>/                      job.json (resolved), run.json (what `resume` needs), undelivered metrics
+  checkpoints/<run>-<MLflow run>/   unless resources.storage says elsewhere
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ class RunRecord(Config):
     local: bool
     """Started with --local; the two launchers lay checkpoints out differently."""
     tracking_uri: str
-    experiment_id: str
     run_id: str
     command: tuple[str, ...]
     """The first start's command line."""
@@ -57,7 +56,6 @@ class RunFolder:
             job_dir=str(job_dir),
             local=local,
             tracking_uri=handle.uri,
-            experiment_id=handle.experiment_id,
             run_id=handle.run_id,
             command=tuple(command),
         )

@@ -85,7 +85,6 @@ class Engine:
                 **(fp32_sums if precision == "bf16" and parallel.zero_stage > 0 else {}),
             },
         )
-
         self._clip = gradient_clip
         self._own_norm: torch.Tensor | None = None
         self._clips_itself = parallel.zero_stage == 0

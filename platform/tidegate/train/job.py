@@ -86,6 +86,12 @@ class Job(Config):
         return -(-self.train.tokens // self.train.batch_tokens)
 
     @property
+    def layout(self) -> str:
+        """For people: how the run is laid over its workers."""
+        replicas = self.resources.workers // self.parallel.expert
+        return f"EP {self.parallel.expert} x DP {replicas}, ZeRO {self.parallel.zero_stage}, {self.train.precision}"
+
+    @property
     def num_experts(self) -> int | None:
         return self.model.ffn.num_experts if isinstance(self.model.ffn, MoEConfig) else None
 

@@ -6,6 +6,7 @@ Letters: B batch, T tokens, D width, H query heads, G key/value heads, d head wi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -105,6 +106,28 @@ def _attention_formula(
     y_BTHd = gated("sdpa_output", torch.stack(heads, dim=2))
     out_BTD = y_BTHd.flatten(2) @ parameters["wo.weight"].T
     return gated("dense_output", out_BTD.unsqueeze(2)).squeeze(2)
+
+
+class Exact(NamedTuple):
+    """What fp64 says: the output, and the gradients of the input and of every parameter."""
+
+    out: torch.Tensor
+    x_grad: torch.Tensor | None
+    grads: dict[str, torch.Tensor | None]
+
+
+@pytest.fixture
+def exact_attention() -> Callable[..., Exact]:
+    """`(module, x_BTD, upstream gradient, documents_BT) -> Exact`, by the formula written out in this file."""
+
+    def run(module: nn.Module, x: torch.Tensor, g: torch.Tensor, ids: torch.Tensor | None = None) -> Exact:
+        exact = {name: p.detach().double().requires_grad_() for name, p in module.named_parameters()}
+        exact_x = x.detach().double().requires_grad_()
+        out = _attention_formula(module.config, exact, exact_x, ids)
+        out.backward(g.double())
+        return Exact(out, exact_x.grad, {name: p.grad for name, p in exact.items()})
+
+    return run
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ Letters: B batch, T tokens, D width, H query heads, G key/value heads, d head wi
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -60,24 +61,21 @@ def test_values_and_gradients(
     packed: bool,
     length: int,
     attention: Callable[..., Attention],
-    attention_formula: Callable[..., torch.Tensor],
+    exact_attention: Callable[..., Any],
 ) -> None:
     module = attention(num_heads=num_heads, num_kv_heads=num_kv_heads, qk_norm=qk_norm)
     x, g = torch.randn(2, length, D, requires_grad=True), torch.randn(2, length, D)
     ids = documents(length) if packed else None
     out = attend(module, x, ids)
     out.backward(g)
-    exact = {name: p.detach().double().requires_grad_() for name, p in module.named_parameters()}
-    exact_x = x.detach().double().requires_grad_()
-    expected = attention_formula(module.config, exact, exact_x, ids)
-    expected.backward(g.double())
-    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+    exact = exact_attention(module, x, g, ids)
+    torch.testing.assert_close(out.double(), exact.out, rtol=1e-4, atol=1e-5)
     assert x.grad is not None
-    torch.testing.assert_close(x.grad.double(), exact_x.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x.grad.double(), exact.x_grad, rtol=1e-4, atol=1e-4)
     for name, parameter in module.named_parameters():
         assert parameter.grad is not None, name
         # Gradients of weights sum over 2 T tokens; their largest values are near 100.
-        torch.testing.assert_close(parameter.grad.double(), exact[name].grad, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(parameter.grad.double(), exact.grads[name], rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("packed", [False, True])

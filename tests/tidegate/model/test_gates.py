@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -111,7 +111,7 @@ def test_choices_are_those_of_the_code() -> None:
 
 @pytest.mark.parametrize("gate", GATES, ids=gate_id)
 def test_every_gate(
-    gate: AttentionGate, initialise: Callable[..., nn.Module], attention_formula: Callable[..., torch.Tensor]
+    gate: AttentionGate, initialise: Callable[..., nn.Module], exact_attention: Callable[..., Any]
 ) -> None:
     """Output and every gradient equal the fp64 formula, and the gate does something."""
     module = attention(gate)
@@ -123,18 +123,15 @@ def test_every_gate(
     out = attend(module, x)
     out.backward(g)
 
-    exact = {name: p.detach().double().requires_grad_() for name, p in module.named_parameters()}
-    exact_x = x.detach().double().requires_grad_()
-    expected = attention_formula(module.config, exact, exact_x)
-    expected.backward(g.double())
+    exact = exact_attention(module, x, g)
     # fp32 against fp64: rounding of 6e-8 through some 50 additions of numbers up to 30.
-    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out.double(), exact.out, rtol=1e-4, atol=1e-5)
     assert x.grad is not None
-    torch.testing.assert_close(x.grad.double(), exact_x.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x.grad.double(), exact.x_grad, rtol=1e-4, atol=1e-4)
     for name, parameter in module.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
-        torch.testing.assert_close(parameter.grad.double(), exact[name].grad, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(parameter.grad.double(), exact.grads[name], rtol=1e-3, atol=1e-4)
     for name, parameter in module.gate.named_parameters():
         assert parameter.grad is not None
         assert parameter.grad.abs().max() > 1e-3, f"the gate's {name} gets no gradient"
