@@ -8,13 +8,19 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tidegate.model.attention import AttentionConfig, document_mask
+from tidegate.model.clock import Clock
 from tidegate.model.decoder import Decoder, ModelConfig, materialize
 from tidegate.model.moe import MoEConfig, SharedExpertsConfig
+from tidegate.model.norms import GatedNormConfig
+from tidegate.model.softmax import BACKENDS, attend_with_sink
+from tidegate.model.unit_gates.export import export
 from tidegate_kernels.grouped_mm import grouped_mm
 from tidegate_kernels.grouped_mm import reference as grouped_mm_reference
 
 pytestmark = [
     pytest.mark.gpu,
+    # The backward thread's first product makes its context, and torch says so.
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA context"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 
@@ -65,11 +71,72 @@ def test_the_preferred_attention_backends_agree_with_the_plain_one(masked: bool)
         with sdpa_kernel(backends, set_priority=True):
             return F.scaled_dot_product_attention(*args, attn_mask=mask, is_causal=not masked, enable_gqa=True)
 
-    from tidegate.model.attention import _BACKENDS
-
     truth = attend([SDPBackend.MATH], q.double(), k.double(), v.double())
     plain = attend([SDPBackend.MATH], q, k, v)
-    assert relative_error(attend(_BACKENDS, q, k, v), truth) <= 2 * relative_error(plain, truth)
+    assert relative_error(attend(BACKENDS, q, k, v), truth) <= 2 * relative_error(plain, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("length", [1, 63, 257])
+def test_attention_with_a_sink_is_within_twice_the_error_of_its_formula(
+    length: int, masked: bool, dtype: torch.dtype
+) -> None:
+    """cuDNN, flash and memory-efficient kernels, whichever takes the inputs, with every gradient."""
+    torch.manual_seed(0)
+    shapes = [(2, length, 4, 64), (2, length, 2, 64), (2, length, 2, 64), (4,)]
+    inputs = [torch.randn(shape, device="cuda", dtype=dtype) for shape in shapes]
+    documents = torch.arange(length, device="cuda").div(50, rounding_mode="floor").expand(2, -1)
+    mask = document_mask(documents) if masked else None
+    upstream = torch.randn(shapes[0], device="cuda", dtype=dtype)
+    visible = torch.ones(length, length, dtype=torch.bool, device="cuda").tril() if mask is None else mask
+
+    def formula(q, k, v, mask, sink):  # type: ignore[no-untyped-def]
+        k, v = k.repeat_interleave(2, dim=2), v.repeat_interleave(2, dim=2)
+        logits = torch.einsum("bthd,bshd->bhts", q, k).div(8).masked_fill(~visible, -torch.inf)
+        logits = torch.cat([logits, sink[:, None, None].expand(2, -1, length, 1)], dim=-1)
+        return torch.einsum("bhts,bshd->bthd", logits.softmax(dim=-1)[..., :-1], v)
+
+    def run(op, dtype):  # type: ignore[no-untyped-def]
+        q, k, v, sink = (t.to(dtype).requires_grad_() for t in inputs)
+        out = op(q, k, v, mask, sink)
+        return out.detach(), *torch.autograd.grad(out, (q, k, v, sink), upstream.to(dtype))
+
+    results = (run(formula, torch.float64), run(formula, dtype), run(attend_with_sink, dtype))
+    for name, truth, plain, ours in zip(("out", "dq", "dk", "dv", "dsink"), *results, strict=True):
+        # fp32: the kernels sum in another order than the formula, both at the last digits.
+        assert relative_error(ours, truth) <= 2 * relative_error(plain, truth) + 5e-6, name
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+@pytest.mark.parametrize("activation", ["poly_norm", "relu2"])
+def test_the_variants_score_on_the_gpu_as_on_the_cpu(activation: str, isolate: bool) -> None:
+    """Sinks, gated norms, polynomial experts, the largest logits and observations, in bf16 against fp32."""
+    config = CONFIG.model_copy(
+        update={
+            "attention": AttentionConfig(
+                num_heads=4, num_kv_heads=2, head_dim=32, qk_norm=False, qk_clip=100, softmax="learnable_sink"
+            ),
+            "ffn": CONFIG.ffn.model_copy(update={"activation": activation}),
+            "norm": GatedNormConfig(),
+        }
+    )
+    cpu = materialize(lambda: Decoder(config), torch.device("cpu"), seed=0)
+    gpu = materialize(lambda: Decoder(config), torch.device("cuda"), seed=0)
+    gpu.load_state_dict(cpu.state_dict())
+    gpu.bfloat16()
+    torch.manual_seed(1)
+    tokens = torch.randint(0, 503, (2, 129))
+    counted = torch.ones(2, 128, dtype=torch.bool)
+    documents = torch.arange(128).div(40, rounding_mode="floor").expand(2, -1) if isolate else None
+    args = (tokens[:, :-1], tokens[:, 1:], counted, documents)
+    expected = cpu(*args, observe=True)
+    output = gpu(*(a.cuda() if a is not None else None for a in args), observe=True)
+    torch.testing.assert_close(output.nll_B.cpu() / 128, expected.nll_B / 128, atol=5e-3, rtol=0)
+    for name, one, other in zip(output.attention._fields, output.attention, expected.attention, strict=True):
+        torch.testing.assert_close(one.cpu(), other, atol=2e-2, rtol=2e-2, msg=lambda m, name=name: f"{name}: {m}")
+    output.nll_B.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in gpu.parameters())
 
 
 @pytest.mark.parametrize("isolate", [False, True])
@@ -104,3 +171,49 @@ def test_recomputing_activations_changes_neither_losses_nor_counts() -> None:
         results.append((output.nll_B.detach(), output.stats.counts_BE, model.blocks[0].ffn.router.weight.grad))
     for plain, recomputed in zip(*results, strict=True):
         torch.testing.assert_close(recomputed, plain, atol=0, rtol=1e-2)
+
+
+UNIT_GATES = [
+    {"kind": "straight_through"},
+    {"kind": "reinforce"},
+    {"kind": "hard_concrete"},
+    {"kind": "continuation"},
+    {"kind": "knapsack"},
+    {"kind": "polarization"},
+    {"kind": "random"},
+    {"kind": "dynamic_sparse", "growth": "random", "every": 1},
+    {"kind": "nested", "keeps": [0.5, 1.0]},
+]
+
+
+@pytest.mark.parametrize("over", [["heads", "channels"], ["heads", "experts"], ["blocks"]], ids="-".join)
+@pytest.mark.parametrize("method", UNIT_GATES, ids=lambda method: method["kind"])
+def test_unit_gates_choose_on_cuda_as_on_the_cpu(method: dict[str, object], over: list[str]) -> None:
+    """The same masks from the same state; bf16 steps with recomputation; an exported model with the same losses."""
+    if method["kind"] == "polarization" and "channels" in over:
+        pytest.skip("refused: a gate for every token, expert and channel")
+    fixed = method["kind"] in ("random", "nested")
+    units = {"over": over, "keep": 0.5, "method": method, "freeze_tokens": None if fixed else 300}
+    config = ModelConfig.model_validate({**CONFIG.model_dump(), "num_layers": 4, "init_std": 0.1, "units": units})
+    cpu = materialize(lambda: Decoder(config), torch.device("cpu"), seed=0)
+    gpu = materialize(lambda: Decoder(config, recompute=True), torch.device("cuda"), seed=0)
+    gpu.load_state_dict(cpu.state_dict())
+    torch.manual_seed(0)
+    tokens, labels = torch.randint(503, (2, 2, 65), device="cuda").unbind()
+    counted = torch.ones_like(tokens, dtype=torch.bool)
+    assert torch.equal(gpu.units.hard_mask().cpu(), cpu.units.hard_mask())
+    gpu.bfloat16()
+    for step in (1, 2, 3):
+        clock = Clock(step, 100 * step, 0)
+        output = gpu(tokens, labels, counted, clock=clock)
+        (output.nll_B.sum() / 130 + output.unit_penalty).backward()
+        gpu.units.update(gpu, clock, output.nll_B.detach().sum() / 130, lambda _: None)
+    assert all(p.grad.isfinite().all() for p in gpu.parameters() if p.grad is not None)
+    assert gpu.units.frozen == (method["kind"] != "nested")
+    gpu.float().eval()
+    costs = gpu.units.units.costs(torch.device("cuda"))
+    assert abs(float((gpu.units.hard_mask() * costs).sum()) / gpu.units.units.total_cost - 0.5) <= 0.01
+    # fp32 sums of other lengths, and without the fused kernels' bf16: grouped_mm takes fp32 through its reference.
+    torch.testing.assert_close(
+        export(gpu)(tokens, labels, counted).nll_B, gpu(tokens, labels, counted).nll_B, rtol=1e-4, atol=1e-3
+    )

@@ -56,6 +56,14 @@ def show(job: JobFile, overrides: Overrides = []) -> None:  # noqa: B006
     show_job(job, overrides)
 
 
+@app.command(name="list")
+def list_(what: Annotated[str, typer.Argument(help="routers, gates or balance", show_default=False)]) -> None:
+    """List what a job can choose from, with one line and the paper of each."""
+    from tidegate.launch.listing import list_choices
+
+    list_choices(what)
+
+
 @app.command()
 def schema() -> None:
     """Print the JSON schema of a job file."""

@@ -15,12 +15,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-__all__ = ["Config", "ConfigError", "LoadedJob", "diff", "flatten", "load", "load_stored"]
+__all__ = ["Config", "ConfigError", "LoadedJob", "Variant", "diff", "flatten", "load", "load_stored"]
 
 
 class ConfigError(ValueError):
@@ -31,6 +31,17 @@ class Config(BaseModel):
     """Base of every section of a job: frozen, no unknown keys, choices only (derived values are properties)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+class Variant(Config):
+    """A kind that a user can choose, as `tidegate list` shows it."""
+
+    summary: ClassVar[str]
+    """One line."""
+    source: ClassVar[str]
+    """The paper."""
+    example: ClassVar[str] = ""
+    """YAML of the fields that it cannot do without."""
 
 
 C = TypeVar("C", bound=Config)

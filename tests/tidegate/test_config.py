@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 from tidegate.config import Config, ConfigError, diff, flatten, load, load_stored
+from tidegate.model.routers import RouterConfig
 from tidegate.train.job import Job
 
+ROUTERS = ", ".join(repr(config.model_fields["kind"].default) for config in get_args(get_args(RouterConfig)[0]))
 DEMO = Path(__file__).resolve().parents[2] / "jobs" / "demo.yaml"
 
 
@@ -68,8 +70,7 @@ UNKNOWN = {
     ),
     "kind": (
         "model: {ffn: {router: {kind: softmax_topk}}}",
-        "model.ffn.router: unknown kind 'softmax_topk', one of 'softmax_top_k', 'sigmoid_top_k'; "
-        "did you mean 'softmax_top_k'?",
+        "model.ffn.router: unknown kind 'softmax_topk', one of " + ROUTERS + "; did you mean 'softmax_top_k'?",
     ),
     "kind of many names": (
         "model: {attention: {gate: {kind: sdpa_outptu}}}",
@@ -260,7 +261,7 @@ def test_extends_is_relative_to_the_file(folder, write):
 def test_another_kind_replaces_the_whole_mapping(write):
     name = write("extends: base.yaml\nmodel: {ffn: {kind: dense, hidden_dim: 77}}\nparallel: {expert: 1}")
     loaded = load(name, Job)
-    assert loaded.config.model.ffn.model_dump() == {"kind": "dense", "hidden_dim": 77}
+    assert loaded.config.model.ffn.model_dump() == {"kind": "dense", "hidden_dim": 77, "activation": "swiglu"}
     assert loaded.overrides == {
         "model.ffn.kind": "dense",
         "model.ffn.hidden_dim": 77,
@@ -308,6 +309,7 @@ def test_an_override_may_be_a_mapping_or_empty(write):
         "counts": "exact",
         "z_loss_weight": 0.0,
         "bias_rate": 0.0,
+        "budget": None,
     }
     assert loaded.config.resources.storage is None
 

@@ -42,6 +42,8 @@ class StepBatch(NamedTuple):
     """bool, False where the label belongs to another document than the input."""
     domains_MB: torch.Tensor
     """int64 domain index."""
+    sequences_MB: torch.Tensor
+    """int64 place of each sequence in the global batch."""
 
 
 class EvalBatch(NamedTuple):
@@ -51,6 +53,8 @@ class EvalBatch(NamedTuple):
     documents_BT: torch.Tensor
     loss_mask_BT: torch.Tensor
     domains_B: torch.Tensor
+    sequences_B: torch.Tensor
+    """int64 place of each window among all held-out windows."""
 
 
 class _State(NamedTuple):
@@ -176,7 +180,7 @@ class TrainLoader:
         shape = (self.accumulation, self.micro_batch)
         tokens, documents, mask = (torch.from_numpy(part).unflatten(0, shape) for part in read)
         domains = torch.tensor([domain for domain, _, _ in places]).unflatten(0, shape)
-        return StepBatch(tokens, documents, mask, domains)
+        return StepBatch(tokens, documents, mask, domains, torch.from_numpy(self._mine).unflatten(0, shape))
 
 
 def eval_windows(dataset: TokenDataset, config: DataConfig, domain: int) -> int:
@@ -212,11 +216,11 @@ def eval_batches(
     ]
     for start in range(0, len(places), micro_batch * world_size):
         first = start + rank * micro_batch
-        yield _eval_batch(dataset, config, places[first : first + micro_batch], micro_batch)
+        yield _eval_batch(dataset, config, places[first : first + micro_batch], micro_batch, first)
 
 
 def _eval_batch(
-    dataset: TokenDataset, config: DataConfig, places: list[tuple[int, Split, int]], micro_batch: int
+    dataset: TokenDataset, config: DataConfig, places: list[tuple[int, Split, int]], micro_batch: int, first: int
 ) -> EvalBatch:
     read = read_windows(dataset, places, sequence_length=config.sequence_length, documents=config.documents)
     missing = micro_batch - len(places)
@@ -226,6 +230,7 @@ def _eval_batch(
         documents_BT=torch.from_numpy(np.pad(read.documents_BT, rows)),
         loss_mask_BT=torch.from_numpy(np.pad(read.loss_mask_BT, rows)),
         domains_B=torch.tensor([domain for domain, _, _ in places] + [0] * missing),
+        sequences_B=torch.arange(first, first + micro_batch),
     )
 
 

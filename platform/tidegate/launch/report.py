@@ -28,12 +28,12 @@ class Reporter:
 
     def __init__(self, job: Job, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
-        self._job = job
+        self.job = job
         self._progress: Progress | None = None
         self._task = TaskID(0)
 
     def header(self, run_name: str, where: str) -> None:
-        job, cost = self._job, total(self._job.model, self._job.data.sequence_length)
+        job, cost = self.job, total(self.job.model, self.job.data.sequence_length)
         self.say(
             f"run {run_name}: {cost.params / 1e6:.1f} M parameters, {cost.active_params / 1e6:.1f} M active, "
             f"{cost.flops_per_token / 1e6:.1f} MFLOP a token; "
@@ -55,7 +55,7 @@ class Reporter:
                 TextColumn("{task.description}"),
                 console=self.console,
             )
-            self._task = self._progress.add_task("", total=self._job.total_steps)
+            self._task = self._progress.add_task("", total=self.job.total_steps)
             self._progress.start()
 
     def stop(self) -> None:
@@ -70,7 +70,7 @@ class Reporter:
         elif self._progress is not None:
             self._progress.update(self._task, completed=record.step, description=_line(metrics))
         else:
-            self.say(f"step {record.step}/{self._job.total_steps} tokens {record.tokens:,} {_line(metrics)}")
+            self.say(f"step {record.step}/{self.job.total_steps} tokens {record.tokens:,} {_line(metrics)}")
 
     def evaluation(self, evaluation: Evaluation, unigram: dict[str, float]) -> None:
         """Tables of the last evaluation."""
@@ -88,7 +88,7 @@ def _line(metrics: dict[str, float]) -> str:
     parts = [f"loss {metrics['train/loss']:.3f}"]
     if "balance/lbl" in metrics:
         parts.append(f"lbl {metrics['balance/lbl']:.3f}")
-    violations = [value for name, value in metrics.items() if name.endswith("/maxvio")]
+    violations = [value for name, value in metrics.items() if name.endswith("/maxvio") and name.count("/") == 2]
     if violations:
         parts.append(f"maxvio {max(violations):.2f}")
     parts.append(f"grad {metrics['train/gradient_norm']:.2f}")

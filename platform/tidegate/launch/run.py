@@ -17,6 +17,7 @@ from tidegate.data import TokenDataset, prepare, unigram_perplexity
 from tidegate.launch.ended import Ended
 from tidegate.launch.preflight import check_dataset, check_machine, check_space
 from tidegate.launch.report import Reporter
+from tidegate.launch.show import notes
 from tidegate.launch.state import RunFolder, StateDir
 from tidegate.track import (
     MetricLogger,
@@ -162,6 +163,8 @@ def _storage(request: Request, job: Job) -> str:
 
 def _introduce(request: Request, run_folder: RunFolder, tracking: RunHandle, reporter: Reporter) -> None:
     reporter.header(run_folder.name, "this process" if request.local else request.address or "local Ray")
+    for note in notes(reporter.job):
+        reporter.say(note)
     reporter.say(f"MLflow: {run_url(tracking)}")
     if request.address:
         reporter.say(f"workers must see {request.state.root}: the tokens are there")

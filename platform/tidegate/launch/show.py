@@ -13,14 +13,17 @@ from rich.table import Column, Table
 from tidegate.config import load
 from tidegate.launch.preflight import BYTES_PER_PARAMETER
 from tidegate.model.balance import Balancer
+from tidegate.model.decoder import ModelConfig, unit_gates_on_meta
 from tidegate.model.flops import Cost, costs, total
+from tidegate.model.moe import MoEConfig
+from tidegate.model.unit_gates import UnitGatesConfig
 from tidegate.train.job import Job
 
 if TYPE_CHECKING:
     from tidegate.data.shards import Manifest
     from tidegate.launch.state import StateDir
 
-__all__ = ["show_job", "tokenize_job"]
+__all__ = ["notes", "show_job", "tokenize_job"]
 
 _PAGE_WIDTH = 110
 
@@ -39,7 +42,7 @@ def show_job(job: Path, overrides: Sequence[str]) -> None:
     for line in _marked(config.model_dump(mode="json"), loaded.overrides):
         console.print(line, soft_wrap=True, markup=False)
     console.print(_cost_table(config))
-    for line in _summary(config):
+    for line in [*_summary(config), *notes(config)]:
         console.print(line, soft_wrap=True, markup=False)
 
 
@@ -135,6 +138,8 @@ def _summary(job: Job) -> Iterator[str]:
         f"checkpoint: about {size_gb:.3g} GB ({BYTES_PER_PARAMETER} bytes a parameter), {size_gb * (keep + 1):.3g} GB "
         f"for resources.keep_checkpoints={keep} and the one being written"
     )
+    if job.model.units is not None:
+        yield _unit_gates(job.model, job.model.units)
     if job.num_experts is not None and _counts_first(job):
         yield (
             f"balance: scope=global_batch counts=exact with M={job.accumulation} runs one more forward pass a step to "
@@ -143,8 +148,51 @@ def _summary(job: Job) -> Iterator[str]:
         )
 
 
+def _unit_gates(model: ModelConfig, gates: UnitGatesConfig) -> str:
+    units = unit_gates_on_meta(model).units
+    end = "" if gates.freeze_tokens is None else f"; the mask is fixed at {gates.freeze_tokens:,} tokens"
+    return (
+        f"unit gates: keep {gates.keep:g} of {units.num:,} units ({', '.join(gates.over)}, {gates.method.kind}), "
+        f"{gates.keep * units.total_cost:,.0f} of {units.total_cost:,} parameters{end}"
+    )
+
+
+def notes(job: Job) -> Iterator[str]:
+    """What a user should know of the job's router before it trains; a warning first."""
+    ffn, balance = job.model.ffn, job.balance
+    if not isinstance(ffn, MoEConfig):
+        return
+    kind, capabilities = f"model.ffn.router.kind={ffn.router.kind}", ffn.capabilities
+    if not capabilities.causal:
+        yield (
+            f"WARNING: {kind} LEAKS FUTURE TOKENS: an expert picks among later tokens too. Losses and perplexities of "
+            "this run are not those of a language model, and it cannot generate text"
+        )
+    if not capabilities.learned and balance.loss_weight > 0:
+        yield f"balance: {kind} learns nothing; balance.loss_weight={balance.loss_weight} has no effect"
+    if capabilities.own_balance_weight:
+        yield f"balance: {kind} weighs its balance loss itself; balance.loss_weight={balance.loss_weight} has no effect"
+    if not capabilities.z_loss and balance.z_loss_weight > 0:
+        yield f"balance: {kind} has no logits for balance.z_loss_weight={balance.z_loss_weight} to act on"
+    if capabilities.dense_phase:
+        yield (
+            f"router: {kind} uses up to all {ffn.num_experts} experts a token early in training, "
+            f"{ffn.num_experts / ffn.top_k:.3g} times top_k={ffn.top_k}; memory and time of those steps follow"
+        )
+    if capabilities.ragged:
+        yield f"router: {kind} uses a varying number of experts a token: one host sync a layer and pass"
+    if capabilities.double_forward:
+        yield f"router: {kind} runs two forward passes a training step; model FLOPs count one"
+    if capabilities.needs_global_batch:
+        yield (
+            f"router: {kind} decides over the tokens that a rank holds: results depend on resources.workers and "
+            "train.micro_batch"
+        )
+
+
 def _counts_first(job: Job) -> bool:
-    balancer = Balancer(job.balance, lambda _: None, job.resources.workers, job.accumulation)
+    moe = job.model.ffn if isinstance(job.model.ffn, MoEConfig) else None
+    balancer = Balancer(job.balance, lambda _: None, job.resources.workers, job.accumulation, moe)
     return balancer.needs_counting_pass
 
 

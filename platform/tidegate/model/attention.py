@@ -1,4 +1,4 @@
-"""Causal softmax attention with grouped queries, rotary positions, optional QK-norm and a gate at any position.
+"""Causal softmax attention with grouped queries, rotary positions, optional QK-norm, softmax sinks and a gate anywhere.
 
 Letters: B batch, T tokens, D width, H query heads, G key/value heads, d head width.
 """
@@ -6,17 +6,19 @@ Letters: B batch, T tokens, D width, H query heads, G key/value heads, d head wi
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tidegate.config import Config
 from tidegate.model.gates import AttentionGate, Gate, GateConfig, NoGate
+from tidegate.model.initialisation import Draw
 from tidegate.model.layers import Linear, RMSNorm
+from tidegate.model.observations import AttentionObservations, observe_gate, observe_softmax
+from tidegate.model.qk_clip import max_logits
+from tidegate.model.softmax import attend, attend_with_sink
 
 __all__ = ["Attention", "AttentionConfig", "Rotary", "document_mask", "rotary_table", "rotate"]
 
@@ -27,6 +29,11 @@ class AttentionConfig(Config):
     head_dim: int = Field(ge=2)
     rope_theta: float = Field(default=10_000.0, gt=0)
     qk_norm: bool = True
+    qk_clip: float | None = Field(default=None, gt=0)
+    """Largest attention logit (tau; Kimi K2 uses 100). After a step, a head that went above it has its query and key
+    weights scaled down (`qk_clip.py`). Costs a second product of queries and keys in every training pass."""
+    softmax: Literal["plain", "off_by_one", "learnable_sink"] = "plain"
+    """`off_by_one` adds 1 to the denominator, `learnable_sink` exp(s) with a learned s a head, 0 at first."""
     gate: GateConfig = AttentionGate()
 
     @model_validator(mode="after")
@@ -38,6 +45,22 @@ class AttentionConfig(Config):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary positions need pairs")
+        return self
+
+    @model_validator(mode="after")
+    def _clip_acts(self) -> AttentionConfig:
+        if self.qk_clip is None:
+            return self
+        if self.qk_norm:
+            raise ValueError(
+                f"qk_clip={self.qk_clip:g} with qk_norm=true: the norm bounds logits by sqrt(head_dim) = "
+                f"{self.head_dim**0.5:.1f} times its weights and takes any scaling out; set qk_norm=false or no qk_clip"
+            )
+        if not isinstance(self.gate, NoGate) and self.gate.kind in ("query", "key") and self.gate.form == "additive":
+            raise ValueError(
+                f"qk_clip={self.qk_clip:g} with gate.kind={self.gate.kind} gate.form=additive: what the gate adds does "
+                "not shrink with the weights; use gate.form=multiplicative"
+            )
         return self
 
 
@@ -98,20 +121,37 @@ class Attention(nn.Module):
         self.wo = Linear(H * d, width, out_std)
         self.q_norm = RMSNorm(d, norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(d, norm_eps) if config.qk_norm else None
+        self.kv_of_head: torch.Tensor | None = None
+        """(H,) the key/value head of each query head where they are not equal groups: after export."""
+        self.sink = nn.Parameter(torch.empty(H)) if config.softmax == "learnable_sink" else None
         self.gate: Gate | None = None
         if not isinstance(config.gate, NoGate):
             self.gate = Gate(config.gate, width, *config.gate.gated_shape(width, H, G, d), std)
 
-    def forward(self, x_BTD: torch.Tensor, rotary: Rotary, mask: torch.Tensor | None) -> torch.Tensor:
+    def init_weights(self, draw: Draw) -> None:
+        if self.sink is not None:
+            nn.init.zeros_(self.sink)
+
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        rotary: Rotary,
+        mask: torch.Tensor | None,
+        observe: bool = False,
+        heads: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, AttentionObservations | None]:
         """Attend.
 
         Args:
             x_BTD: (B, T, D), normalised.
             rotary: tables for T positions.
             mask: `document_mask` of the batch, or None for plain causal attention.
+            observe: look at gate and softmax, without a host sync.
+            heads: (..., H) factors of the heads, or None.
 
         Returns:
-            (B, T, D), to be added to the residual stream.
+            (B, T, D), to be added to the residual stream, and what was observed. With `qk_clip`, a training pass
+            always returns the largest logits.
         """
         d = self.config.head_dim
         q = self.wq(x_BTD).unflatten(-1, (-1, d))
@@ -121,31 +161,48 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         # After QK-norm, not before: the norm would divide a head's scalar gate out again.
         q, k = self._gated("query", q, x_BTD), self._gated("key", k, x_BTD)
-        y_BTHd = _attend(rotate(q, rotary), rotate(k, rotary), v, mask)
+        if self.kv_of_head is not None:
+            k, v = k[:, :, self.kv_of_head], v[:, :, self.kv_of_head]
+        q, k = rotate(q, rotary), rotate(k, rotary)
+        sink_H = self._sink(q)
+        y_BTHd = attend(q, k, v, mask) if sink_H is None else attend_with_sink(q, k, v, mask, sink_H)
         y_BTHd = self._gated("sdpa_output", y_BTHd, x_BTD)
+        if heads is not None:
+            y_BTHd = y_BTHd * heads.unsqueeze(-1).to(y_BTHd.dtype)
         out_BTD = self.wo(y_BTHd.flatten(-2))
-        return self._gated("dense_output", out_BTD.unsqueeze(-2), x_BTD).squeeze(-2)
+        out_BTD = self._gated("dense_output", out_BTD.unsqueeze(-2), x_BTD).squeeze(-2)
+        return out_BTD, self._observations(x_BTD, q, k, mask, sink_H, observe)
+
+    def _sink(self, q_BTHd: torch.Tensor) -> torch.Tensor | None:
+        if self.config.softmax == "off_by_one":
+            return q_BTHd.new_zeros(q_BTHd.shape[2])
+        return self.sink
 
     def _gated(self, position: str, y_BTHd: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
         if self.gate is None or self.gate.config.kind != position:
             return y_BTHd
         return self.gate(y_BTHd, x_BTD)
 
-
-_BACKENDS = [  # fastest first on Hopper (docs/measurements.md)
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
-
-
-def _attend(
-    q_BTHd: torch.Tensor, k_BTGd: torch.Tensor, v_BTGd: torch.Tensor, mask: torch.Tensor | None
-) -> torch.Tensor:
-    """Scaled dot-product attention on the fastest backend that takes these inputs; (B, T, H, d) out."""
-    q, k, v = q_BTHd.transpose(1, 2), k_BTGd.transpose(1, 2), v_BTGd.transpose(1, 2)
-    grouped = q.shape[1] != k.shape[1]
-    with sdpa_kernel(_BACKENDS, set_priority=True):
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
-    return y.transpose(1, 2)
+    def _observations(
+        self,
+        x_BTD: torch.Tensor,
+        q_BTHd: torch.Tensor,
+        k_BTGd: torch.Tensor,
+        mask: torch.Tensor | None,
+        sink_H: torch.Tensor | None,
+        observe: bool,
+    ) -> AttentionObservations | None:
+        clips = self.config.qk_clip is not None and self.training and torch.is_grad_enabled()
+        if not (observe or clips):
+            return None
+        q, k = q_BTHd.detach(), k_BTGd.detach()
+        nan_H = q.new_full((q.shape[2],), torch.nan, dtype=torch.float32)
+        seen = AttentionObservations(nan_H, nan_H, nan_H, nan_H[0], nan_H, nan_H, nan_H)
+        if clips:
+            seen = seen._replace(max_logit_H=max_logits(q, k, mask))
+        if observe:
+            seen = seen._replace(**observe_softmax(q, k, mask, sink_H)._asdict())
+            if self.gate is not None and self.gate.config.form == "multiplicative":
+                mean_H, closed_H = observe_gate(self.gate, x_BTD)
+                seen = seen._replace(gate_mean_H=mean_H, gate_closed_H=closed_H)
+        return seen

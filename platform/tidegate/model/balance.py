@@ -14,6 +14,9 @@ f of the whole step is known only after the last forward pass. `counts: exact` g
 gradient when M > 1 (at M = 1 it costs nothing); `counts: running` is the paper's Algorithm 1, which uses what has
 been counted so far in the step. Exact is the default: a result then does not depend on how a batch was cut.
 
+A budget on uneven experts works the same way: what the global batch's choices cost is a number without gradient, the
+expected cost of the probabilities carries it.
+
 Letters: L MoE layers, B sequences, E experts.
 """
 
@@ -26,9 +29,31 @@ import torch
 from pydantic import Field
 
 from tidegate.config import Config
-from tidegate.model.moe import RoutingStats
+from tidegate.model.clock import Clock
+from tidegate.model.moe import MoEConfig, RoutingStats
+from tidegate.model.routers import RoutedStep, TopKConfig
 
-__all__ = ["BalanceConfig", "BalanceLosses", "Balancer", "load_balancing_loss", "max_violation", "updated_bias"]
+__all__ = [
+    "BalanceConfig",
+    "BalanceLosses",
+    "Balancer",
+    "BudgetConfig",
+    "balance_problem",
+    "load_balancing_loss",
+    "max_violation",
+    "updated_bias",
+]
+
+
+class BudgetConfig(Config):
+    """Hold what uneven experts cost: `weight (c - target)^2`, c the mean cost of an assignment over all layers.
+
+    The cost of an expert is its width over that of the widest, so all-big is 1 and all-identity 0. The mean is over
+    layers too: which layers get the compute is left to learning (Duo-LLM, arXiv 2410.10846).
+    """
+
+    target: float = Field(ge=0, le=1)
+    weight: float = Field(default=1.0, gt=0)
 
 
 class BalanceConfig(Config):
@@ -41,13 +66,27 @@ class BalanceConfig(Config):
     """Coefficient of the mean squared log-partition of the router logits (ST-MoE, arXiv 2202.08906)."""
     bias_rate: float = Field(default=0.0, ge=0)
     """u of bias balancing, `b += u sign(mean - count)` once a step (arXiv 2408.15664); 0 is off, 1e-3 is usual."""
+    budget: BudgetConfig | None = None
+    """For `model.ffn.sizes`."""
 
 
 class BalanceLosses(NamedTuple):
-    """Weighted terms of one micro-batch on one rank, scaled for an average over ranks and accumulation steps."""
+    """Terms of one micro-batch on one rank, scaled for an average over ranks and accumulation steps."""
 
     load_balancing: torch.Tensor
+    """Weighted, summed over layers."""
     z: torch.Tensor
+    """Weighted, summed over layers."""
+    router: torch.Tensor
+    """The routers' own weighted regularisers, summed over layers."""
+    budget: torch.Tensor
+    """Weighted."""
+    lbl: torch.Tensor
+    """Not part of the loss: the balance loss without weight, mean over layers."""
+
+    @property
+    def total(self) -> torch.Tensor:
+        return self.load_balancing + self.z + self.router + self.budget
 
 
 def load_balancing_loss(
@@ -86,18 +125,30 @@ class Balancer:
         all_reduce: sums a tensor over all ranks in place.
         world_size: N.
         accumulation: M.
+        moe: what is balanced; None stands for even experts under a plain router.
     """
 
     def __init__(
-        self, config: BalanceConfig, all_reduce: Callable[[torch.Tensor], None], world_size: int, accumulation: int
+        self,
+        config: BalanceConfig,
+        all_reduce: Callable[[torch.Tensor], None],
+        world_size: int,
+        accumulation: int,
+        moe: MoEConfig | None = None,
     ) -> None:
         self.config = config
         self.all_reduce = all_reduce
         self.world_size = world_size
         self.accumulation = accumulation
+        self._balances = config.loss_weight > 0
+        if moe is not None:  # a router that learns nothing has nothing to balance
+            self._balances = moe.capabilities.own_balance_weight or (self._balances and moe.capabilities.learned)
+        self._costs: tuple[float, ...] = relative_costs(moe) if moe is not None else ()
         self._known_LE: torch.Tensor | None = None
         self._own_LE: torch.Tensor | None = None
         self._seen_LE: torch.Tensor | None = None
+        self._observed: torch.Tensor | None = None
+        self._step_tokens: torch.Tensor | None = None
 
     @property
     def needs_counting_pass(self) -> bool:
@@ -106,7 +157,7 @@ class Balancer:
 
     @property
     def _global(self) -> bool:
-        return self.config.scope == "global_batch" and self.config.loss_weight > 0
+        return (self._balances and self.config.scope == "global_batch") or self.config.budget is not None
 
     def begin_step(self, counts_LE: torch.Tensor | None = None) -> None:
         """Start an optimizer step.
@@ -114,7 +165,7 @@ class Balancer:
         Args:
             counts_LE: (L, E) this rank's counts over all its micro-batches, if `needs_counting_pass`.
         """
-        self._known_LE = self._own_LE = self._seen_LE = None
+        self._known_LE = self._own_LE = self._seen_LE = self._observed = None
         if self.needs_counting_pass:
             assert counts_LE is not None
             self._known_LE = self._reduced(counts_LE)
@@ -129,11 +180,21 @@ class Balancer:
         """
         own_LE = stats.counts_BE.sum(dim=1)
         self._own_LE = own_LE if self._own_LE is None else self._own_LE + own_LE
+        if stats.observed is not None:
+            self._observed = stats.observed if self._observed is None else self._observed + stats.observed
+        self._step_tokens = step_tokens
         share = self.world_size * self.accumulation / step_tokens
         z = self.config.z_loss_weight * share * stats.z_sums_B.sum()
-        if self.config.loss_weight == 0:
-            return BalanceLosses(torch.zeros_like(z), z)
-        return BalanceLosses(self.config.loss_weight * self._load_balancing(stats, own_LE, counted_B, share), z)
+        router = share * stats.penalty_sums_B.sum()
+        counts_LE = self._global_counts(own_LE) if self._global else own_LE
+        load_balancing = budget = lbl = torch.zeros_like(z)
+        if self._balances:
+            lbl_L = self._load_balancing(stats, own_LE, counts_LE, counted_B, share)
+            weight_L = self.config.loss_weight if stats.balance_weight is None else stats.balance_weight
+            load_balancing, lbl = (weight_L * lbl_L).sum(), lbl_L.detach().mean()
+        if self.config.budget is not None:
+            budget = self._budget(self.config.budget, counts_LE, share * stats.prob_sums_BE.sum(dim=1))
+        return BalanceLosses(load_balancing, z, router, budget, lbl)
 
     def step_counts(self) -> torch.Tensor:
         """(L, E) counts of the finished step over all ranks and micro-batches; every rank must call it."""
@@ -144,28 +205,99 @@ class Balancer:
             self._seen_LE = self._reduced(self._own_LE)
         return self._seen_LE
 
+    def routed_layers(self, clock: Clock) -> list[RoutedStep]:
+        """What each layer routed in the finished step, for `Router.update`; every rank must call it."""
+        counts_LE = self.step_counts()
+        assert self._step_tokens is not None
+        if self._observed is None:
+            return [RoutedStep(counts_E, self._step_tokens, None, clock) for counts_E in counts_LE]
+        observed = self._reduced(self._observed)
+        layers = zip(counts_LE, observed, strict=True)
+        return [RoutedStep(counts_E, self._step_tokens, sums, clock) for counts_E, sums in layers]
+
+    def _global_counts(self, own_LE: torch.Tensor) -> torch.Tensor:
+        """(L, E) counts of the global batch, or of what the step has seen of it."""
+        if self._known_LE is not None:
+            return self._known_LE
+        reduced_LE = self._reduced(own_LE)  # one collective for all layers
+        self._seen_LE = reduced_LE if self._seen_LE is None else self._seen_LE + reduced_LE
+        return self._seen_LE
+
     def _load_balancing(
-        self, stats: RoutingStats, own_LE: torch.Tensor, counted_B: torch.Tensor, share: torch.Tensor
+        self,
+        stats: RoutingStats,
+        own_LE: torch.Tensor,
+        counts_LE: torch.Tensor,
+        counted_B: torch.Tensor,
+        share: torch.Tensor,
     ) -> torch.Tensor:
+        """(L,) balance loss of each layer."""
         sums_LE = stats.prob_sums_BE.sum(dim=1)
         match self.config.scope:
             case "sequence":
-                return (
-                    load_balancing_loss(stats.counts_BE, stats.prob_sums_BE, counted_B.clamp(min=1)).mean(dim=1).sum()
-                )
+                return load_balancing_loss(stats.counts_BE, stats.prob_sums_BE, counted_B.clamp(min=1)).mean(dim=1)
             case "micro_batch":
-                return load_balancing_loss(own_LE, sums_LE, counted_B.sum().clamp(min=1)).sum()
+                return load_balancing_loss(own_LE, sums_LE, counted_B.sum().clamp(min=1))
             case "data_parallel":
                 tokens = self._reduced(counted_B.sum()) / self.world_size
-                return load_balancing_loss(self._reduced(own_LE), sums_LE, tokens.clamp(min=1)).sum()
+                return load_balancing_loss(self._reduced(own_LE), sums_LE, tokens.clamp(min=1))
             case "global_batch":
-                counts_LE = self._known_LE
-                if counts_LE is None:
-                    reduced_LE = self._reduced(own_LE)  # one collective for all layers
-                    counts_LE = self._seen_LE = reduced_LE if self._seen_LE is None else self._seen_LE + reduced_LE
-                return load_balancing_loss(counts_LE, sums_LE, 1 / share).sum()
+                return load_balancing_loss(counts_LE, sums_LE, 1 / share)
+
+    def _budget(self, budget: BudgetConfig, counts_LE: torch.Tensor, mean_probs_LE: torch.Tensor) -> torch.Tensor:
+        """`weight (c - target)^2`, its gradient through the expected cost of the probabilities."""
+        costs_E = counts_LE.new_tensor(self._costs)
+        realised = (counts_LE @ costs_E).sum() / counts_LE.sum().clamp(min=1)
+        expected = (mean_probs_LE @ costs_E).mean()
+        excess = realised - budget.target
+        return budget.weight * (excess.square() + 2 * excess * (expected - expected.detach()))
 
     def _reduced(self, tensor: torch.Tensor) -> torch.Tensor:
         reduced = tensor.detach().clone()
         self.all_reduce(reduced)
         return reduced
+
+
+def relative_costs(moe: MoEConfig) -> tuple[float, ...]:
+    """Cost of each expert: its width over the widest one's."""
+    return tuple(width / max(moe.slices) for width in moe.slices)
+
+
+def balance_problem(balance: BalanceConfig, moe: MoEConfig | None) -> str | None:
+    """Why this balance cannot act on these experts, or None; fields are named as in a job."""
+    rate, budget = balance.bias_rate, balance.budget
+    if moe is None:
+        if rate > 0:
+            return f"balance.bias_rate={rate} needs experts, but model.ffn.kind=dense"
+        if budget is not None:
+            return f"balance.budget.target={budget.target} needs experts, but model.ffn.kind=dense"
+        return None
+    kind = moe.router.kind
+    if rate > 0 and not moe.capabilities.selection_bias:
+        return (
+            f"balance.bias_rate={rate} moves a selection bias, which model.ffn.router.kind={kind} does not have; "
+            "use a top-k router, or balance.bias_rate=0"
+        )
+    if rate > 0 and isinstance(moe.router, TopKConfig) and moe.router.quantile is not None:
+        return f"balance.bias_rate={rate} and model.ffn.router.quantile would both set the selection bias; use one"
+    if budget is None:
+        return None
+    if not moe.uneven:
+        return (
+            f"balance.budget.target={budget.target} needs experts of several widths, but model.ffn.sizes makes all "
+            "equal; set model.ffn.sizes"
+        )
+    if not moe.capabilities.learned:
+        return f"balance.budget.target={budget.target} cannot act: model.ffn.router.kind={kind} learns nothing"
+    if moe.capabilities.own_balance_weight:
+        return (
+            f"balance.budget.target={budget.target} and model.ffn.router.kind={kind} would both steer the cost; use one"
+        )
+    costs = sorted(relative_costs(moe))
+    low, high = (sum(part) / moe.top_k for part in (costs[: moe.top_k], costs[-moe.top_k :]))
+    if not low <= budget.target <= high:
+        return (
+            f"balance.budget.target={budget.target} is out of reach: with model.ffn.top_k={moe.top_k} of these "
+            f"model.ffn.sizes an assignment costs between {low:.3g} and {high:.3g} of the widest expert"
+        )
+    return None

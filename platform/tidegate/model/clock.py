@@ -9,17 +9,24 @@ Letters: N rows, C columns.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from typing import NamedTuple
 
 import torch
 
-__all__ = ["STILL", "Clock", "derive_key", "draw_once", "uniform"]
+__all__ = ["STILL", "Clock", "derive_key", "uniform"]
 
 _MASK = 0xFFFFFFFF
 
 
-class Clock(NamedTuple):
+def derive_key(*parts: int | str) -> int:
+    """A 62-bit key from anything that names a purpose, e.g. `derive_key("sinkhorn noise", layer)`."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Clock:
     """The optimizer step that a forward pass belongs to; the same on every rank and in every pass of the step."""
 
     step: int
@@ -28,35 +35,33 @@ class Clock(NamedTuple):
     """Tokens trained on when this step is over, as learning-rate schedules count."""
     seed: int
     """Of the run."""
+    key: torch.Tensor = dataclasses.field(init=False, repr=False)
+    """() int64 on the CPU: what every draw of this step hangs on. A tensor, so that a compiled model takes a new one
+    without being compiled again; `clock.key ^ derive_key(purpose)` is the key of a purpose."""
 
-    @property
-    def key(self) -> int:
-        """What every draw of this step hangs on."""
-        return derive_key(self.seed, self.step)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", torch.tensor(derive_key(self.seed, self.step), device="cpu"))
+
+    def draw(self, *purpose: int | str) -> float:
+        """One uniform number in (0, 1), on the host: for decisions that all ranks share."""
+        return (derive_key(self.seed, self.step, *purpose) + 0.5) / 2**62
+
+    def other(self, purpose: str) -> Clock:
+        """The same moment with other draws."""
+        return Clock(self.step, self.tokens, derive_key(self.seed, purpose))
 
 
 STILL = Clock(0, 0, 0)
 """Evaluation: fixed draws, no schedule."""
 
 
-def derive_key(*parts: int | str) -> int:
-    """A 62-bit key from anything that names a purpose, e.g. `derive_key(clock.key, "sinkhorn", layer)`."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 2
-
-
-def draw_once(key: int) -> float:
-    """One uniform number in (0, 1), on the host: for decisions that all ranks share."""
-    return (derive_key(key, "once") + 0.5) / 2**62
-
-
-def uniform(rows_N: torch.Tensor, columns: int, key: int) -> torch.Tensor:
+def uniform(rows_N: torch.Tensor, columns: int, key: int | torch.Tensor) -> torch.Tensor:
     """Uniform numbers in (0, 1), a function of (key, row, column) alone.
 
     Args:
         rows_N: (N,) int64, which row of the global batch each is; below 2^32.
         columns: C.
-        key: of the purpose, see `derive_key`.
+        key: of the purpose, see `derive_key`; 62 bits.
 
     Returns:
         (N, C) fp32, never 0 and never 1.

@@ -5,31 +5,49 @@ Letters: L MoE layers, B sequences, T tokens, D width, V vocabulary, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tidegate.config import Config
+from tidegate.model.activations import ActivationName
 from tidegate.model.attention import Attention, AttentionConfig, Rotary, document_mask, rotary_table
+from tidegate.model.clock import STILL, Clock
 from tidegate.model.initialisation import Draw
-from tidegate.model.layers import Embedding, FeedForward, Linear, RMSNorm
+from tidegate.model.layers import Embedding, FeedForward, Linear
 from tidegate.model.moe import MoE, MoEConfig, RoutingStats
+from tidegate.model.norms import NormConfig, RMSNormConfig
+from tidegate.model.observations import AttentionObservations
+from tidegate.model.routers import Router, RouterContext, RouterShape, Routing, ThorConfig
+from tidegate.model.unit_gates import UnitGates, UnitGatesConfig
+from tidegate.model.unit_gates.units import NO_MASKS, LayerMasks
 
-__all__ = ["Block", "Decoder", "DecoderOutput", "DenseConfig", "MoEFactory", "ModelConfig", "materialize"]
+__all__ = [
+    "Block",
+    "BlockOutput",
+    "Decoder",
+    "DecoderOutput",
+    "DenseConfig",
+    "MoEFactory",
+    "ModelConfig",
+    "materialize",
+    "unit_gates_on_meta",
+]
 
-MoEFactory = Callable[[MoEConfig, int, float, float], MoE]
-"""`(config, width, std, out_std) -> MoE`; `parallel/` passes one that spreads experts over ranks."""
+MoEFactory = Callable[..., MoE]
+"""Takes the arguments of `MoE`; `parallel/` passes one that spreads experts over ranks."""
 
 
 class DenseConfig(Config):
     kind: Literal["dense"] = "dense"
     hidden_dim: int = Field(ge=1)
+    activation: ActivationName = "swiglu"
 
 
 class ModelConfig(Config):
@@ -38,6 +56,10 @@ class ModelConfig(Config):
     num_layers: int = Field(ge=1)
     attention: AttentionConfig
     ffn: Annotated[MoEConfig | DenseConfig, Field(discriminator="kind")]
+    norm: NormConfig = RMSNormConfig()
+    """Of every block's inputs and of the last hidden state; QK-norm is plain RMSNorm."""
+    units: UnitGatesConfig | None = None
+    """Gates over parts of the model under a budget."""
     tie_embeddings: bool = False
     norm_eps: float = Field(default=1e-6, gt=0)
     init_std: float = Field(default=0.02, gt=0)
@@ -47,38 +69,92 @@ class ModelConfig(Config):
     def out_std(self) -> float:
         return self.init_std / (2 * self.num_layers) ** 0.5
 
+    @model_validator(mode="after")
+    def _units_fit(self) -> ModelConfig:
+        if self.units is not None:
+            unit_gates_on_meta(self)
+        return self
+
+    @model_validator(mode="after")
+    def _there_is_a_block_before(self) -> ModelConfig:
+        if isinstance(self.ffn, MoEConfig) and self.ffn.reads_previous_block and self.num_layers < 2:
+            raise ValueError(
+                f"ffn.router.reads=previous_block, but num_layers={self.num_layers} has no block before another"
+            )
+        return self
+
 
 class DecoderOutput(NamedTuple):
     nll_B: torch.Tensor
     """(B,) fp32, negative log-likelihood in nats, summed over the labels of each sequence that count."""
     stats: RoutingStats | None
     """Fields stacked over the MoE layers, (L, B, ...); None for a dense model."""
+    attention: AttentionObservations | None = None
+    """Fields stacked over the layers, (L, ...); None unless observed, or in training with `qk_clip`."""
+    max_hidden_L: torch.Tensor | None = None
+    """(blocks,) fp32, largest magnitude of the residual stream after each block, if observed; no gradient."""
+    nll_BT: torch.Tensor | None = None
+    """(B, T) fp32, of every label, whether it counts or not; no gradient."""
+    unit_penalty: torch.Tensor | None = None
+    """() fp32 of the unit gates, to be added to the loss as it is; None without gates."""
+
+
+class BlockOutput(NamedTuple):
+    h_BTD: torch.Tensor
+    x_BTD: torch.Tensor
+    """What the feed-forward read: a pre-gated router of the next block reads it too."""
+    stats: RoutingStats | None
+    attention: AttentionObservations | None
 
 
 class Block(nn.Module):
     """`h += attention(norm(h)); h += ffn(norm(h))`."""
 
-    def __init__(self, config: ModelConfig, moe: MoEFactory) -> None:
+    def __init__(self, config: ModelConfig, moe: MoEFactory, layer: int) -> None:
         super().__init__()
         std, out_std = config.init_std, config.out_std
-        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention_norm = config.norm.build(config.width, config.norm_eps, std)
         self.attention = Attention(config.attention, config.width, config.norm_eps, std, out_std)
-        self.ffn_norm = RMSNorm(config.width, config.norm_eps)
+        self.ffn_norm = config.norm.build(config.width, config.norm_eps, std)
         self.ffn: MoE | FeedForward
         if isinstance(config.ffn, MoEConfig):
-            self.ffn = moe(config.ffn, config.width, std, out_std)
+            self.ffn = moe(config.ffn, config.width, std, out_std, layer=layer, vocab_size=config.vocab_size)
         else:
-            self.ffn = FeedForward(config.width, config.ffn.hidden_dim, std, out_std)
+            self.ffn = FeedForward(config.width, config.ffn.hidden_dim, std, out_std, config.ffn.activation)
 
     def forward(
-        self, h_BTD: torch.Tensor, rotary: Rotary, mask: torch.Tensor | None, counted_BT: torch.Tensor
-    ) -> tuple[torch.Tensor, RoutingStats | None]:
-        h_BTD = h_BTD + self.attention(self.attention_norm(h_BTD), rotary, mask)
+        self,
+        h_BTD: torch.Tensor,
+        rotary: Rotary,
+        context: RouterContext,
+        source_BTD: torch.Tensor | None = None,
+        routing: Routing | None = None,
+        units: LayerMasks = NO_MASKS,
+    ) -> BlockOutput:
+        """Run the block.
+
+        Args:
+            h_BTD: (B, T, D) residual stream.
+            rotary: tables for T positions.
+            context: the batch.
+            source_BTD: what a pre-gated router reads in place of this block's own input.
+            routing: decided elsewhere.
+            units: factors of the layer's gated units.
+        """
+        share = 1.0 if units.block is None else units.block.to(h_BTD.dtype)
+        attended, seen = self.attention(self.attention_norm(h_BTD), rotary, context.mask, context.observe, units.heads)
+        h_BTD = h_BTD + share * attended
         x_BTD = self.ffn_norm(h_BTD)
-        if isinstance(self.ffn, MoE):
-            y_BTD, stats = self.ffn(x_BTD, counted_BT)
-            return h_BTD + y_BTD, stats
-        return h_BTD + self.ffn(x_BTD), None
+        if not isinstance(self.ffn, MoE):
+            return BlockOutput(h_BTD + share * self.ffn(x_BTD, units.channels), x_BTD, None, seen)
+        context = context._replace(log_experts=units.log_experts())
+        if routing is None and source_BTD is not None:
+            routing = self.ffn.route(source_BTD, context)
+        y_BTD, stats = self.ffn(x_BTD, context, routing, units)
+        if units.block is not None:  # a dropped block's router has nothing to balance
+            weight = units.block.detach().mean()
+            stats = stats._replace(prob_sums_BE=stats.prob_sums_BE * weight, z_sums_B=stats.z_sums_B * weight)
+        return BlockOutput(h_BTD + share * y_BTD, x_BTD, stats, seen)
 
 
 class Decoder(nn.Module):
@@ -95,8 +171,12 @@ class Decoder(nn.Module):
         self.config = config
         self.recompute = recompute
         self.embedding = Embedding(config.vocab_size, config.width, config.init_std)
-        self.blocks = nn.ModuleList(Block(config, moe) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.router = _shared_router(config)
+        self.blocks = nn.ModuleList(Block(config, moe, layer) for layer in range(config.num_layers))
+        self.norm = config.norm.build(config.width, config.norm_eps, config.init_std)
+        self.units: UnitGates | None = None
+        if config.units is not None:
+            self.units = config.units.build(config, _block_on_meta(config))
         self.head = None if config.tie_embeddings else Linear(config.width, config.vocab_size, config.init_std)
 
     def init_weights(self, seed: int) -> None:
@@ -105,12 +185,21 @@ class Decoder(nn.Module):
             if module is not self and hasattr(module, "init_weights"):
                 module.init_weights(Draw(seed, name))
 
+    def routers(self) -> list[Router]:
+        """One a layer, in order, or the one of all layers; none if dense."""
+        return [module for module in self.modules() if isinstance(module, Router)]
+
     def forward(
         self,
         tokens_BT: torch.Tensor,
         labels_BT: torch.Tensor,
         counted_BT: torch.Tensor,
         documents_BT: torch.Tensor | None = None,
+        *,
+        sequences_B: torch.Tensor | None = None,
+        clock: Clock = STILL,
+        routings: Sequence[Routing] | None = None,
+        observe: bool = False,
     ) -> DecoderOutput:
         """Score the labels.
 
@@ -119,25 +208,125 @@ class Decoder(nn.Module):
             labels_BT: (B, T) int64 next tokens.
             counted_BT: (B, T) bool; where False, neither the loss nor the routing statistics count the token.
             documents_BT: (B, T) document ids; attention stays inside a document. None attends across.
+            sequences_B: (B,) int64 place of each sequence in the global batch, for draws; None counts from 0.
+            clock: the optimizer step this pass belongs to; annealing and noise follow it in training mode.
+            routings: a decision for each MoE layer, in place of the routers'.
+            observe: compute what only telemetry wants.
         """
-        attention = self.config.attention
-        rotary = rotary_table(tokens_BT.shape[1], attention.head_dim, attention.rope_theta, tokens_BT.device)
         mask = None if documents_BT is None else document_mask(documents_BT)
+        if sequences_B is None:
+            sequences_B = torch.arange(tokens_BT.shape[0], device=tokens_BT.device)
+        context = RouterContext(counted_BT, tokens_BT, sequences_B, clock, mask, observe)
+        passed = self._run(context, routings)
+        nll_BT = self._nll(passed.logits_BTV, labels_BT)
+        stats = passed.stats
+        router = self.config.ffn.router if isinstance(self.config.ffn, MoEConfig) else None
+        if isinstance(router, ThorConfig) and self.training and torch.is_grad_enabled():
+            again = context._replace(clock=clock.other("second pass"))
+            other = self._run(again, None)
+            nll_BT = (nll_BT + self._nll(other.logits_BTV, labels_BT)) / 2
+            divergence_BT = _symmetric_divergence(passed.logits_BTV, other.logits_BTV)
+            # The paper adds two cross entropies and alpha times the divergence; all of it is halved here, so that the
+            # loss stays nats a token.
+            consistency_B = router.consistency / 2 * (divergence_BT * counted_BT).sum(dim=1)
+            stats = _with_consistency(passed.stats, other.stats, consistency_B)
+        nll_B = (nll_BT * counted_BT).sum(dim=1)
+        return DecoderOutput(nll_B, stats, passed.attention, passed.max_hidden_L, nll_BT.detach(), passed.unit_penalty)
+
+    def _run(self, context: RouterContext, routings: Sequence[Routing] | None) -> _Pass:
+        attention = self.config.attention
+        tokens_BT = context.tokens_BT
+        rotary = rotary_table(tokens_BT.shape[1], attention.head_dim, attention.rope_theta, tokens_BT.device)
         h_BTD = self.embedding(tokens_BT)
+        if self.router is not None and routings is None:
+            routings = [self.router(h_BTD.flatten(0, 1), context)] * len(self.blocks)
+        units = None if self.units is None else self.units(h_BTD, context.clock)
+        masks = [NO_MASKS] * len(self.blocks) if units is None else units.masks
+        pre_gated = isinstance(self.config.ffn, MoEConfig) and self.config.ffn.reads_previous_block
+        source_BTD: torch.Tensor | None = None
         stats: list[RoutingStats] = []
-        for block in self.blocks:
+        seen: list[AttentionObservations] = []
+        largest: list[torch.Tensor] = []
+        for layer, (block, layer_masks) in enumerate(zip(self.blocks, masks, strict=True)):
             run = partial(checkpoint, block, use_reentrant=False) if self.recompute and self.training else block
-            h_BTD, layer_stats = run(h_BTD, rotary, mask, counted_BT)
+            routing = None if routings is None else routings[layer]
+            h_BTD, x_BTD, layer_stats, layer_seen = run(h_BTD, rotary, context, source_BTD, routing, layer_masks)
+            source_BTD = x_BTD if pre_gated else None
             if layer_stats is not None:
                 stats.append(layer_stats)
+            if layer_seen is not None:
+                seen.append(layer_seen)
+            if context.observe:
+                largest.append(h_BTD.detach().abs().amax().float())
         head = self.embedding.weight if self.head is None else self.head.weight
         logits_BTV = F.linear(self.norm(h_BTD), head)
-        nll_BT = F.cross_entropy(logits_BTV.flatten(0, 1).float(), labels_BT.flatten(), reduction="none").view_as(
-            labels_BT
-        )
-        nll_B = (nll_BT * counted_BT).sum(dim=1)
-        stacked = RoutingStats(*(torch.stack(field) for field in zip(*stats, strict=True))) if stats else None
-        return DecoderOutput(nll_B, stacked)
+        attention_seen = AttentionObservations(*map(torch.stack, zip(*seen, strict=True))) if seen else None
+        penalty = None if units is None else units.penalty
+        largest_L = torch.stack(largest) if largest else None
+        return _Pass(logits_BTV, _stacked(stats), attention_seen, largest_L, penalty)
+
+    def _nll(self, logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+        nll_N = F.cross_entropy(logits_BTV.flatten(0, 1).float(), labels_BT.flatten(), reduction="none")
+        return nll_N.view_as(labels_BT)
+
+
+class _Pass(NamedTuple):
+    logits_BTV: torch.Tensor
+    stats: RoutingStats | None
+    attention: AttentionObservations | None
+    max_hidden_L: torch.Tensor | None
+    unit_penalty: torch.Tensor | None
+
+
+def _shared_router(config: ModelConfig) -> Router | None:
+    """The router of all layers, if the job has one."""
+    ffn = config.ffn
+    if not isinstance(ffn, MoEConfig) or ffn.capabilities.source_layer != "embedding":
+        return None
+    return ffn.router.build(
+        RouterShape(config.width, ffn.num_experts, ffn.top_k, config.init_std, 0, config.vocab_size)
+    )
+
+
+def _stacked(layers: list[RoutingStats]) -> RoutingStats | None:
+    if not layers:
+        return None
+    fields = (None if field[0] is None else torch.stack(field) for field in zip(*layers, strict=True))
+    return RoutingStats(*fields)  # type: ignore[arg-type]  # fields are None in every layer or in none
+
+
+def _symmetric_divergence(one_BTV: torch.Tensor, other_BTV: torch.Tensor) -> torch.Tensor:
+    """(B, T) mean of KL(p || q) and KL(q || p) in nats, from logits (THOR, arXiv 2110.04260, Eq. 4)."""
+    log_p, log_q = one_BTV.float().log_softmax(dim=-1), other_BTV.float().log_softmax(dim=-1)
+    return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=-1)
+
+
+def _with_consistency(
+    one: RoutingStats | None, other: RoutingStats | None, consistency_B: torch.Tensor
+) -> RoutingStats:
+    """Statistics of two passes as of one, with the consistency loss spread over the layers' penalties."""
+    assert one is not None
+    assert other is not None
+    layers = one.penalty_sums_B.shape[0]
+    counts = (one.counts_BE + other.counts_BE) / 2
+    return one._replace(counts_BE=counts, penalty_sums_B=one.penalty_sums_B + consistency_B / layers)
+
+
+def unit_gates_on_meta(config: ModelConfig) -> UnitGates:
+    """The model's unit gates without values: what they are over and what that costs.
+
+    Raises:
+        ValueError: they do not fit the model, see `UnitGatesConfig.build`.
+    """
+    assert config.units is not None
+    with torch.device("meta"):
+        return config.units.build(config, _block_on_meta(config))
+
+
+def _block_on_meta(config: ModelConfig) -> Block:
+    """A block with all its experts, to count parameters in."""
+    with torch.device("meta"):
+        return Block(config, MoE, layer=0)
 
 
 def materialize(build: Callable[[], Decoder], device: torch.device, seed: int) -> Decoder:

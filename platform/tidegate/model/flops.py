@@ -3,17 +3,24 @@
 Counting conventions: a multiply-add is 2 FLOPs; training costs 3 times the forward pass (backward is twice it);
 causal attention counts half of the score matrix; embedding look-ups are free; the expert share counts the K chosen
 experts and the shared ones. `flops_per_token` is "model FLOPs": recomputed activations and counting passes do not
-count, so MFU falls when they are used.
+count, so MFU falls when they are used. Unit gates mask, they do not skip: a masked model costs what the whole one does,
+and what a mask saves shows in the exported model.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
+from tidegate.model.activations import NUM_COEFFICIENTS, ActivationName, has_coefficients, num_matrices
 from tidegate.model.attention import AttentionConfig
-from tidegate.model.decoder import ModelConfig
+from tidegate.model.decoder import ModelConfig, unit_gates_on_meta
 from tidegate.model.gates import NoGate
 from tidegate.model.moe import MoEConfig
+from tidegate.model.norms import GatedNormConfig, PreAffineNormConfig
+from tidegate.model.routers import RouterShape
+from tidegate.model.routers.decoupled import DecoupledRouter
 
 __all__ = ["PEAK_BF16_FLOPS", "Cost", "costs", "total"]
 
@@ -43,14 +50,17 @@ def costs(config: ModelConfig, sequence_length: int) -> list[Cost]:
     L, D, V = config.num_layers, config.width, config.vocab_size
     rows = [Cost("vocab_size (embedding)", V * D, 0, 0.0)]
     rows += [_scaled(row, L) for row in _attention(config.attention, D, sequence_length)]
-    norms = 2 * L * D + D + (2 * L * config.attention.head_dim if config.attention.qk_norm else 0)
-    rows.append(Cost("norms", norms, norms, 0.0))
+    rows += _norms(config)
     if isinstance(config.ffn, MoEConfig):
+        rows += _routers(config, sequence_length)
         rows += [_scaled(row, L) for row in _moe(config.ffn, D)]
     else:
-        rows.append(_scaled(_matrix("ffn.hidden_dim", 3 * D * config.ffn.hidden_dim), L))
+        rows.append(_scaled(_feed_forward("ffn.hidden_dim", config.ffn.activation, D, config.ffn.hidden_dim), L))
     head = _matrix("tie_embeddings (head)", V * D)
     rows.append(head._replace(params=0) if config.tie_embeddings else head)
+    if config.units is not None:
+        gates = sum(parameter.numel() for parameter in unit_gates_on_meta(config).parameters())
+        rows.append(Cost(f"units ({config.units.method.kind})", gates, 0, 0.0))
     return rows
 
 
@@ -69,8 +79,25 @@ def _matrix(field: str, params: int) -> Cost:
     return Cost(field, params, params, 6.0 * params)
 
 
-def _scaled(row: Cost, layers: int) -> Cost:
-    return Cost(row.field, row.params * layers, row.active_params * layers, row.flops_per_token * layers)
+def _scaled(row: Cost, times: int) -> Cost:
+    return Cost(row.field, row.params * times, row.active_params * times, row.flops_per_token * times)
+
+
+def _norms(config: ModelConfig) -> list[Cost]:
+    num, D = 2 * config.num_layers + 1, config.width
+    vectors = num * D * (2 if isinstance(config.norm, PreAffineNormConfig) else 1)
+    if config.attention.qk_norm:
+        vectors += 2 * config.num_layers * config.attention.head_dim
+    rows = [Cost("norms", vectors, vectors, 0.0)]
+    if isinstance(config.norm, GatedNormConfig):
+        rows.append(_matrix("norm.rank", num * 2 * D * config.norm.rank))
+    return rows
+
+
+def _feed_forward(field: str, activation: ActivationName, D: int, hidden_dim: int) -> Cost:
+    row = _matrix(field, num_matrices(activation) * D * hidden_dim)
+    coefficients = NUM_COEFFICIENTS if has_coefficients(activation) else 0
+    return row._replace(params=row.params + coefficients, active_params=row.active_params + coefficients)
 
 
 def _attention(config: AttentionConfig, D: int, sequence_length: int) -> list[Cost]:
@@ -81,6 +108,8 @@ def _attention(config: AttentionConfig, D: int, sequence_length: int) -> list[Co
         _matrix("attention.num_kv_heads (key, value)", 2 * D * G * d),
         Cost("attention (scores)", 0, 0, scores),
     ]
+    if config.softmax == "learnable_sink":
+        rows.append(Cost("attention.softmax (sinks)", H, H, 0.0))
     gate = config.gate
     if isinstance(gate, NoGate):
         return rows
@@ -91,11 +120,33 @@ def _attention(config: AttentionConfig, D: int, sequence_length: int) -> list[Co
 
 
 def _moe(config: MoEConfig, D: int) -> list[Cost]:
-    expert = 3 * D * config.expert_dim
+    """Routed experts at an even choice among them; a ragged router holds top_k on average, once its budget is met."""
+    unit = _feed_forward("ffn.num_experts, top_k", config.activation, D, config.expert_dim)
+    per_token = config.top_k * config.num_slices / config.num_experts
     rows = [
-        _matrix("ffn.router", D * config.num_experts),
-        Cost("ffn.num_experts, top_k", config.num_experts * expert, config.top_k * expert, 6.0 * config.top_k * expert),
+        unit._replace(
+            params=config.num_slices * unit.params,
+            active_params=round(per_token * unit.active_params),
+            flops_per_token=per_token * unit.flops_per_token,
+        )
     ]
     if config.shared.num:
-        rows.append(_matrix("ffn.shared", config.shared.num * expert + (D if config.shared.gate else 0)))
+        rows.append(_feed_forward("ffn.shared", config.activation, D, config.shared.num * config.expert_dim))
+        if config.shared.gate:
+            rows.append(_matrix("ffn.shared.gate", D))
     return rows
+
+
+def _routers(config: ModelConfig, sequence_length: int) -> list[Cost]:
+    """The routers of all layers: what their parameters say, and for a router with attention its scores too."""
+    assert isinstance(config.ffn, MoEConfig)
+    with torch.device("meta"):
+        shape = RouterShape(config.width, config.ffn.num_experts, config.ffn.top_k, 1.0, 0, config.vocab_size)
+        router = config.ffn.router.build(shape)
+    params = sum(parameter.numel() for parameter in router.parameters())
+    layers = config.num_layers if config.ffn.capabilities.source_layer == "own" else 1
+    row = _scaled(_matrix("ffn.router", params), layers)
+    if isinstance(router, DecoupledRouter):
+        scores = 6.0 * sequence_length * router.attention.config.num_heads * router.attention.config.head_dim
+        row = row._replace(flops_per_token=row.flops_per_token + scores)
+    return [row]

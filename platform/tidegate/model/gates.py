@@ -19,7 +19,7 @@ from torch import nn
 from tidegate.config import Config
 from tidegate.model.initialisation import Draw
 from tidegate.model.layers import Linear
-from tidegate_kernels.gated_output import gated_output
+from tidegate_kernels.gated_output import ACTIVATIONS, gated_output
 
 __all__ = ["AttentionGate", "Gate", "GateConfig", "NoGate"]
 
@@ -86,10 +86,18 @@ class Gate(nn.Module):
 
     def forward(self, y_BTHd: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
         """Gate `y_BTHd` (B, T, H, d) by the hidden state `x_BTD` (B, T, D); same shape and dtype as `y_BTHd`."""
-        if self.projection is not None:
-            scores = self.projection(x_BTD).unflatten(-1, (self.num_heads, self.score_dim))
-        else:
-            assert self.constant is not None
-            scores = self.constant.view(self.num_heads, self.score_dim).expand(*y_BTHd.shape[:-1], self.score_dim)
         shared = self.config.heads == "shared"
-        return gated_output(y_BTHd, scores, activation=self.config.activation, form=self.config.form, shared=shared)
+        return gated_output(
+            y_BTHd, self._scores(x_BTD), activation=self.config.activation, form=self.config.form, shared=shared
+        )
+
+    def values(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """What a multiplicative gate multiplies with, (B, T, H, d or 1) fp32; H is 1 if the heads share it."""
+        values = ACTIVATIONS[self.config.activation](self._scores(x_BTD).float())
+        return values.mean(dim=-2, keepdim=True) if self.config.heads == "shared" else values
+
+    def _scores(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        if self.projection is not None:
+            return self.projection(x_BTD).unflatten(-1, (self.num_heads, self.score_dim))
+        assert self.constant is not None
+        return self.constant.view(self.num_heads, self.score_dim).expand(*x_BTD.shape[:-1], -1, -1)

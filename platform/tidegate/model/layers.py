@@ -9,9 +9,31 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tidegate.model.activations import (
+    NUM_COEFFICIENTS,
+    ActivationName,
+    activate,
+    has_coefficients,
+    init_coefficients,
+    is_gated,
+)
 from tidegate.model.initialisation import Draw
 
-__all__ = ["Embedding", "FeedForward", "Linear", "RMSNorm"]
+__all__ = ["Embedding", "FeedForward", "Fp32Buffers", "Linear", "RMSNorm"]
+
+
+class Fp32Buffers(nn.Module):
+    """A module whose buffers are state that is moved in small steps: casting the model leaves them in fp32."""
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        # Not even there and back: a step of 1e-3 vanishes beside a bf16 value near 1.
+        uncast = dict(self._buffers)
+        module = super()._apply(fn, recurse)
+        for name, before in uncast.items():
+            after = self._buffers[name]
+            if before is not None and after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return module
 
 
 class Linear(nn.Module):
@@ -60,20 +82,32 @@ class RMSNorm(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU feed-forward (Shazeer 2020): `W2 (silu(W1 x) * W3 x)`.
+    """Feed-forward: `W2 act(W1 x)`, or `W2 (act(W1 x) * W3 x)` with a gated activation.
 
     Args:
         width: D.
         hidden_dim: F.
         std: of W1 and W3.
         out_std: of W2, which writes to the residual stream.
+        activation: see `activations.py`.
     """
 
-    def __init__(self, width: int, hidden_dim: int, std: float, out_std: float) -> None:
+    def __init__(
+        self, width: int, hidden_dim: int, std: float, out_std: float, activation: ActivationName = "swiglu"
+    ) -> None:
         super().__init__()
+        self.activation = activation
         self.w1 = Linear(width, hidden_dim, std)
-        self.w3 = Linear(width, hidden_dim, std)
+        self.w3 = Linear(width, hidden_dim, std) if is_gated(activation) else None
         self.w2 = Linear(hidden_dim, width, out_std)
+        self.coefficients = nn.Parameter(torch.empty(NUM_COEFFICIENTS)) if has_coefficients(activation) else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+    def init_weights(self, draw: Draw) -> None:
+        if self.coefficients is not None:
+            init_coefficients(self.coefficients)
+
+    def forward(self, x: torch.Tensor, channels: torch.Tensor | None = None) -> torch.Tensor:
+        """(..., D) in and out; `channels` (..., F) are factors of the hidden channels."""
+        up = None if self.w3 is None else self.w3(x)
+        hidden = activate(self.activation, self.w1(x), up, self.coefficients)
+        return self.w2(hidden if channels is None else hidden * channels.to(hidden.dtype))

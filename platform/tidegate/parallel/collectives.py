@@ -8,7 +8,7 @@ import socket
 import torch
 import torch.distributed as dist
 
-__all__ = ["HostCopy", "all_reduce", "default_device", "rank", "start", "stop", "world_size"]
+__all__ = ["HostCopy", "all_reduce", "all_reduce_max", "default_device", "rank", "start", "stop", "world_size"]
 
 
 def default_device() -> torch.device:
@@ -55,6 +55,12 @@ def all_reduce(tensor: torch.Tensor) -> None:
     """Sum over all ranks, in place."""
     if dist.get_world_size() > 1:
         dist.all_reduce(tensor)
+
+
+def all_reduce_max(tensor: torch.Tensor) -> None:
+    """Largest over all ranks, in place."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
 
 
 class HostCopy:

@@ -19,8 +19,8 @@ class ParallelConfig(Config):
     """What DeepSpeed spreads over data-parallel ranks: 0 nothing, 1 optimizer state, 2 gradients too. With bf16, stages
     1 and 2 sum gradients in fp32; at 0 DeepSpeed sums them in bf16, which loses digits at large accumulation."""
 
-    def problem(self, world_size: int, num_experts: int | None) -> str | None:
-        """Why this layout cannot run, or None."""
+    def problem(self, world_size: int, num_experts: int | None, what: str = "model.ffn.num_experts") -> str | None:
+        """Why this layout cannot run, or None. `what` names the experts that are spread."""
         if world_size % self.expert:
             return (
                 f"parallel.expert={self.expert} does not divide resources.workers={world_size}; "
@@ -30,7 +30,7 @@ class ParallelConfig(Config):
             return f"parallel.expert={self.expert} needs experts, but model.ffn.kind=dense; set parallel.expert=1"
         if num_experts is not None and num_experts % self.expert:
             return (
-                f"parallel.expert={self.expert} does not divide model.ffn.num_experts={num_experts}; "
+                f"parallel.expert={self.expert} does not divide {what}={num_experts}; "
                 f"use one of {_divisors(num_experts)}"
             )
         return None

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 
 from tidegate.model.decoder import Decoder, DecoderOutput, ModelConfig, materialize
+from tidegate.model.layers import FeedForward
+from tidegate.model.moe import Experts
 from tidegate.parallel import collectives
 from tidegate.parallel.config import ParallelConfig
 
@@ -23,6 +25,7 @@ from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_gr
 from deepspeed.utils import logger as deepspeed_logger
 
 from tidegate.parallel.expert import ExpertParallelMoE, tag_parameters
+from tidegate.parallel.master_weights import scale_rows
 
 __all__ = ["Engine"]
 
@@ -94,9 +97,9 @@ class Engine:
     def model(self) -> Decoder:
         return self._engine.module
 
-    def forward(self, *args: torch.Tensor | None) -> DecoderOutput:
+    def forward(self, *args: torch.Tensor | None, **keywords: Any) -> DecoderOutput:
         """`Decoder.forward` under the engine."""
-        return self._engine(*args)
+        return self._engine(*args, **keywords)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Backward of one micro-batch; the engine averages over ranks and accumulation steps."""
@@ -124,14 +127,18 @@ class Engine:
                 gradient.mul_(factor)
         return norm
 
+    def scale_rows(self, weight: torch.nn.Parameter, factors_R: torch.Tensor) -> None:
+        """Multiply each row of a weight that all ranks share, also in the optimizer's fp32 copy; all ranks call it."""
+        scale_rows(self._engine.optimizer, weight, factors_R)
+
     def set_learning_rate(self, learning_rate: float) -> None:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
 
-    def gradient_norm(self) -> float:
-        """Global norm before clipping, of the step just taken. Syncs with the device."""
+    def gradient_norm(self) -> torch.Tensor:
+        """Global norm before clipping, of the step just taken, () fp32 on the device; NaN before the first."""
         norm = self._own_norm if self._clips_itself else self._engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        return torch.as_tensor(float("nan") if norm is None else norm, dtype=torch.float32, device=self.device)
 
     def train(self, mode: bool = True) -> None:
         self._engine.train(mode)
@@ -157,8 +164,10 @@ class Engine:
 
 
 def _parameter_groups(model: Decoder, weight_decay: float) -> list[dict[str, Any]]:
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    """Matrices are decayed; vectors (norms, constants, sinks) and coefficients of activations are not."""
+    coefficients = {id(m.coefficients) for m in model.modules() if isinstance(m, Experts | FeedForward)}
+    matrices = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in coefficients]
+    vectors = [p for p in model.parameters() if p.ndim < 2 or id(p) in coefficients]
     groups = [
         {"params": matrices, "weight_decay": weight_decay, "name": "matrices"},
         {"params": vectors, "weight_decay": 0.0, "name": "vectors"},

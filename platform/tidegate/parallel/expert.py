@@ -5,7 +5,9 @@ DeepSpeed 0.19 reduces gradients, partitions optimizer state and writes checkpoi
 surgery), with our router, experts and statistics. All that we use of DeepSpeed's private parts is in this file;
 tests/tidegate/parallel/test_deepspeed_contract.py says so when a new DeepSpeed changes them.
 
-Letters: N rows, D width, E experts of the model, R ranks of the expert-parallel group, e experts of this rank.
+What is spread are slices, the feed-forwards of equal width that experts are made of: one each, unless sizes differ.
+
+Letters: A rows to experts, D width, E slices of the model, R ranks of the expert-parallel group, e slices of this rank.
 """
 
 from __future__ import annotations
@@ -28,9 +30,13 @@ from deepspeed.checkpoint.constants import (
 )
 from deepspeed.module_inject.auto_ep_folding import mark_autoep_folding_router_parameter
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, _AllToAllV, compute_split_plan
+from torch.distributed.nn.functional import all_gather
 
 from tidegate.model.decoder import Decoder
-from tidegate.model.moe import Experts, MoE, MoEConfig, Permute, inverse_permutation
+from tidegate.model.dispatch import Permute, inverse_permutation
+from tidegate.model.moe import Experts, MoE, MoEConfig
+from tidegate.model.routers import RouterContext, Routing
+from tidegate.model.routers.sinkhorn import Sinkhorn
 
 __all__ = ["ExpertParallelMoE", "tag_parameters"]
 
@@ -40,17 +46,27 @@ class ExpertParallelMoE(MoE, AutoEPMoELayer):
 
     Args:
         config, width, std, out_std: as for `MoE`.
-        expert_size: R; divides the number of experts and the world size.
+        layer, vocab_size: as for `MoE`.
+        expert_size: R; divides the number of slices and the world size.
         expert_rank: this rank's place in its group; holds experts `expert_rank * e .. (expert_rank + 1) * e`.
     """
 
     def __init__(
-        self, config: MoEConfig, width: int, std: float, out_std: float, *, expert_size: int, expert_rank: int
+        self,
+        config: MoEConfig,
+        width: int,
+        std: float,
+        out_std: float,
+        *,
+        layer: int = 0,
+        vocab_size: int = 0,
+        expert_size: int,
+        expert_rank: int,
     ) -> None:
-        self._local = (config.num_experts // expert_size, expert_rank)
-        super().__init__(config, width, std, out_std)
-        self.num_experts = config.num_experts
-        self.num_local_experts = config.num_experts // expert_size
+        self._local = (config.num_slices // expert_size, expert_rank)
+        super().__init__(config, width, std, out_std, layer=layer, vocab_size=vocab_size)
+        self.num_experts = config.num_slices
+        self.num_local_experts = config.num_slices // expert_size
         self.hidden_size = width
         self.ep_size = expert_size
         self.ep_rank = expert_rank
@@ -68,32 +84,46 @@ class ExpertParallelMoE(MoE, AutoEPMoELayer):
 
     def build_experts(self, width: int, std: float, out_std: float) -> Experts:
         num_local, expert_rank = self._local
-        return Experts(num_local, width, self.config.expert_dim, std, out_std, first=num_local * expert_rank)
+        first, activation = num_local * expert_rank, self.config.activation
+        return Experts(num_local, width, self.config.expert_dim, std, out_std, first, activation)
 
-    def apply_experts(self, rows_ND: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+    def apply_experts(
+        self, rows_AD: torch.Tensor, counts_E: torch.Tensor, channels_EF: torch.Tensor | None
+    ) -> torch.Tensor:
         """Send rows to the ranks that hold their experts, run them there, bring them back in the same order."""
         if self.ep_size == 1:
-            return self.experts(rows_ND, counts_E)
+            return self.experts(rows_AD, counts_E, channels_EF)
         plan = compute_split_plan(  # exchanges the counts and reads the split sizes on the host: one sync a layer
             counts_E, self.num_experts, self.ep_size, self.num_local_experts, self.ep_group, counts_E.to(torch.int32)
         )
-        received = _AllToAllV.apply(self.ep_group, rows_ND, plan.input_splits, plan.output_splits)
+        received = _AllToAllV.apply(self.ep_group, rows_AD, plan.input_splits, plan.output_splits)
         # Rows arrive by source rank, then expert; the grouped product wants them by expert.
         counts_Re = plan.local_counts_by_source.to(torch.int64)
-        expert_of_block = torch.arange(self.num_local_experts, device=rows_ND.device).repeat(self.ep_size)
+        expert_of_block = torch.arange(self.num_local_experts, device=rows_AD.device).repeat(self.ep_size)
         expert_of_row = expert_of_block.repeat_interleave(counts_Re.flatten(), output_size=received.shape[0])
         order = expert_of_row.argsort(stable=True)
         inverse = inverse_permutation(order)
-        outputs = self.experts(Permute.apply(received, order, inverse), counts_Re.sum(dim=0))
+        outputs = self.experts(Permute.apply(received, order, inverse), counts_Re.sum(dim=0), channels_EF)
         return _AllToAllV.apply(
             self.ep_group, Permute.apply(outputs, inverse, order), plan.output_splits, plan.input_splits
         )
+
+    def route(self, x_BTD: torch.Tensor, context: RouterContext) -> Routing:
+        router = self.router
+        if isinstance(router, Sinkhorn) and router.config.plan_over == "expert_group" and self.ep_size > 1:
+            router.gather_rows = self._gather_rows
+            router.rank_in_group = self.ep_rank
+        return super().route(x_BTD, context)
+
+    def _gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """(N, ...) of this rank to (R, N, ...) of the group; gradients come back to the rank that sent the rows."""
+        return torch.stack(all_gather(rows, group=self.ep_group))
 
     def tag_parameters(self) -> None:
         """Tell DeepSpeed which parameters are expert-parallel. Call when they are allocated for good."""
         weight: Any  # the tags are plain attributes
         mine = list(autoep_experts_for_rank(self.expert_placement_descriptor, self.ep_rank))
-        for weight in self.experts.parameters():
+        for weight in (self.experts.w1, self.experts.w2, self.experts.w3):
             logical_shape = [self.num_experts, *weight.shape[1:]]
             affine_map = autoep_placement_to_affine_map(self.expert_placement_descriptor, logical_shape)
             universal = {
@@ -108,7 +138,7 @@ class ExpertParallelMoE(MoE, AutoEPMoELayer):
             weight.group_name = self.ep_group_name
             weight.ds_zero_placement_family = "autoep_expert"
             weight.ds_zero_partition_group_name = self.ep_group_name
-        for weight in self.router.parameters():
+        for weight in self.router.parameters() if self.router is not None else ():
             weight.allreduce = True
             mark_autoep_folding_router_parameter(weight)
             weight.ds_zero_placement_family = "replicated"

@@ -15,6 +15,7 @@ import torch
 
 from tidegate import __version__
 from tidegate.config import ConfigError, diff, flatten
+from tidegate.model.decoder import ModelConfig
 from tidegate.parallel import collectives
 from tidegate.parallel.engine import Engine
 from tidegate.train.job import Job
@@ -25,7 +26,7 @@ _ABOUT = "tidegate.json"
 
 
 class Position(NamedTuple):
-    """Where a run is; everything but weights, optimizer state and generators."""
+    """Where a run is; everything but weights, controllers, optimizer state and generators."""
 
     step: int
     """Finished optimizer steps."""
@@ -33,6 +34,8 @@ class Position(NamedTuple):
     """Tokens trained on."""
     data: dict[str, Any]
     """`TrainLoader.state_dict`."""
+    spikes: list[float]
+    """`LossSpikes.state`."""
 
 
 def save(folder: Path, engine: Engine, job: Job, position: Position) -> None:
@@ -58,7 +61,8 @@ def load(folder: Path, engine: Engine, job: Job) -> Position:
         ConfigError: the folder holds no checkpoint, or one of another layout or model.
     """
     about = _about(folder)
-    stored = about["layout"] | {f"model.{field}": value for field, value in flatten(about["model"]).items()}
+    model = ModelConfig.model_validate(about["model"])  # fills in fields that are younger than the checkpoint
+    stored = about["layout"] | {f"model.{field}": value for field, value in flatten(model).items()}
     wanted = _layout(job) | {f"model.{field}": value for field, value in flatten(job.model).items()}
     for field in diff(stored, wanted):
         raise ConfigError(

@@ -12,13 +12,17 @@ import torch
 
 from tidegate.data.loader import eval_batches
 from tidegate.data.shards import TokenDataset
+from tidegate.model.decoder import DecoderOutput
+from tidegate.model.moe import MoEConfig
+from tidegate.model.routers import Routing
 from tidegate.parallel import collectives
 from tidegate.train.job import Job
+from tidegate.train.oracle import OracleLosses, oracle_losses
 
 if TYPE_CHECKING:  # the driver, which reads evaluations, need not import DeepSpeed
     from tidegate.parallel.engine import Engine
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "evaluate", "evaluate_oracle"]
 
 
 class Evaluation(NamedTuple):
@@ -30,6 +34,26 @@ class Evaluation(NamedTuple):
 
     def perplexity(self) -> dict[str, float]:
         return {domain: math.exp(min(nll, 700.0)) for domain, nll in zip(self.domains, self.nll_D, strict=True)}
+
+
+def evaluate_oracle(engine: Engine, job: Job, dataset: TokenDataset) -> OracleLosses:
+    """Try every path on the first held-out sequences; every rank runs the same ones, since experts are spread."""
+    ffn = job.model.ffn
+    assert isinstance(ffn, MoEConfig)
+    wanted = job.train.oracle_sequences
+    batch = next(eval_batches(dataset, job.data, micro_batch=wanted, rank=0, world_size=1))
+    tokens, documents, counted, _, sequences = (t.to(engine.device) for t in batch)
+    isolated = documents if job.data.documents == "isolate" else None
+
+    def forward(routings: list[Routing] | None) -> DecoderOutput:
+        return engine.forward(
+            tokens[:, :-1], tokens[:, 1:], counted, isolated, sequences_B=sequences, routings=routings
+        )
+
+    engine.train(False)
+    losses = oracle_losses(forward, counted, ffn, job.model.num_layers)
+    engine.train()
+    return losses
 
 
 def evaluate(engine: Engine, job: Job, dataset: TokenDataset) -> Evaluation:
@@ -48,8 +72,10 @@ def evaluate(engine: Engine, job: Job, dataset: TokenDataset) -> Evaluation:
     engine.train(False)
     with torch.no_grad():
         for batch in batches:
-            tokens, documents, counted, domains = (t.to(engine.device) for t in batch)
-            output = engine.forward(tokens[:, :-1], tokens[:, 1:], counted, documents if isolate else None)
+            tokens, documents, counted, domains, sequences = (t.to(engine.device) for t in batch)
+            output = engine.forward(
+                tokens[:, :-1], tokens[:, 1:], counted, documents if isolate else None, sequences_B=sequences
+            )
             totals_D2.index_add_(0, domains, torch.stack([output.nll_B, counted.sum(dim=1)], dim=1).double())
             if output.stats is not None:
                 counts_BLE = output.stats.counts_BE.transpose(0, 1)

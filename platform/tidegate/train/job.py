@@ -8,11 +8,14 @@ from pydantic import Field, model_validator
 
 from tidegate.config import Config
 from tidegate.data.config import DataConfig, TrainedTokenizer
-from tidegate.model.balance import BalanceConfig
+from tidegate.model.balance import BalanceConfig, balance_problem
 from tidegate.model.decoder import ModelConfig
 from tidegate.model.moe import MoEConfig
+from tidegate.model.routers.comet import CometConfig
+from tidegate.model.routers.dense_to_sparse import DenseToSparseConfig
 from tidegate.parallel.config import ParallelConfig
 from tidegate.track.config import TrackConfig
+from tidegate.train.oracle import LARGEST_ENUMERATION
 from tidegate.train.schedule import ScheduleConfig
 
 __all__ = ["Job", "OptimizerConfig", "ResourcesConfig", "TrainConfig"]
@@ -45,6 +48,9 @@ class TrainConfig(Config):
     log_every: int = Field(default=1, ge=1)
     """Steps between two records; each costs one host sync."""
     eval_every: int = Field(default=100, ge=1)
+    oracle_sequences: int = Field(default=0, ge=0)
+    """Held-out sequences on which the last evaluation tries every path through the experts; 0: none. For one expert a
+    token and few layers, see `train/oracle.py`."""
     save_every: int = Field(default=100, ge=1)
 
 
@@ -113,7 +119,11 @@ class Job(Config):
 
     @model_validator(mode="after")
     def _layout_fits(self) -> Job:
-        problem = self.parallel.problem(self.resources.workers, self.num_experts)
+        ffn, what = self.model.ffn, "model.ffn.num_experts"
+        spread = ffn.num_slices if isinstance(ffn, MoEConfig) else None
+        if isinstance(ffn, MoEConfig) and ffn.sizes:
+            what = "the sum of num * times in model.ffn.sizes"
+        problem = self.parallel.problem(self.resources.workers, spread, what)
         if problem:
             raise ValueError(problem)
         return self
@@ -143,7 +153,58 @@ class Job(Config):
         return self
 
     @model_validator(mode="after")
-    def _bias_needs_experts(self) -> Job:
-        if self.balance.bias_rate > 0 and self.num_experts is None:
-            raise ValueError(f"balance.bias_rate={self.balance.bias_rate} needs experts, but model.ffn.kind=dense")
+    def _balance_fits(self) -> Job:
+        problem = balance_problem(self.balance, self.model.ffn if isinstance(self.model.ffn, MoEConfig) else None)
+        if problem:
+            raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def _units_fit_training(self) -> Job:
+        units = self.model.units
+        if units is None:
+            return self
+        if units.freeze_tokens is not None and units.freeze_tokens >= self.train.tokens:
+            raise ValueError(
+                f"model.units.freeze_tokens={units.freeze_tokens} is not below train.tokens={self.train.tokens}"
+            )
+        if "experts" in units.over and self.balance.bias_rate > 0:
+            raise ValueError(
+                f"balance.bias_rate={self.balance.bias_rate} would count the experts that model.units.over="
+                f"{list(units.over)} drops as idle; set it to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _oracle_can_try_all(self) -> Job:
+        ffn, wanted = self.model.ffn, self.train.oracle_sequences
+        if wanted == 0:
+            return self
+        if not isinstance(ffn, MoEConfig):
+            raise ValueError(f"train.oracle_sequences={wanted} needs experts, but model.ffn.kind=dense")
+        if ffn.top_k != 1:
+            raise ValueError(
+                f"train.oracle_sequences={wanted} tries one expert a layer, but model.ffn.top_k={ffn.top_k}; use 1"
+            )
+        paths = ffn.num_experts**self.model.num_layers
+        if paths > LARGEST_ENUMERATION:
+            raise ValueError(
+                f"train.oracle_sequences={wanted} would try model.ffn.num_experts={ffn.num_experts} to the power of "
+                f"model.num_layers={self.model.num_layers} = {paths} paths, more than {LARGEST_ENUMERATION}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _annealing_ends(self) -> Job:
+        router = self.model.ffn.router if isinstance(self.model.ffn, MoEConfig) else None
+        if isinstance(router, DenseToSparseConfig) and router.anneal_tokens > self.train.tokens:
+            raise ValueError(
+                f"model.ffn.router.anneal_tokens={router.anneal_tokens} is more than train.tokens={self.train.tokens}: "
+                "the router would never be sparse in training and always in evaluation"
+            )
+        if isinstance(router, CometConfig) and router.search is not None and router.search.tokens > self.train.tokens:
+            raise ValueError(
+                f"model.ffn.router.search.tokens={router.search.tokens} is more than train.tokens={self.train.tokens}: "
+                "the order of experts would never be fixed"
+            )
         return self

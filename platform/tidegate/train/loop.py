@@ -11,18 +11,21 @@ from typing import NamedTuple
 
 import torch
 
+from tidegate.data.baseline import token_frequencies
 from tidegate.data.loader import TrainLoader
 from tidegate.data.shards import TokenDataset
 from tidegate.model.balance import Balancer
+from tidegate.model.clock import Clock
 from tidegate.model.moe import MoEConfig
 from tidegate.parallel import collectives
 from tidegate.parallel.engine import Engine
 from tidegate.train import checkpoint
 from tidegate.train.checkpoint import Position
-from tidegate.train.evaluate import Evaluation, evaluate
+from tidegate.train.evaluate import Evaluation, evaluate, evaluate_oracle
 from tidegate.train.job import Job
-from tidegate.train.step import StepLosses, train_step, update_biases
-from tidegate.train.telemetry import Record, Throughput, load_metrics, peak_flops
+from tidegate.train.step import StepLosses, train_step, update_routers, update_units
+from tidegate.train.telemetry import LossSpikes, Observer, Record
+from tidegate.train.throughput import Throughput, peak_flops
 
 __all__ = ["Outcome", "World", "train"]
 
@@ -67,7 +70,16 @@ def train(job: Job, world: World) -> Outcome:
     )
     engine = build_engine(job)
     balancer = build_balancer(job)
-    step, tokens = _resume(job, world, engine, loader)
+    if (
+        world.resume_from is None
+        and isinstance(job.model.ffn, MoEConfig)
+        and job.model.ffn.capabilities.needs_token_ids
+    ):
+        frequencies_V = torch.from_numpy(token_frequencies(dataset, job.data))
+        for router in engine.model.routers():
+            router.fit_tokens(frequencies_V)
+    spikes, pending = LossSpikes(engine.device), None
+    step, tokens = _resume(job, world, engine, loader, spikes)
     throughput = Throughput(job, peak_flops(engine.device))
     isolate = job.data.documents == "isolate"
 
@@ -78,28 +90,51 @@ def train(job: Job, world: World) -> Outcome:
         tokens += job.train.batch_tokens
         learning_rate = job.optimizer.schedule.at(tokens, job.train.tokens)
         engine.set_learning_rate(learning_rate)
-        losses, stops = train_step(engine, balancer, batch, isolate=isolate, stop=world.should_stop())
-        if balancer is not None and job.balance.bias_rate > 0:
-            update_biases(engine.model, balancer.step_counts(), job.balance.bias_rate)
+        clock = Clock(step, tokens, job.train.seed)
+        last = tokens >= job.train.tokens
+        logged = step % job.train.log_every == 0 or last
+        observer = build_observer(job, dataset) if logged else None
+        losses, stops, last_nll = train_step(
+            engine,
+            balancer,
+            batch,
+            clock,
+            isolate=isolate,
+            stop=world.should_stop(),
+            last_nll=pending,
+            observer=observer,
+        )
+        if pending is not None:
+            spikes.see(last_nll)
+        pending = losses.nll
+        if balancer is not None:
+            update_routers(engine.model, balancer, clock, job.balance.bias_rate)
+        update_units(engine.model, losses, clock)
         throughput.count(job.train.batch_tokens)
 
-        last = tokens >= job.train.tokens
         stopping = stops.read() > 0  # waits for the beginning of this step, not for its end
-        if step % job.train.log_every == 0 or last or stopping:
-            metrics = _read_losses(job, losses)
+        if logged or stopping:
+            kept = torch.tensor(float("nan"))
+            if engine.model.units is not None:
+                kept = engine.model.units.expected_cost(clock).detach() / engine.model.units.units.total_cost
+            alike = [engine.gradient_norm(), spikes.state[3], kept.to(engine.device)]
+            metrics = _read(job, losses, torch.stack(alike), observer)
             metrics |= throughput.read() | {"train/learning_rate": learning_rate}
-            metrics["train/gradient_norm"] = engine.gradient_norm()
-            if balancer is not None:
-                metrics |= load_metrics(balancer.step_counts())
             _record(world, Record(step, tokens, metrics))
 
         # Save before evaluating: an evaluation that runs out of memory must not cost the run.
         if step % job.train.save_every == 0 or last or stopping:
-            _save(job, world, engine, loader, step, tokens)
+            collectives.all_reduce(pending)
+            spikes.see(pending)
+            pending = None
+            _save(world, engine, job, Position(step, tokens, loader.state_dict(), spikes.state.tolist()))
             throughput.restart()
         if step % job.train.eval_every == 0 or last:
             evaluation = evaluate(engine, job, dataset)
-            _record(world, Record(step, tokens, _evaluation_metrics(evaluation)))
+            metrics = _evaluation_metrics(evaluation)
+            if last and job.train.oracle_sequences:
+                metrics |= evaluate_oracle(engine, job, dataset).metrics()
+            _record(world, Record(step, tokens, metrics))
             throughput.restart()
     loader.close()
     return Outcome(step, tokens, tokens >= job.train.tokens, evaluation)
@@ -126,22 +161,30 @@ def build_balancer(job: Job) -> Balancer | None:
     """The job's balance over this process group; None for a dense model."""
     if not isinstance(job.model.ffn, MoEConfig):
         return None
-    return Balancer(job.balance, collectives.all_reduce, collectives.world_size(), job.accumulation)
+    return Balancer(job.balance, collectives.all_reduce, collectives.world_size(), job.accumulation, job.model.ffn)
 
 
-def _resume(job: Job, world: World, engine: Engine, loader: TrainLoader) -> tuple[int, int]:
+def build_observer(job: Job, dataset: TokenDataset) -> Observer:
+    """Telemetry of one step over this process group."""
+    ffn = job.model.ffn
+    top_k = ffn.top_k if isinstance(ffn, MoEConfig) else 0
+    return Observer(dataset.domains, top_k, collectives.rank(), collectives.world_size())
+
+
+def _resume(job: Job, world: World, engine: Engine, loader: TrainLoader, spikes: LossSpikes) -> tuple[int, int]:
     """Steps and tokens that are behind us."""
     if world.resume_from is None:
         return 0, 0
     position = checkpoint.load(world.resume_from, engine, job)
     loader.load_state_dict(position.data)
+    spikes.state = torch.tensor(position.spikes, device=engine.device)
     return position.step, position.tokens
 
 
-def _save(job: Job, world: World, engine: Engine, loader: TrainLoader, step: int, tokens: int) -> None:
-    folder = world.new_checkpoint(step)
-    checkpoint.save(folder, engine, job, Position(step, tokens, loader.state_dict()))
-    world.publish(folder, Record(step, tokens, {}))
+def _save(world: World, engine: Engine, job: Job, position: Position) -> None:
+    folder = world.new_checkpoint(position.step)
+    checkpoint.save(folder, engine, job, position)
+    world.publish(folder, Record(position.step, position.tokens, {}))
 
 
 def _record(world: World, record: Record) -> None:
@@ -149,17 +192,36 @@ def _record(world: World, record: Record) -> None:
         world.record(record)
 
 
-def _read_losses(job: Job, losses: StepLosses) -> dict[str, float]:
-    """Sum the step's losses over ranks and read them: the one host sync of a record."""
-    values = torch.stack([*losses])
-    collectives.all_reduce(values)
-    nll, load_balancing, z = values.tolist()
-    metrics = {"train/loss": nll}
+def _read(job: Job, losses: StepLosses, alike: torch.Tensor, observer: Observer | None) -> dict[str, float]:
+    """Sum the step over ranks and read it: the one collective and the one host sync of a record.
+
+    Args:
+        alike: (3,) gradient norm, spikes so far, kept share of unit gates: the same on every rank.
+    """
+    parts = [torch.stack([*losses]), alike / collectives.world_size()]
+    if observer is not None:
+        parts.append(observer.vector())
+    vector = torch.cat(parts)
+    collectives.all_reduce(vector)
+    host = vector.cpu()
+    num_losses = len(StepLosses._fields)
+    read = dict(zip(StepLosses._fields, host[:num_losses].tolist(), strict=True))
+    metrics = {"train/loss": read["nll"]}
+    metrics["train/gradient_norm"], metrics["train/loss_spikes"], kept = host[num_losses : num_losses + 3].tolist()
+    if job.model.units is not None:
+        metrics |= {"units/penalty": read["units"], "units/expected_share": kept}
     if isinstance(job.model.ffn, MoEConfig):
-        if job.balance.loss_weight > 0:
-            metrics["balance/lbl"] = load_balancing / (job.balance.loss_weight * job.model.num_layers)
-        if job.balance.z_loss_weight > 0:
-            metrics["balance/z"] = z / (job.balance.z_loss_weight * job.model.num_layers)
+        capabilities = job.model.ffn.capabilities
+        if capabilities.learned and (job.balance.loss_weight > 0 or capabilities.own_balance_weight):
+            metrics["balance/lbl"] = read["lbl"]
+        if job.balance.z_loss_weight > 0 and capabilities.z_loss:
+            metrics["balance/z"] = read["z"] / (job.balance.z_loss_weight * job.model.num_layers)
+        if job.balance.budget is not None:
+            metrics["balance/budget"] = read["budget"] / job.balance.budget.weight
+        if read["router"]:
+            metrics["balance/router"] = read["router"]
+    if observer is not None:
+        metrics |= observer.metrics(host[num_losses + 3 :])
     return metrics
 
 

@@ -4,7 +4,10 @@ The engine averages gradients over N ranks and M micro-batches. Every loss here 
 micro-batch's tokens times N M / (counted tokens of the whole step), so that the average is the mean over the step's
 counted tokens, also when micro-batches hold unequal numbers of them.
 
-Letters: M micro-batches, B sequences, T tokens, L MoE layers, E experts.
+Everything random or annealed in the model hangs on the step's clock and on each sequence's place in the global batch,
+so the counting pass routes as the training pass does.
+
+Letters: M micro-batches, B sequences, T tokens, L layers, E experts, H query heads, G key heads.
 """
 
 from __future__ import annotations
@@ -14,13 +17,17 @@ from typing import NamedTuple
 import torch
 
 from tidegate.data.loader import StepBatch
+from tidegate.model.attention import Attention
 from tidegate.model.balance import Balancer, updated_bias
+from tidegate.model.clock import Clock
 from tidegate.model.decoder import Decoder, DecoderOutput
-from tidegate.model.moe import MoE
+from tidegate.model.qk_clip import clip_factors
+from tidegate.model.routers.top_k import TopKRouter
 from tidegate.parallel import collectives
 from tidegate.parallel.engine import Engine
+from tidegate.train.telemetry import Observer
 
-__all__ = ["StepLosses", "StepResult", "train_step", "update_biases"]
+__all__ = ["StepLosses", "StepResult", "clip_attention_logits", "train_step", "update_routers", "update_units"]
 
 
 class StepLosses(NamedTuple):
@@ -32,12 +39,22 @@ class StepLosses(NamedTuple):
     """Weighted balance loss, summed over layers."""
     z: torch.Tensor
     """Weighted z-loss, summed over layers."""
+    router: torch.Tensor
+    """The routers' own weighted regularisers, summed over layers."""
+    budget: torch.Tensor
+    """Weighted loss of the budget on uneven experts."""
+    units: torch.Tensor
+    """Penalty of the unit gates."""
+    lbl: torch.Tensor
+    """The balance loss without its weight, mean over layers."""
 
 
 class StepResult(NamedTuple):
     losses: StepLosses
     stops: collectives.HostCopy
     """How many ranks had been asked to stop when the step began."""
+    last_nll: torch.Tensor
+    """The `last_nll` that was given, summed over ranks."""
 
 
 class _MicroBatch(NamedTuple):
@@ -45,10 +62,20 @@ class _MicroBatch(NamedTuple):
     labels_BT: torch.Tensor
     counted_BT: torch.Tensor
     documents_BT: torch.Tensor | None
+    sequences_B: torch.Tensor
+    domains_B: torch.Tensor
 
 
 def train_step(
-    engine: Engine, balancer: Balancer | None, batch: StepBatch, *, isolate: bool, stop: bool = False
+    engine: Engine,
+    balancer: Balancer | None,
+    batch: StepBatch,
+    clock: Clock,
+    *,
+    isolate: bool,
+    stop: bool = False,
+    last_nll: torch.Tensor | None = None,
+    observer: Observer | None = None,
 ) -> StepResult:
     """Forward and backward of every micro-batch, then the optimizer.
 
@@ -56,57 +83,128 @@ def train_step(
         engine: set to the step's learning rate.
         balancer: of the job; counts what this step routes. None for a dense model.
         batch: this rank's part, on the host.
+        clock: of this step.
         isolate: keep attention inside documents.
         stop: whether this rank was asked to stop; it shares the step's first collective.
+        last_nll: this rank's share of the last step's loss, to be summed in the same collective.
+        observer: takes in what the micro-batches show; None if nobody looks.
 
     Returns:
         Losses on the device, so that reading them is the caller's host sync, and who wants to stop.
     """
     micro_batches = _to_device(batch, engine.device, isolate)
     own_tokens = torch.stack([mb.counted_BT.sum() for mb in micro_batches]).sum().double()
-    shared = torch.stack([own_tokens, torch.full_like(own_tokens, stop)])
+    last = torch.zeros_like(own_tokens) if last_nll is None else last_nll.double()
+    shared = torch.stack([own_tokens, torch.full_like(own_tokens, stop), last])
     collectives.all_reduce(shared)
     stops = collectives.HostCopy(shared[1])
     step_tokens = shared[0].clamp(min=1).float()
     if balancer is not None:
-        balancer.begin_step(_count(engine, micro_batches) if balancer.needs_counting_pass else None)
+        balancer.begin_step(_count(engine, micro_batches, clock) if balancer.needs_counting_pass else None)
     copies = collectives.world_size() * len(micro_batches)
-    total = torch.zeros(3, device=engine.device)
+    total = torch.zeros(len(StepLosses._fields), device=engine.device)
+    threshold, largest_logits = engine.model.config.attention.qk_clip, []
     for mb in micro_batches:
-        output = _forward(engine, mb)
-        losses = [output.nll_B.sum() * (copies / step_tokens)]
+        output = _forward(engine, mb, clock, observe=observer is not None)
+        if threshold is not None and output.attention is not None:
+            largest_logits.append(output.attention.max_logit_H)
+        if observer is not None:
+            observer.add(output, mb.counted_BT.float().sum(dim=1), mb.domains_B)
+        loss = output.nll_B.sum() * (copies / step_tokens)
+        terms = {"nll": loss}
         if balancer is not None and output.stats is not None:
-            losses += balancer.losses(output.stats, mb.counted_BT.float().sum(dim=1), step_tokens)
-        engine.backward(sum(losses[1:], losses[0]))
-        total[: len(losses)] += torch.stack([loss.detach() for loss in losses]) / copies
-    return StepResult(StepLosses(*total), stops)
+            balance = balancer.losses(output.stats, mb.counted_BT.float().sum(dim=1), step_tokens)
+            loss = loss + balance.total
+            terms |= balance._asdict()
+        if output.unit_penalty is not None:  # not a sum over tokens: the average over copies is already the penalty
+            loss = loss + output.unit_penalty
+            terms["units"] = output.unit_penalty
+        engine.backward(loss)
+        for index, name in enumerate(StepLosses._fields):
+            if name in terms:
+                total[index] += terms[name].detach() / copies
+    if threshold is not None:
+        clip_attention_logits(engine, torch.stack(largest_logits).amax(dim=0), threshold)
+    return StepResult(StepLosses(*total), stops, shared[2].float())
 
 
-def update_biases(model: Decoder, counts_LE: torch.Tensor, rate: float) -> None:
-    """Move every layer's selection bias by the step's global counts; the same on every rank."""
-    layers = [module for module in model.modules() if isinstance(module, MoE)]
-    for layer, counts_E in zip(layers, counts_LE, strict=True):
-        layer.router.expert_bias.copy_(updated_bias(layer.router.expert_bias, counts_E, rate))
+def update_routers(model: Decoder, balancer: Balancer, clock: Clock, bias_rate: float) -> None:
+    """Move every router's controllers, and its selection bias, by the step's global counts; the same on every rank.
+
+    Args:
+        bias_rate: u of bias balancing; 0 leaves the biases alone.
+    """
+    routers = model.routers()
+    if bias_rate == 0 and not any(router.has_controllers for router in routers):
+        return
+    layers = balancer.routed_layers(clock)
+    if len(routers) < len(layers):  # one router decides for all: its loads are those of any layer
+        layers = layers[: len(routers)]
+    for router, routed in zip(routers, layers, strict=True):
+        router.update(routed)
+        if bias_rate > 0:
+            assert isinstance(router, TopKRouter)
+            router.expert_bias.copy_(updated_bias(router.expert_bias, routed.counts_E, bias_rate))
+
+
+def clip_attention_logits(engine: Engine, largest_LH: torch.Tensor, threshold: float) -> None:
+    """QK-clip: after the optimizer, scale down the heads whose logits were above the threshold in this step.
+
+    Args:
+        engine: has just stepped.
+        largest_LH: this rank's largest logits, layer by layer.
+        threshold: tau.
+    """
+    collectives.all_reduce_max(largest_LH)
+    layers = [module for module in engine.model.modules() if isinstance(module, Attention)]
+    # One host sync a step, so that layers below the threshold, all of them most of the time, move no weights.
+    above_L = (largest_LH > threshold).any(dim=1).tolist()
+    for layer, largest_H, above in zip(layers, largest_LH, above_L, strict=True):
+        if above:
+            query_H, key_G = clip_factors(largest_H, threshold, layer.config.num_kv_heads)
+            engine.scale_rows(layer.wq.weight, query_H.repeat_interleave(layer.config.head_dim))
+            engine.scale_rows(layer.wk.weight, key_G.repeat_interleave(layer.config.head_dim))
+
+
+def update_units(model: Decoder, losses: StepLosses, clock: Clock) -> None:
+    """Let the unit gates learn what the optimizer does not move; every rank must call it after each step."""
+    if model.units is not None:
+        model.units.update(model, clock, losses.nll, collectives.all_reduce)
 
 
 def _to_device(batch: StepBatch, device: torch.device, isolate: bool) -> list[_MicroBatch]:
     pinned = device.type == "cuda"
-    tokens, documents, counted = (
+    tokens, documents, counted, sequences, domains = (
         (t.pin_memory() if pinned else t).to(device, non_blocking=True)
-        for t in (batch.tokens_MBT1, batch.documents_MBT, batch.loss_mask_MBT)
+        for t in (batch.tokens_MBT1, batch.documents_MBT, batch.loss_mask_MBT, batch.sequences_MB, batch.domains_MB)
     )
     return [
-        _MicroBatch(tokens[m, :, :-1], tokens[m, :, 1:], counted[m], documents[m] if isolate else None)
+        _MicroBatch(
+            tokens[m, :, :-1],
+            tokens[m, :, 1:],
+            counted[m],
+            documents[m] if isolate else None,
+            sequences[m],
+            domains[m],
+        )
         for m in range(tokens.shape[0])
     ]
 
 
-def _forward(engine: Engine, mb: _MicroBatch) -> DecoderOutput:
-    return engine.forward(mb.tokens_BT, mb.labels_BT, mb.counted_BT, mb.documents_BT)
+def _forward(engine: Engine, mb: _MicroBatch, clock: Clock, *, observe: bool = False) -> DecoderOutput:
+    return engine.forward(
+        mb.tokens_BT,
+        mb.labels_BT,
+        mb.counted_BT,
+        mb.documents_BT,
+        sequences_B=mb.sequences_B,
+        clock=clock,
+        observe=observe,
+    )
 
 
-def _count(engine: Engine, micro_batches: list[_MicroBatch]) -> torch.Tensor:
+def _count(engine: Engine, micro_batches: list[_MicroBatch], clock: Clock) -> torch.Tensor:
     """(L, E) this rank's routing counts over the whole step, by a pass without gradient."""
     with torch.no_grad():
-        counts = [_forward(engine, mb).stats for mb in micro_batches]
+        counts = [_forward(engine, mb, clock).stats for mb in micro_batches]
     return torch.stack([stats.counts_BE.sum(dim=1) for stats in counts if stats is not None]).sum(dim=0)

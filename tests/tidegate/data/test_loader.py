@@ -39,6 +39,7 @@ def global_batches(
         for m in range(G // (world_size * micro_batch)):
             for part in parts:
                 for b in range(micro_batch):
+                    assert part.sequences_MB[m, b] == len(sequences), "a sequence does not know its place"
                     sequences.append((int(part.domains_MB[m, b]), *part.tokens_MBT1[m, b].tolist()))
         batches.append(sequences)
     return batches
@@ -115,7 +116,7 @@ def test_the_mask_and_documents_are_those_of_the_tokens(two_domains: TokenDatase
     assert torch.equal(batch.loss_mask_MBT, ~ends)
     assert torch.equal(batch.documents_MBT, (ends.cumsum(-1) - ends.long()).int())
     assert ends.any()
-    assert [part.dtype for part in batch] == [torch.int64, torch.int32, torch.bool, torch.int64]
+    assert [part.dtype for part in batch] == [torch.int64, torch.int32, torch.bool, torch.int64, torch.int64]
     # Train tokens of a are below 150, those of b are not: the domain index is that of the tokens.
     assert torch.equal(batch.domains_MB, (batch.tokens_MBT1.amax(-1) >= 150).long())
 
@@ -205,11 +206,12 @@ def test_evaluation_scores_each_held_out_window_once(
         for rank in range(world_size)
     ]
     assert len({len(batches) for batches in by_rank}) == 1
-    real, padding = Counter(), 0
+    real, padding, places = Counter(), 0, []
     for batches in by_rank:
         for batch in batches:
             assert batch.tokens_BT1.shape == (micro_batch, 5)
-            for tokens, documents, mask, domain in zip(*batch, strict=True):
+            for tokens, documents, mask, domain, place in zip(*batch, strict=True):
+                places.append(int(place))
                 if (tokens == 0).all():
                     padding += 1
                     assert not mask.any()
@@ -223,4 +225,5 @@ def test_evaluation_scores_each_held_out_window_once(
         for window in range(min(eval_sequences, num_windows(len(stream), 4))):
             expected[(domain, *stream.read(window * 4, window * 4 + 5).tolist())] += 1
     assert real == expected
+    assert sorted(places) == list(range(len(places))), "two windows claim one place"
     assert padding < micro_batch * world_size, "no batch is padding on every rank"

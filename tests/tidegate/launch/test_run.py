@@ -133,10 +133,11 @@ def test_expert_parallel_workers_on_ray_survive_a_killed_worker(
     tidegate: Tidegate, tiny_job: Callable[..., Path]
 ) -> None:
     two = {"parallel": {"expert": 2}, "resources": {"workers": 2, "max_failures": 1}}
-    job = str(tiny_job(**two, data={"eval_sequences": 2}))
+    steps = 5 * STEPS  # it must still be running when its workers are looked up
+    job = str(tiny_job(**two, data={"eval_sequences": 2}, train={"tokens": 512 * steps, "save_every": 12}))
     tidegate.run(job)
     undisturbed = tidegate.losses("tiny-1")
-    assert sorted(undisturbed) == list(range(1, STEPS + 1))
+    assert sorted(undisturbed) == list(range(1, steps + 1))
 
     process = tidegate.start(job)
     tidegate.wait_for_step(process, 5)
@@ -149,7 +150,7 @@ def test_expert_parallel_workers_on_ray_survive_a_killed_worker(
     workers[-1].kill()
     assert process.wait(timeout=240) == 0, tidegate.output.read_text()
     resumed = tidegate.losses("tiny-2")
-    assert sorted(resumed)[-1] == STEPS
+    assert sorted(resumed)[-1] == steps
     assert all(values == undisturbed[step] for step, values in resumed.items())
     assert tidegate.run_status("tiny-2") == "FINISHED"
 

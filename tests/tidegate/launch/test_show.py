@@ -158,3 +158,15 @@ def test_tokenize_says_what_the_shards_hold(tmp_path, capsys):
     again = capsys.readouterr().out
     assert "data: train tokenizer" not in again, "the second call finds the shards"
     assert table(again.splitlines()) == cells
+
+
+def test_unit_gates_say_what_they_keep(shown):
+    """4 layers of 4 heads of 3 * 128 * 32 parameters, the third being the head's gate."""
+    gates = "model.units={over: [heads], keep: 0.25, method: {kind: hard_concrete}, freeze_tokens: 600000}"
+    lines = shown(DEMO, gates)
+    assert (
+        "unit gates: keep 0.25 of 16 units (heads, hard_concrete), 49,152 of 196,608 parameters; the mask is fixed at "
+        "600,000 tokens"
+    ) in lines
+    assert table(lines)["units (hard_concrete)"][:2] == ["16", "0"]
+    assert not any(line.startswith("unit gates") for line in shown(DEMO))

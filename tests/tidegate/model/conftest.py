@@ -102,7 +102,11 @@ def _attention_formula(
     for head in range(H):
         group = head // (H // G)
         scores_BTT = q[:, :, head] @ k[:, :, group].transpose(1, 2) / d**0.5
-        heads.append(scores_BTT.masked_fill(~visible_BTT, -torch.inf).softmax(dim=-1) @ v[:, :, group])
+        scores_BTT = scores_BTT.masked_fill(~visible_BTT, -torch.inf)
+        if config.softmax != "plain":
+            sink = parameters["sink"][head] if config.softmax == "learnable_sink" else scores_BTT.new_zeros(())
+            scores_BTT = torch.cat([scores_BTT, sink.expand(B, T, 1)], dim=-1)
+        heads.append(scores_BTT.softmax(dim=-1)[..., :T] @ v[:, :, group])
     y_BTHd = gated("sdpa_output", torch.stack(heads, dim=2))
     out_BTD = y_BTHd.flatten(2) @ parameters["wo.weight"].T
     return gated("dense_output", out_BTD.unsqueeze(2)).squeeze(2)

@@ -38,7 +38,7 @@ def attention(initialise: Callable[..., nn.Module]) -> Callable[..., Attention]:
 def attend(module: Attention, x_BTD: torch.Tensor, documents_BT: torch.Tensor | None = None) -> torch.Tensor:
     mask = None if documents_BT is None else document_mask(documents_BT)
     table = rotary_table(x_BTD.shape[1], module.config.head_dim, module.config.rope_theta, CPU)
-    return module(x_BTD, table, mask)
+    return module(x_BTD, table, mask)[0]
 
 
 def documents(length: int, batch: int = 2) -> torch.Tensor:

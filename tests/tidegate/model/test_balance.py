@@ -15,9 +15,19 @@ import pytest
 import torch
 from torch import nn
 
-from tidegate.model.balance import BalanceConfig, Balancer, load_balancing_loss, max_violation, updated_bias
-from tidegate.model.moe import RoutingStats, routing_stats
-from tidegate.model.routers import Routing, SigmoidTopKConfig, SoftmaxTopKConfig
+from tidegate.model.balance import (
+    BalanceConfig,
+    Balancer,
+    balance_problem,
+    load_balancing_loss,
+    max_violation,
+    updated_bias,
+)
+from tidegate.model.moe import MoEConfig, RoutingStats, routing_stats
+from tidegate.model.routers import RouterContext, RouterShape, Routing, SigmoidTopKConfig, SoftmaxTopKConfig
+from tidegate.model.routers.fixed import HashConfig
+from tidegate.model.routers.relu import ReluConfig
+from tidegate.model.routers.top_k import QuantileBalancing
 
 E, K = 7, 2
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -47,10 +57,11 @@ def test_uniform_probabilities_or_fractions_give_one(num_experts: int) -> None:
 
 @pytest.mark.parametrize("config", [SoftmaxTopKConfig(), SigmoidTopKConfig()], ids=lambda c: c.kind)
 def test_a_router_of_zeros_has_loss_one_and_z_of_its_size(config: Any) -> None:
-    router = config.build(24, E, K, 0.02)
+    router = config.build(RouterShape(24, E, K, 0.02))
     nn.init.zeros_(router.weight)
     nn.init.zeros_(router.expert_bias)
-    stats = routing_stats(router(torch.randn(63, 24)), torch.ones(1, 63, dtype=torch.bool))
+    context = RouterContext.alone(torch.ones(1, 63, dtype=torch.bool))
+    stats = routing_stats(router(torch.randn(63, 24), context), context)
     assert load_balancing_loss(stats.counts_BE, stats.prob_sums_BE, 63.0).item() == pytest.approx(1, abs=1e-6)
     assert stats.z_sums_B.item() / 63 == pytest.approx(torch.tensor(E).log().item() ** 2, rel=1e-6)
 
@@ -171,8 +182,8 @@ def statistics(logits_BTE: torch.Tensor, counted_BT: torch.Tensor, k: int) -> Ro
     """One layer's, of a softmax router in fp64."""
     probs = logits_BTE.flatten(0, 1).softmax(-1)
     weights, experts = probs.topk(k, dim=-1)
-    stats = routing_stats(Routing(experts, weights, probs, logits_BTE.flatten(0, 1)), counted_BT)
-    return RoutingStats(*(field.double() for field in stats))
+    stats = routing_stats(Routing(experts, weights, probs, logits_BTE.flatten(0, 1)), RouterContext.alone(counted_BT))
+    return RoutingStats(*(field.double() for field in stats[:4]))
 
 
 class Batch(NamedTuple):
@@ -219,7 +230,9 @@ def train_step(config: BalanceConfig, batch: Batch) -> Step:
         def micro_batches() -> Iterator[tuple[RoutingStats, torch.Tensor]]:
             for leaf, counted_BT in zip(leaves, batch.counted_NMBT[rank], strict=True):
                 layers = [statistics(leaf[layer], counted_BT, K) for layer in range(L)]
-                stacked = RoutingStats(*(torch.stack(field) for field in zip(*layers, strict=True)))
+                stacked = RoutingStats(
+                    *(torch.stack(field) for field in zip(*(layer[:4] for layer in layers), strict=True))
+                )
                 yield stacked, counted_BT.sum(dim=1).double()
 
         for _ in range(2):  # the second step must not remember the first
@@ -230,9 +243,9 @@ def train_step(config: BalanceConfig, batch: Batch) -> Step:
             value = torch.zeros((), dtype=torch.float64)
             for stats, counted_B in micro_batches():
                 losses = balancer.losses(stats, counted_B, tokens)
-                value += sum(losses).detach()
-                if any(loss.requires_grad for loss in losses):
-                    sum(losses).backward()
+                value += losses.total.detach()
+                if losses.total.requires_grad:
+                    losses.total.backward()
             step_counts = balancer.step_counts()
             assert torch.equal(step_counts, balancer.step_counts())
         gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
@@ -386,7 +399,7 @@ def test_collectives_of_a_step(fields: dict[str, Any], accumulation: int, collec
     counted = torch.ones(2, 9, dtype=torch.bool)
     logits = torch.randn(accumulation, 3, 2, 9, E, dtype=torch.float64)
     micro_batches = [
-        RoutingStats(*(torch.stack(f) for f in zip(*(statistics(t, counted, K) for t in layers), strict=True)))
+        RoutingStats(*(torch.stack(f) for f in zip(*(statistics(t, counted, K)[:4] for t in layers), strict=True)))
         for layers in logits
     ]
     total = torch.stack([stats.counts_BE.sum(dim=1) for stats in micro_batches]).sum(dim=0)
@@ -435,11 +448,14 @@ def test_gradient_of_a_real_router(config: Any, world_size: int, accumulation: i
     ranks = Ranks(world_size)
 
     def rank_step(rank: int) -> torch.Tensor:
-        router = config.build(D, E, K, 0.02)
+        router = config.build(RouterShape(D, E, K, 0.02))
         router.load_state_dict({"weight": weight, "expert_bias": torch.zeros(E)})
         balancer = Balancer(BalanceConfig(loss_weight=1, z_loss_weight=0), ranks.all_reduce, world_size, accumulation)
         own = range(rank * accumulation, (rank + 1) * accumulation)
-        stats = [RoutingStats(*(f[None] for f in routing_stats(router(x[j].flatten(0, 1)), counted[j]))) for j in own]
+        contexts = [RouterContext.alone(counted[j]) for j in own]
+        routings = [router(x[j].flatten(0, 1), context) for j, context in zip(own, contexts, strict=True)]
+        layers = [routing_stats(routing, context) for routing, context in zip(routings, contexts, strict=True)]
+        stats = [RoutingStats(*(f[None] for f in layer[:4])) for layer in layers]
         balancer.begin_step(sum(s.counts_BE.sum(1) for s in stats) if balancer.needs_counting_pass else None)
         for s, j in zip(stats, own, strict=True):
             balancer.losses(s, counted[j].sum(1).float(), counted.sum().float()).load_balancing.backward()
@@ -483,14 +499,15 @@ def test_bias_updates_are_bounded() -> None:
 
 def test_bias_updates_balance_a_router() -> None:
     """Repeated on a skewed router, they bring MaxVio down without touching its matrix."""
-    router = SigmoidTopKConfig().build(24, E, K, 0.3)
+    router = SigmoidTopKConfig().build(RouterShape(24, E, K, 0.3))
     nn.init.normal_(router.weight, std=0.1)
     nn.init.zeros_(router.expert_bias)
     x = torch.randn(1000, 24) + 2 * torch.randn(24)
+    everyone = RouterContext.alone(torch.ones(1, 1000, dtype=torch.bool))
     violations = []
     for _ in range(300):
         with torch.no_grad():
-            counts = torch.bincount(router(x).experts_NK.flatten(), minlength=E).float()
+            counts = torch.bincount(router(x, everyone).experts_NS.flatten(), minlength=E).float()
         violations.append(max_violation(counts).item())
         router.expert_bias.copy_(updated_bias(router.expert_bias, counts, 2e-3))
     assert violations[0] > 1
@@ -500,3 +517,170 @@ def test_bias_updates_balance_a_router() -> None:
 def test_max_violation_by_hand() -> None:
     counts = torch.tensor([[4.0, 0, 2, 2], [3, 3, 3, 3], [0, 0, 0, 12]])
     assert max_violation(counts).tolist() == [1, 0, 3]
+
+
+# --- the budget of uneven experts, and what routers bring themselves
+
+
+UNEVEN = MoEConfig.model_validate(
+    {
+        "num_experts": E,
+        "top_k": K,
+        "expert_dim": 8,
+        "sizes": [{"num": 2, "times": 4}, {"num": 3, "times": 1}, {"num": 2, "times": 0}],
+    }
+)
+COSTS = torch.tensor([1.0, 1.0, 0.25, 0.25, 0.25, 0.0, 0.0], dtype=torch.float64)
+
+
+class Own(NamedTuple):
+    """What a router adds to the statistics of every micro-batch: here, constants times its probabilities."""
+
+    penalty: float = 0.0
+    balance_weight_L: torch.Tensor | None = None
+
+
+def step_with(
+    config: BalanceConfig,
+    batch: Batch,
+    moe: MoEConfig | None,
+    own: Own = Own(),  # noqa: B008
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, M, L, B, T, E) gradient and value of the losses, averaged over ranks and micro-batches."""
+    N, M, L, *_ = batch.logits_NMLBTE.shape
+    tokens = batch.counted_NMBT.sum().double()
+    ranks = Ranks(N)
+
+    def rank_step(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        balancer = Balancer(config, ranks.all_reduce, N, M, moe)
+        leaves = [batch.logits_NMLBTE[rank, m].clone().requires_grad_() for m in range(M)]
+        stats = []
+        for leaf, counted_BT in zip(leaves, batch.counted_NMBT[rank], strict=True):
+            layers = [statistics(leaf[layer], counted_BT, K) for layer in range(L)]
+            whole = RoutingStats(*(torch.stack(field) for field in zip(*(layer[:4] for layer in layers), strict=True)))
+            # The penalty of a row is its first probability.
+            penalty = own.penalty * whole.prob_sums_BE[..., 0]
+            stats.append(whole._replace(penalty_sums_B=penalty, balance_weight=own.balance_weight_L))
+        counts = torch.stack([s.counts_BE.sum(dim=1) for s in stats]).sum(dim=0)
+        balancer.begin_step(counts if balancer.needs_counting_pass else None)
+        value = torch.zeros((), dtype=torch.float64)
+        for s, counted_BT in zip(stats, batch.counted_NMBT[rank], strict=True):
+            losses = balancer.losses(s, counted_BT.sum(dim=1).double(), tokens)
+            value += losses.total.detach()
+            losses.total.backward()
+        return torch.stack([leaf.grad for leaf in leaves if leaf.grad is not None]) / (N * M), value / (N * M)
+
+    gradients, values = zip(*ranks.run(rank_step), strict=True)
+    return torch.stack(gradients), torch.stack(values).sum()
+
+
+def whole_batch(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(L, T, E) logits, a leaf, and (L, E) counts of all counted tokens."""
+    logits_ZLTE = batch.logits_NMLBTE[0, 0].transpose(0, 1)
+    counted_ZT = batch.counted_NMBT[0, 0]
+    leaf = logits_ZLTE.transpose(1, 2)[counted_ZT].transpose(0, 1).clone().requires_grad_()
+    return leaf, counts_of(logits_ZLTE, counted_ZT)
+
+
+def compare(gradient: torch.Tensor, cut: Batch, leaf: torch.Tensor, batch: Batch) -> None:
+    assert leaf.grad is not None
+    whole = Batch(gradient, cut.counted_NMBT).cut(1, 1).logits_NMLBTE[0, 0]
+    by_token = whole.permute(1, 2, 0, 3)[batch.counted_NMBT[0, 0]].transpose(0, 1)
+    torch.testing.assert_close(by_token, leaf.grad, **EXACT)
+
+
+@every_cut
+@pytest.mark.parametrize("target", [0.1, 0.6])
+def test_the_budget_is_the_square_of_what_the_global_batch_costs_too_much(
+    target: float, world_size: int, accumulation: int, batch: Batch
+) -> None:
+    """Gradient: autograd of weight (c - target)^2, with c's value from the choices and its slope from the
+    probabilities, at any cut. c is the mean over the layers' assignments."""
+    cut = batch.cut(world_size, accumulation)
+    config = BalanceConfig(loss_weight=0, z_loss_weight=0, budget={"target": target, "weight": 3.0})
+    gradient, value = step_with(config, cut, UNEVEN)
+    leaf, counts = whole_batch(batch)
+    realised = (counts @ COSTS).sum() / counts.sum()
+    expected = (leaf.softmax(-1) @ COSTS).mean()
+    c = realised + expected - expected.detach()
+    loss = 3.0 * (c - target) ** 2
+    loss.backward()
+    torch.testing.assert_close(value, loss.detach(), rtol=1e-6, atol=1e-7)  # costs are fp32 beside fp64 counts
+    compare(gradient, cut, leaf, batch)
+    assert leaf.grad is not None
+    assert leaf.grad.abs().max() > 1e-6
+
+
+def test_the_budget_pushes_towards_its_target(batch: Batch) -> None:
+    for target, sign in ((0.0, 1), (1.0, -1)):
+        config = BalanceConfig(loss_weight=0, z_loss_weight=0, budget={"target": target})
+        gradient, _ = step_with(config, batch, UNEVEN)
+        assert sign * gradient[..., :2].sum() > 0, "descent moves probability from, or to, the widest experts"
+        assert sign * gradient[..., 5:].sum() < 0
+
+
+@every_cut
+def test_a_layers_own_coefficient_replaces_the_loss_weight(world_size: int, accumulation: int, batch: Batch) -> None:
+    moe = MoEConfig(num_experts=E, top_k=K, expert_dim=8, router=ReluConfig())
+    own = Own(balance_weight_L=torch.tensor([0.3, 1.7], dtype=torch.float64))
+    cut = batch.cut(world_size, accumulation)
+    for loss_weight in (0.0, 123.0):
+        gradient, value = step_with(BalanceConfig(loss_weight=loss_weight, z_loss_weight=0), cut, moe, own)
+        leaf, counts = whole_batch(batch)
+        f = counts / counts.sum(-1, keepdim=True)
+        lbl = E * (f * leaf.softmax(-1).mean(1)).sum(-1)
+        loss = 0.3 * lbl[0] + 1.7 * lbl[1]
+        loss.backward()
+        torch.testing.assert_close(value, loss.detach(), **EXACT)
+        compare(gradient, cut, leaf, batch)
+
+
+@every_cut
+def test_own_penalties_are_the_mean_over_the_steps_counted_tokens(
+    world_size: int, accumulation: int, batch: Batch
+) -> None:
+    cut = batch.cut(world_size, accumulation)
+    gradient, value = step_with(BalanceConfig(loss_weight=0, z_loss_weight=0), cut, None, Own(penalty=0.7))
+    leaf, _ = whole_batch(batch)
+    loss = 0.7 * leaf.softmax(-1)[..., 0].mean(1).sum()
+    loss.backward()
+    torch.testing.assert_close(value, loss.detach(), **EXACT)
+    compare(gradient, cut, leaf, batch)
+
+
+EVEN = MoEConfig(num_experts=E, top_k=K, expert_dim=8)
+THREE_WIDE = MoEConfig.model_validate(
+    {
+        "num_experts": E,
+        "top_k": K,
+        "expert_dim": 8,
+        "sizes": [{"num": 1, "times": 0}, {"num": 5, "times": 1}, {"num": 1, "times": 4}],
+    }
+)
+HASHED = UNEVEN.model_copy(update={"router": HashConfig()})
+QUANTILE = EVEN.model_copy(update={"router": SoftmaxTopKConfig(quantile=QuantileBalancing())})
+
+
+@pytest.mark.parametrize(
+    ("balance", "moe", "message"),
+    [
+        ({"bias_rate": 0.1}, None, "balance.bias_rate=0.1 needs experts, but model.ffn.kind=dense"),
+        ({"budget": {"target": 0.5}}, None, "balance.budget.target=0.5 needs experts, but model.ffn.kind=dense"),
+        ({"bias_rate": 0.1}, HASHED, "which model.ffn.router.kind=hash does not have; use a top-k router"),
+        ({"bias_rate": 0.1}, QUANTILE, "model.ffn.router.quantile would both set the selection bias"),
+        ({"budget": {"target": 0.5}}, EVEN, "needs experts of several widths, but model.ffn.sizes makes all equal"),
+        ({"budget": {"target": 0.5}}, HASHED, "cannot act: model.ffn.router.kind=hash learns nothing"),
+        # Two of seven experts, none twice: what the cheapest and the dearest two cost on average.
+        ({"budget": {"target": 0.9}}, THREE_WIDE, "an assignment costs between 0.125 and 0.625 of the widest expert"),
+        ({"budget": {"target": 0.1}}, THREE_WIDE, "balance.budget.target=0.1 is out of reach: with model.ffn.top_k=2"),
+    ],
+)
+def test_balances_that_cannot_act_are_refused(balance: dict[str, Any], moe: MoEConfig | None, message: str) -> None:
+    assert message in (balance_problem(BalanceConfig.model_validate(balance), moe) or "")
+
+
+def test_balances_that_can_act_are_not() -> None:
+    for target in (0.125, 0.3, 0.625):
+        assert balance_problem(BalanceConfig(budget={"target": target}), THREE_WIDE) is None
+    assert balance_problem(BalanceConfig(bias_rate=0.1), EVEN) is None
+    assert balance_problem(BalanceConfig(), None) is None

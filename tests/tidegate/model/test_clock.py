@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from tidegate.model.clock import Clock, derive_key, draw_once, uniform
+from tidegate.model.clock import Clock, derive_key, uniform
 
 KEY = Clock(step=7, tokens=0, seed=3).key
 
@@ -36,20 +36,16 @@ def test_draws_are_uniform_and_independent() -> None:
 
 
 def test_another_step_seed_or_purpose_draws_otherwise() -> None:
-    keys = {
-        Clock(1, 0, 0).key,
-        Clock(2, 0, 0).key,
-        Clock(1, 0, 1).key,
-        derive_key(Clock(1, 0, 0).key, "a"),
-        derive_key(Clock(1, 0, 0).key, "b"),
-    }
-    assert len(keys) == 5
+    first = Clock(1, 0, 0)
+    clocks = [first, Clock(2, 0, 0), Clock(1, 0, 1), first.other("pass")]
+    keys = [*(clock.key for clock in clocks), first.key ^ derive_key("a"), first.key ^ derive_key("b")]
+    assert len({int(key) for key in keys}) == 6
     rows = torch.arange(10_000)
     draws = torch.stack([uniform(rows, 1, key)[:, 0] for key in keys])
-    assert (torch.corrcoef(draws) - torch.eye(5)).abs().max() < 5 / 10_000**0.5
-    assert Clock(1, 0, 0).key == Clock(1, 999, 0).key, "tokens take no part"
+    assert (torch.corrcoef(draws) - torch.eye(6)).abs().max() < 5 / 10_000**0.5
+    assert torch.equal(first.key, Clock(1, 999, 0).key), "tokens take no part"
 
 
 def test_one_draw_hits_its_probability() -> None:
-    hits = sum(draw_once(derive_key(step, "branch")) < 0.1 for step in range(20_000))
+    hits = sum(Clock(step, 0, 0).draw("branch", 3) < 0.1 for step in range(20_000))
     assert abs(hits - 2000) < 5 * (20_000 * 0.1 * 0.9) ** 0.5

@@ -19,6 +19,7 @@ from tidegate.model.attention import rotary_table
 from tidegate.model.decoder import Decoder, ModelConfig, materialize
 from tidegate.model.initialisation import Draw
 from tidegate.model.moe import Experts, MoE, MoEConfig
+from tidegate.model.routers import RouterContext
 
 CPU = torch.device("cpu")
 HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
@@ -44,6 +45,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "constant_headwise": {
         "attention": {**HEADS, "gate": {"kind": "value", "input": "constant", "granularity": "headwise"}}
     },
+    "off_by_one": {"attention": {**HEADS, "softmax": "off_by_one"}},
+    "learnable_sink": {"attention": {**HEADS, "softmax": "learnable_sink"}},
+    "qk_clip": {"attention": {**HEADS, "qk_norm": False, "qk_clip": 100}},
+    "gated_norm": {"norm": {"kind": "gated", "rank": 5}},
+    "pre_affine": {"norm": {"kind": "pre_affine"}, "ffn": DENSE},
+    "geglu": {"ffn": {**MIXTURE, "activation": "geglu"}},
+    "relu2": {"ffn": {**MIXTURE, "activation": "relu2", "shared": {"num": 2, "gate": True}}},
+    "poly_norm": {"ffn": {**MIXTURE, "activation": "poly_norm", "shared": {"num": 1}}},
+    "poly_relu_dense": {"ffn": {**DENSE, "activation": "poly_relu"}},
     "wide_heads_tied": {"tie_embeddings": True, "attention": {"num_heads": 3, "num_kv_heads": 1, "head_dim": 20}},
 }
 every_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
@@ -75,7 +85,9 @@ def test_every_value_is_initialised_and_depends_on_the_seed(changes: dict[str, A
     assert all(tensor.isfinite().all() for tensor in state.values())
     assert all(torch.equal(tensor, state[name]) for name, tensor in direct.state_dict().items())
     for name, tensor in other.state_dict().items():
-        drawn = not name.endswith(("norm.weight", "expert_bias", "gate.constant"))
+        drawn = not name.endswith(("norm.weight", "norm.scale", "expert_bias", "gate.constant", "sink", "coefficients"))
+        if config.ffn.activation in ("relu2", "poly_norm") and name.endswith("experts.w3"):
+            drawn = False
         assert torch.equal(tensor, state[name]) != drawn, name
 
 
@@ -167,7 +179,7 @@ def test_every_variant_trains(changes: dict[str, Any], length: int, model_config
     loss = output.nll_B.sum() / counted.sum()
     # Logits are N(0, D std^2) = N(0, 0.1^2), which adds 0.005; one sequence of one token scatters by 0.1.
     assert abs(loss.item() - math.log(101)) < (0.05 if length > 1 else 0.5)
-    assert (output.stats is None) == (changes.get("ffn") == DENSE)
+    assert (output.stats is None) == (changes.get("ffn", {}).get("kind") == "dense")
     loss.backward()
     norm = torch.stack([p.grad.square().sum() for p in model.parameters() if p.grad is not None]).sum().sqrt()
     for name, parameter in model.named_parameters():
@@ -202,7 +214,7 @@ def test_nll_is_cross_entropy_of_the_counted_labels(tied: bool, model_config: Ma
         torch.testing.assert_close(nll_B[b].double(), expected, rtol=1e-5, atol=1e-4)
     nothing = model(tokens, labels, torch.zeros_like(counted))
     assert not nothing.nll_B.any()
-    assert not any(field.any() for field in nothing.stats)
+    assert not any(field.any() for field in nothing.stats[:4])
 
 
 def test_uncounted_labels_have_no_say(model_config: MakeConfig) -> None:
@@ -223,9 +235,9 @@ def test_blocks_add_attention_then_feed_forward(ffn: dict[str, Any], model_confi
     model(tokens, labels, counted)
     h = model.embedding.weight[tokens]
     for block in model.blocks:
-        h = h + block.attention(block.attention_norm(h), rotary_table(63, 6, 10_000.0, CPU), None)
+        h = h + block.attention(block.attention_norm(h), rotary_table(63, 6, 10_000.0, CPU), None)[0]
         x = block.ffn_norm(h)
-        h = h + (block.ffn(x) if ffn is DENSE else block.ffn(x, counted)[0])
+        h = h + (block.ffn(x) if ffn is DENSE else block.ffn(x, RouterContext.alone(counted))[0])
     assert torch.equal(seen[0], h)
 
 
@@ -273,7 +285,7 @@ def test_packed_documents_equal_separate_ones(model_config: MakeConfig) -> None:
     packed = model(tokens, labels, counted, (torch.arange(63) >= 20).long().expand(2, -1))
     parts = [model(tokens[:, part], labels[:, part], counted[:, part]) for part in (slice(0, 20), slice(20, None))]
     torch.testing.assert_close(packed.nll_B, parts[0].nll_B + parts[1].nll_B, rtol=1e-5, atol=1e-4)
-    for whole, first, second in zip(packed.stats, parts[0].stats, parts[1].stats, strict=True):
+    for whole, first, second in zip(packed.stats[:4], parts[0].stats[:4], parts[1].stats[:4], strict=True):
         torch.testing.assert_close(whole, first + second, rtol=1e-5, atol=1e-4)
 
 
@@ -295,7 +307,7 @@ def test_bf16_model_keeps_losses_and_statistics_in_fp32(model_config: MakeConfig
     tokens, labels, counted = batch()
     exact = model(tokens, labels, counted)
     output = model.bfloat16()(tokens, labels, counted)
-    assert {output.nll_B.dtype, *(field.dtype for field in output.stats)} == {torch.float32}
+    assert {output.nll_B.dtype, *(field.dtype for field in output.stats[:4])} == {torch.float32}
     # bf16 weights move logits of size 0.1 by 4e-4 each: some 40 labels a sequence, hardly correlated.
     torch.testing.assert_close(output.nll_B, exact.nll_B, rtol=0, atol=0.1)
     assert model.blocks[0].ffn.router.expert_bias.dtype == torch.float32
@@ -353,3 +365,34 @@ def test_a_gate_costs_what_its_projection_costs(model_config: MakeConfig) -> Non
         for name in ("moe", "headwise", "constant", "dense_output")
     }
     assert extra == {"moe": 6 * 2 * 24 * 24, "headwise": 6 * 2 * 24 * 4, "constant": 0, "dense_output": 6 * 2 * 24 * 24}
+
+
+def test_activations_and_norms_cost_their_matrices(model_config: MakeConfig) -> None:
+    """Ungated experts lack one of three matrices; a gated norm has two of rank r, at 2 L + 1 places."""
+    plain = flops.total(model_config(), 63)
+    cost = {
+        name: flops.total(model_config(**changes), 63)
+        for name, changes in {
+            "relu2": {"ffn": {**MIXTURE, "activation": "relu2"}},
+            "poly_norm": {"ffn": {**MIXTURE, "activation": "poly_norm"}},
+            "gated": {"norm": {"kind": "gated", "rank": 5}},
+            "pre_affine": {"norm": {"kind": "pre_affine"}},
+            "sink": {"attention": {**HEADS, "softmax": "learnable_sink"}},
+        }.items()
+    }
+    params = {name: row.params - plain.params for name, row in cost.items()}
+    extra = {name: row.flops_per_token - plain.flops_per_token for name, row in cost.items()}
+    assert params == {
+        "relu2": -2 * 7 * 24 * 8,
+        "poly_norm": -2 * 7 * (24 * 8 - 4),
+        "gated": 5 * 2 * 24 * 5,
+        "pre_affine": 5 * 24,
+        "sink": 2 * 4,
+    }
+    assert extra == {
+        "relu2": -6 * 2 * 3 * 24 * 8,
+        "poly_norm": -6 * 2 * 3 * 24 * 8,
+        "gated": 6 * 5 * 2 * 24 * 5,
+        "pre_affine": 0,
+        "sink": 0,
+    }

@@ -50,7 +50,7 @@ def attention(gate: AttentionGate | NoGate, **changes: object) -> Attention:
 
 
 def attend(module: Attention, x_BTD: torch.Tensor) -> torch.Tensor:
-    return module(x_BTD, rotary_table(x_BTD.shape[1], module.config.head_dim, 10_000.0, CPU), None)
+    return module(x_BTD, rotary_table(x_BTD.shape[1], module.config.head_dim, 10_000.0, CPU), None)[0]
 
 
 def paper_moe(gate: dict[str, str]) -> ModelConfig:
@@ -170,7 +170,7 @@ def test_half_open_gate_with_doubled_output_is_the_ungated_model(model_config: C
     tokens = torch.randint(101, (2, 63))
     results = [model(tokens, tokens, torch.ones_like(tokens, dtype=torch.bool)) for model in (gated, plain)]
     assert torch.equal(results[0].nll_B, results[1].nll_B)
-    for one, other in zip(results[0].stats, results[1].stats, strict=True):
+    for one, other in zip(results[0].stats[:4], results[1].stats[:4], strict=True):
         assert torch.equal(one, other)
     for result in results:
         result.nll_B.sum().backward()

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tidegate.model.decoder import Decoder, ModelConfig, materialize
 from tidegate.model.moe import Experts, MoE, MoEConfig, RoutingStats
+from tidegate.model.routers import RouterContext
 
 CPU = torch.device("cpu")
 D, F = 24, 8  # rows of 16 bytes: multiples of 4 in fp32, of 8 in bf16
@@ -116,7 +117,7 @@ def test_values_and_gradients(
     bias = {"router.expert_bias": module.router.expert_bias.double()}
     expected = token_by_token(module.config, exact | bias, exact_x, counted)
 
-    out, stats = module(x, counted)
+    out, stats = module(x, RouterContext.alone(counted))
     # fp32 against fp64: at most 24 * 8 * 7 roundings of 6e-8 of numbers below 30.
     torch.testing.assert_close(out.double(), expected.out_BTD, rtol=1e-4, atol=1e-4)
     assert torch.equal(stats.counts_BE, expected.counts_BE)
@@ -144,7 +145,7 @@ def test_bf16_error(shared: dict[str, Any], moe: Callable[..., MoE]) -> None:
     module = moe(shared=shared).bfloat16()
     x, counted = torch.randn(2, 31, D).bfloat16().requires_grad_(), everything(31)
     bias = {"router.expert_bias": torch.zeros(7)}
-    out, _ = module(x, counted)
+    out, _ = module(x, RouterContext.alone(counted))
     assert out.dtype == torch.bfloat16
     g = torch.randn(2, 31, D).bfloat16()
     gradients = [torch.autograd.grad(out, [x, *module.parameters()], g)]
@@ -163,9 +164,9 @@ def test_bf16_error(shared: dict[str, Any], moe: Callable[..., MoE]) -> None:
 def test_experts_are_mixed_in_fp32(moe: Callable[..., MoE]) -> None:
     """Experts that return their input, with weights that sum to 1, give it back; weights in bf16 would not."""
     module = moe().bfloat16()
-    module.apply_experts = lambda rows_ND, counts_E: rows_ND
+    module.apply_experts = lambda rows_ND, counts_E, channels_EF: rows_ND
     x = torch.randn(2, 63, D).bfloat16()
-    assert torch.equal(module(x, everything(63))[0], x)
+    assert torch.equal(module(x, RouterContext.alone(everything(63)))[0], x)
 
 
 @every_router
@@ -173,19 +174,19 @@ def test_uncounted_tokens_are_processed_but_not_counted(router: dict[str, Any], 
     module, x = moe(router=router), torch.randn(3, 63, D)
     counted = torch.rand(3, 63) < 0.5
     counted[2] = False
-    out, stats = module(x, counted)
-    all_out, all_stats = module(x, everything(63, 3))
+    out, stats = module(x, RouterContext.alone(counted))
+    all_out, all_stats = module(x, RouterContext.alone(everything(63, 3)))
     assert torch.equal(out, all_out)
     assert torch.equal(stats.counts_BE.sum(dim=1), 3.0 * counted.sum(dim=1))
     torch.testing.assert_close(stats.prob_sums_BE.sum(dim=1), counted.sum(dim=1).float(), rtol=1e-5, atol=0)
-    assert not any(field[2].any() for field in stats), "a sequence without counted tokens counted something"
-    rest = module(x, ~counted)[1]
-    for part, other, whole in zip(stats, rest, all_stats, strict=True):
+    assert not any(field[2].any() for field in stats[:4]), "a sequence without counted tokens counted something"
+    rest = module(x, RouterContext.alone(~counted))[1]
+    for part, other, whole in zip(stats[:4], rest[:4], all_stats[:4], strict=True):
         torch.testing.assert_close(part + other, whole, rtol=1e-5, atol=1e-5)
     # What an uncounted token is changes its own output and no statistic.
     changed = torch.where(counted.unsqueeze(-1), x, torch.randn_like(x))
-    moved, moved_stats = module(changed, counted)
-    for one, other in zip(moved_stats, stats, strict=True):
+    moved, moved_stats = module(changed, RouterContext.alone(counted))
+    for one, other in zip(moved_stats[:4], stats[:4], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(moved[counted], out[counted], rtol=1e-5, atol=1e-5)
     assert (moved - out)[~counted].abs().amax(dim=-1).min() > 1e-3
@@ -193,10 +194,10 @@ def test_uncounted_tokens_are_processed_but_not_counted(router: dict[str, Any], 
 
 def test_statistics_keep_sequences_apart(moe: Callable[..., MoE]) -> None:
     module, x, counted = moe(), torch.randn(3, 31, D), torch.rand(3, 31) < 0.7
-    _, together = module(x, counted)
+    _, together = module(x, RouterContext.alone(counted))
     for b in range(3):
-        _, alone = module(x[b : b + 1], counted[b : b + 1])
-        for one, other in zip(alone, together, strict=True):
+        _, alone = module(x[b : b + 1], RouterContext.alone(counted[b : b + 1]))
+        for one, other in zip(alone[:4], together[:4], strict=True):
             torch.testing.assert_close(one[0], other[b], rtol=1e-5, atol=1e-5)
 
 
@@ -211,7 +212,7 @@ def test_permuting_tokens_permutes_outputs(
 
     def run(x: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, RoutingStats, tuple[torch.Tensor, ...]]:
         x = x.clone().requires_grad_()
-        out, stats = module(x, everything(63))
+        out, stats = module(x, RouterContext.alone(everything(63)))
         return out, stats, torch.autograd.grad(out, [x, *module.parameters()], g)
 
     def permuted(t: torch.Tensor) -> torch.Tensor:
@@ -221,7 +222,7 @@ def test_permuting_tokens_permutes_outputs(
     moved, moved_stats, (moved_dx, *moved_gradients) = run(permuted(x), permuted(g))
     torch.testing.assert_close(moved, permuted(out), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(moved_dx, permuted(dx), rtol=1e-4, atol=1e-4)
-    for one, other in zip(moved_stats, stats, strict=True):
+    for one, other in zip(moved_stats[:4], stats[:4], strict=True):
         torch.testing.assert_close(one.sum(dim=0), other.sum(dim=0), rtol=1e-5, atol=1e-4)
     for one, other in zip(moved_gradients, gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
@@ -233,7 +234,7 @@ def test_an_expert_without_tokens_gets_a_gradient_of_zero(moe: Callable[..., MoE
         module.zero_grad()
         module.router.expert_bias.zero_()
         module.router.expert_bias[expert] = -100.0
-        out, stats = module(x, everything(63))
+        out, stats = module(x, RouterContext.alone(everything(63)))
         assert not stats.counts_BE[:, expert].any()
         out.square().sum().backward()
         for name, weight in module.experts.named_parameters():
@@ -247,7 +248,7 @@ def test_all_tokens_to_the_same_experts(length: int, moe: Callable[..., MoE]) ->
     """The most uneven routing there is: four of seven experts idle."""
     module, x = moe(), torch.randn(1, length, D)
     module.router.expert_bias.copy_(torch.tensor([0.0, 50, 0, 50, 0, 0, 50]))
-    out, stats = module(x, everything(length, 1))
+    out, stats = module(x, RouterContext.alone(everything(length, 1)))
     assert stats.counts_BE.tolist() == [[0, length, 0, length, 0, 0, length]]
     probs = (x[0] @ module.router.weight.T).softmax(dim=-1)[:, [1, 3, 6]]
     factors = probs / probs.sum(dim=1, keepdim=True)
@@ -261,22 +262,22 @@ def test_all_tokens_to_the_same_experts(length: int, moe: Callable[..., MoE]) ->
 def test_fan_out_gradient_sums_over_the_chosen_experts(moe: Callable[..., MoE]) -> None:
     """The hand-written backward of the row permutation, against plain indexing."""
     module, x = moe(), torch.randn(2, 31, D)
-    order = module.router(x.flatten(0, 1)).experts_NK.flatten().argsort(stable=True)
+    order = module.route(x, RouterContext.alone(everything(31))).experts_NS.flatten().argsort(stable=True)
     seen: list[torch.Tensor] = []
     pull = torch.randn(62 * 3, D)
 
-    def linear(rows_ND: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+    def linear(rows_ND: torch.Tensor, counts_E: torch.Tensor, channels_EF: None) -> torch.Tensor:
         seen.append(rows_ND)
         return rows_ND * pull
 
     module.apply_experts = linear
     leaf = x.clone().requires_grad_()
-    out, _ = module(leaf, everything(31))
+    out, _ = module(leaf, RouterContext.alone(everything(31)))
     assert torch.equal(seen[0], x.flatten(0, 1)[order // 3])
     plain = x.clone().requires_grad_()
     rows = plain.flatten(0, 1)[order // 3] * pull
     back = torch.empty_like(rows).index_copy(0, order, rows).unflatten(0, (62, 3))
-    weights = module.router(plain.flatten(0, 1)).weights_NK
+    weights = module.route(plain, RouterContext.alone(everything(31))).weights_NS
     expected = (back * weights.unsqueeze(-1)).sum(dim=1).view_as(x)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     g = torch.randn_like(out)
@@ -290,9 +291,9 @@ def test_checkpointing_one_layer_changes_nothing(router: dict[str, Any], moe: Ca
     x, counted = torch.randn(2, 31, D, requires_grad=True), torch.rand(2, 31) < 0.7
     results = []
     for run in (module, partial(checkpoint, module, use_reentrant=False)):
-        out, stats = run(x, counted)
+        out, stats = run(x, RouterContext.alone(counted))
         loss = out.square().sum() + stats.prob_sums_BE.square().sum() + stats.z_sums_B.sum()
-        results.append((out, *stats, *torch.autograd.grad(loss, [x, *module.parameters()])))
+        results.append((out, *stats[:4], *torch.autograd.grad(loss, [x, *module.parameters()])))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
@@ -312,12 +313,12 @@ def test_recompute_changes_nothing_and_counts_once(model_config: Callable[..., M
         for block in model.blocks:
             block.ffn.router.register_forward_hook(count_run)
         output = model(tokens, labels, counted)
-        before = [field.clone() for field in output.stats]
+        before = [field.clone() for field in output.stats[:4]]
         (output.nll_B.sum() + output.stats.prob_sums_BE.square().sum() + output.stats.z_sums_B.sum()).backward()
         assert runs == (4 if recompute else 2), "recomputing did not run each block twice"
-        assert all(torch.equal(field, old) for field, old in zip(output.stats, before, strict=True))
+        assert all(torch.equal(field, old) for field, old in zip(output.stats[:4], before, strict=True))
         assert torch.equal(output.stats.counts_BE.sum(dim=-1), 3.0 * counted.sum(dim=1).expand(2, -1))
-        results.append([output.nll_B, *output.stats, *(p.grad for p in model.parameters())])
+        results.append([output.nll_B, *output.stats[:4], *(p.grad for p in model.parameters())])
 
         model.eval()
         runs = 0

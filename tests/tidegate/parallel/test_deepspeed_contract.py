@@ -65,3 +65,10 @@ def test_the_cpu_backend_compiles_nothing_when_no_operator_is_compatible() -> No
 
     source = inspect.getsource(build_shm_op)
     assert "__compatible_ops__" in source, HINT + "engine.py keeps the CPU backend from compiling by that table"
+
+
+def test_expert_checkpoints_hold_three_tensors_by_name() -> None:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    for function in (DeepSpeedEngine._get_non_moe_state_dict, DeepSpeedEngine._save_moe_checkpoint):
+        assert "('w1', 'w2', 'w3')" in inspect.getsource(function), HINT + "model/moe.py keeps an unused w3 for it"

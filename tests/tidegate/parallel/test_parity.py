@@ -17,8 +17,10 @@ import torch
 from tidegate.data.loader import StepBatch
 from tidegate.model.attention import AttentionConfig
 from tidegate.model.balance import BalanceConfig, Balancer
+from tidegate.model.clock import Clock
 from tidegate.model.decoder import Decoder, ModelConfig, materialize
 from tidegate.model.moe import MoEConfig, SharedExpertsConfig
+from tidegate.model.norms import GatedNormConfig
 from tidegate.parallel import collectives
 from tidegate.parallel.config import ParallelConfig
 
@@ -31,6 +33,17 @@ MODEL = ModelConfig(
     ffn=MoEConfig(num_experts=8, top_k=3, expert_dim=24, shared=SharedExpertsConfig(num=1, gate=True)),
     init_std=0.1,
 )
+# A third expert tensor that is not a matrix, vectors outside of norms, matrices inside of them.
+UNUSUAL = ModelConfig(
+    vocab_size=VOCAB,
+    width=32,
+    num_layers=2,
+    attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, softmax="learnable_sink"),
+    ffn=MoEConfig(num_experts=8, top_k=3, expert_dim=24, activation="poly_norm", shared=SharedExpertsConfig(num=1)),
+    norm=GatedNormConfig(rank=4),
+    init_std=0.1,
+)
+RELU2 = MODEL.model_copy(update={"ffn": MODEL.ffn.model_copy(update={"activation": "relu2"})})
 EXACT = BalanceConfig(loss_weight=1.0, z_loss_weight=0.01)
 
 
@@ -50,7 +63,11 @@ def part_of(step: int, accumulation: int) -> StepBatch:
     shape = (accumulation, collectives.world_size(), -1)
     mine = torch.arange(SEQUENCES).view(shape)[:, collectives.rank()]
     tokens, documents, counted = global_batch(step)
-    return StepBatch(tokens[mine], documents[mine], counted[mine], torch.zeros_like(mine))
+    return StepBatch(tokens[mine], documents[mine], counted[mine], torch.zeros_like(mine), mine)
+
+
+def clock_at(step: int) -> Clock:
+    return Clock(step + 1, (step + 1) * SEQUENCES * LENGTH, seed=0)
 
 
 def engine_for(
@@ -60,11 +77,12 @@ def engine_for(
     clip: float = 0.0,
     recompute: bool = False,
     weight_decay: float = 0.1,
+    model: ModelConfig = MODEL,
 ) -> Any:
     from tidegate.parallel.engine import Engine
 
     return Engine(
-        MODEL,
+        model,
         parallel,
         precision=precision,
         seed=0,
@@ -78,11 +96,14 @@ def engine_for(
     )
 
 
-def reduced_gradients(balance: BalanceConfig, accumulation: int, expert: int) -> dict[str, torch.Tensor]:
+def reduced_gradients(
+    balance: BalanceConfig, accumulation: int, expert: int, model: ModelConfig = MODEL
+) -> dict[str, torch.Tensor]:
     """Gradients after the engine's reduction, of one step; activations are recomputed where M = 2."""
     from tidegate.train.step import train_step
 
-    engine = engine_for(ParallelConfig(expert=expert, zero_stage=0), accumulation, recompute=accumulation == 2)
+    parallel = ParallelConfig(expert=expert, zero_stage=0)
+    engine = engine_for(parallel, accumulation, recompute=accumulation == 2, model=model)
     inner, gradients = engine._engine, {}
     step = inner.step
 
@@ -93,17 +114,19 @@ def reduced_gradients(balance: BalanceConfig, accumulation: int, expert: int) ->
 
     inner.step = capture_then_step
     balancer = Balancer(balance, collectives.all_reduce, collectives.world_size(), accumulation)
-    train_step(engine, balancer, part_of(0, accumulation), isolate=True)
+    train_step(engine, balancer, part_of(0, accumulation), Clock(1, 1, 0), isolate=True)
     return gradients
 
 
-def gradients_at(cuts: list[tuple[int, int]], balance: BalanceConfig) -> list[dict[str, torch.Tensor]]:
-    return [reduced_gradients(balance, accumulation, expert) for accumulation, expert in cuts]
+def gradients_at(
+    cuts: list[tuple[int, int]], balance: BalanceConfig, model: ModelConfig = MODEL
+) -> list[dict[str, torch.Tensor]]:
+    return [reduced_gradients(balance, accumulation, expert, model) for accumulation, expert in cuts]
 
 
-def exact_gradients(balance: BalanceConfig) -> dict[str, torch.Tensor]:
+def exact_gradients(balance: BalanceConfig, config: ModelConfig = MODEL) -> dict[str, torch.Tensor]:
     """Autograd of the global batch's loss, written out from its definition, in one plain process."""
-    model = materialize(lambda: Decoder(MODEL), torch.device("cpu"), seed=0)
+    model = materialize(lambda: Decoder(config), torch.device("cpu"), seed=0)
     tokens, documents, counted = global_batch(0)
     routings: list[Any] = []
     for block in model.blocks:
@@ -113,7 +136,7 @@ def exact_gradients(balance: BalanceConfig) -> dict[str, torch.Tensor]:
     kept = counted.flatten()
     for routing in routings:
         num_experts = routing.probs_NE.shape[1]
-        chosen = torch.nn.functional.one_hot(routing.experts_NK, num_experts).sum(1)[kept].float()
+        chosen = torch.nn.functional.one_hot(routing.experts_NS, num_experts).sum(1)[kept].float()
         fractions = chosen.sum(0) / chosen.sum()
         loss = loss + balance.loss_weight * num_experts * (fractions * routing.probs_NE[kept].mean(0)).sum()
         loss = loss + balance.z_loss_weight * routing.logits_NE[kept].logsumexp(-1).square().mean()
@@ -129,11 +152,13 @@ def relative_error(actual: torch.Tensor, truth: torch.Tensor) -> float:
 GRADIENT_TOLERANCE = 2e-5
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_gradients_of_a_global_batch_are_those_of_one_process(on_ranks: Any, world_size: int) -> None:
-    truth = exact_gradients(EXACT)
+@pytest.mark.parametrize(("world_size", "model"), [(1, MODEL), (2, MODEL), (4, MODEL), (2, UNUSUAL)])
+def test_gradients_of_a_global_batch_are_those_of_one_process(
+    on_ranks: Any, world_size: int, model: ModelConfig
+) -> None:
+    truth = exact_gradients(EXACT, model)
     cuts = [(accumulation, expert) for accumulation in (1, 2, 4) for expert in sorted({1, min(2, world_size)})]
-    for results in zip(*on_ranks(world_size, gradients_at, cuts, EXACT), strict=True):
+    for results in zip(*on_ranks(world_size, gradients_at, cuts, EXACT, model), strict=True):
         for rank, gradients in enumerate(results):
             assert gradients.keys() == truth.keys()
             for name, gradient in gradients.items():
@@ -156,23 +181,24 @@ def test_running_counts_are_exact_without_accumulation_and_differ_with_it(on_ran
 Layout = tuple[int, int, int]  # expert, ZeRO stage, accumulation
 
 
-def train_losses(layouts: list[Layout], precision: str) -> list[list[list[float]]]:
+def train_losses(layouts: list[Layout], precision: str, model: ModelConfig = MODEL) -> list[list[list[float]]]:
     """Per layout and step: losses summed over ranks, and the gradient norm; clipping is active."""
-    from tidegate.train.step import train_step, update_biases
+    from tidegate.train.step import train_step, update_routers
 
     runs = []
     for expert, zero_stage, accumulation in layouts:
-        engine = engine_for(ParallelConfig(expert=expert, zero_stage=zero_stage), accumulation, precision, clip=0.3)
+        parallel = ParallelConfig(expert=expert, zero_stage=zero_stage)
+        engine = engine_for(parallel, accumulation, precision, clip=0.3, model=model)
         balance = BalanceConfig(loss_weight=0.1, bias_rate=0.01)
         balancer = Balancer(balance, collectives.all_reduce, collectives.world_size(), accumulation)
         steps = []
         for step in range(5):
             engine.set_learning_rate(1e-2)
-            result = train_step(engine, balancer, part_of(step, accumulation), isolate=True)
-            losses = torch.stack(result.losses)
-            update_biases(engine.model, balancer.step_counts(), balance.bias_rate)
+            result = train_step(engine, balancer, part_of(step, accumulation), clock_at(step), isolate=True)
+            losses = torch.stack(result.losses[:3])
+            update_routers(engine.model, balancer, clock_at(step), balance.bias_rate)
             collectives.all_reduce(losses)
-            steps.append([*losses.tolist(), engine.gradient_norm()])
+            steps.append([*losses.tolist(), float(engine.gradient_norm())])
         runs.append(steps)
     return runs
 
@@ -184,18 +210,108 @@ LAYOUTS: dict[int, list[Layout]] = {
 }
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_expert_parallel_training_has_the_losses_of_one_process(on_ranks: Any, world_size: int) -> None:
+@pytest.mark.parametrize(("world_size", "model"), [(2, MODEL), (4, MODEL), (2, UNUSUAL)])
+def test_expert_parallel_training_has_the_losses_of_one_process(
+    on_ranks: Any, world_size: int, model: ModelConfig
+) -> None:
     """fp32: losses of five clipped AdamW steps agree to 1e-5; Adam's division by small moments magnifies 1e-7."""
-    (alone,) = on_ranks(1, train_losses, LAYOUTS[1], "fp32")
+    (alone,) = on_ranks(1, train_losses, LAYOUTS[1], "fp32", model)
     for run in alone[1:]:
         torch.testing.assert_close(torch.tensor(run), torch.tensor(alone[0]), rtol=1e-5, atol=1e-6)
-    results = on_ranks(world_size, train_losses, LAYOUTS[world_size], "fp32")
+    results = on_ranks(world_size, train_losses, LAYOUTS[world_size], "fp32", model)
     for layout, *ranks in zip(LAYOUTS[world_size], *results, strict=True):
         for rank in ranks:
             torch.testing.assert_close(
                 torch.tensor(rank), torch.tensor(alone[0]), rtol=1e-5, atol=1e-6, msg=lambda m, at=layout: f"{at}: {m}"
             )
+
+
+# --- routers beside top-k
+
+STEP_TOKENS = SEQUENCES * LENGTH
+ROUTERS: dict[str, dict[str, Any]] = {
+    "relu": {"router": {"kind": "relu", "l1_start": 0.01}},
+    "top_p": {"router": {"kind": "top_p", "entropy_weight": 0.1}},
+    "expert_threshold": {"router": {"kind": "expert_threshold"}},
+    "quantile": {"router": {"kind": "sigmoid_top_k", "quantile": {}}},
+    "hash": {"router": {"kind": "hash", "by": "bigram"}},
+    "thor": {"router": {"kind": "thor"}},
+    "random": {"router": {"kind": "random"}},
+    # Two steps of three anneal, and two search the order of experts.
+    "dense_to_sparse": {"router": {"kind": "dense_to_sparse", "anneal_tokens": 3 * STEP_TOKENS, "cutoff": 0.05}},
+    "comet": {"router": {"kind": "comet", "search": {"tokens": 3 * STEP_TOKENS}}},
+    "dselect_k": {"router": {"kind": "dselect_k"}},
+    "decoupled": {"router": {"kind": "decoupled", "width": 16, "num_heads": 2}},
+    "pre_gated": {"router": {"kind": "softmax_top_k", "reads": "previous_block"}},
+    "uneven": {
+        "sizes": [{"num": 1, "times": 0}, {"num": 5, "times": 1}, {"num": 1, "times": 3}, {"num": 1, "times": 2}],
+        "router": {"kind": "softmax_top_k"},
+    },
+    "uneven_ragged": {
+        "sizes": [{"num": 2, "times": 0}, {"num": 4, "times": 1}, {"num": 2, "times": 2}],
+        "router": {"kind": "relu", "l1_start": 0.01},
+    },
+    "noise": {"router": {"kind": "sinkhorn", "probability": 0.0, "noise": 0.5}},
+    "sinkhorn": {"router": {"kind": "sinkhorn", "probability": 1.0, "plan_over": "expert_group"}},
+}
+
+
+def model_with(router: str) -> ModelConfig:
+    ffn = {"num_experts": 8, "top_k": 3, "expert_dim": 24, "shared": {"num": 1}} | ROUTERS[router]
+    return MODEL.model_copy(update={"ffn": MoEConfig.model_validate(ffn)})
+
+
+RouterRuns = tuple[dict[tuple[str, Layout], list[list[float]]], dict[str, torch.Tensor]]
+
+
+def router_runs(layouts: list[Layout], sinkhorn: Layout) -> RouterRuns:
+    """Per router, layout and step: all losses summed over ranks, and the gradient norm. And Sinkhorn's gradients."""
+    from tidegate.train.step import train_step, update_routers
+
+    losses = {}
+    for router in ROUTERS:
+        model = model_with(router)
+        for layout in [sinkhorn] if router == "sinkhorn" else layouts:
+            expert, zero_stage, accumulation = layout
+            parallel = ParallelConfig(expert=expert, zero_stage=zero_stage)
+            engine = engine_for(parallel, accumulation, clip=0.3, model=model)
+            budget = {"target": 0.4} if router.startswith("uneven") else None
+            balance = BalanceConfig.model_validate({"loss_weight": 0.1, "budget": budget})
+            world_size = collectives.world_size()
+            balancer = Balancer(balance, collectives.all_reduce, world_size, accumulation, model.ffn)
+            steps = []
+            for step in range(3):
+                engine.set_learning_rate(1e-2)
+                result = train_step(engine, balancer, part_of(step, accumulation), clock_at(step), isolate=True)
+                summed = torch.stack([*result.losses])
+                update_routers(engine.model, balancer, clock_at(step), balance.bias_rate)
+                collectives.all_reduce(summed)
+                steps.append([*summed.tolist(), engine.gradient_norm()])
+            losses[router, layout] = steps
+    expert, _, accumulation = sinkhorn
+    return losses, reduced_gradients(EXACT, accumulation, expert, model_with("sinkhorn"))
+
+
+def test_every_router_trains_as_in_one_process(on_ranks: Callable[..., list[RouterRuns]]) -> None:
+    """EP 2, and DP 2 with accumulation: three clipped AdamW steps agree to 1e-5, controllers and schedules included.
+
+    A Sinkhorn plan over the rows of the ranks that share the experts is one process's plan, where these ranks are all,
+    and its gradient comes back to the rows of other ranks.
+    """
+    once = (1, 1, 1)
+    ((alone, truth),) = on_ranks(1, router_runs, [once], once)
+    for rank, (losses, gradients) in enumerate(on_ranks(2, router_runs, [(2, 1, 1), (1, 1, 2)], (2, 1, 1))):
+        assert {router for router, _ in losses} == set(ROUTERS)
+        for (router, layout), steps in losses.items():
+            expected = torch.tensor(alone[router, once])
+            assert len(set(expected[:, 0].tolist())) == 3, "nothing trained"
+            torch.testing.assert_close(
+                torch.tensor(steps), expected, rtol=1e-5, atol=1e-6, msg=lambda m, at=(router, layout): f"{at}: {m}"
+            )
+        for name, gradient in gradients.items():
+            whole = truth[name]
+            expected = whole if gradient.shape == whole.shape else whole.chunk(2)[rank]
+            assert relative_error(gradient, expected) < GRADIENT_TOLERANCE, (name, rank)
 
 
 def test_bf16_expert_parallel_training_stays_near_fp32(on_ranks: Any) -> None:
@@ -230,7 +346,7 @@ def all_dead_but_one() -> float:
     for block in engine.model.blocks:
         block.ffn.router.expert_bias[:3] = 1000.0
     balancer = Balancer(EXACT, collectives.all_reduce, collectives.world_size(), 1)
-    return float(train_step(engine, balancer, part_of(0, 1), isolate=True).losses.nll)
+    return float(train_step(engine, balancer, part_of(0, 1), Clock(1, 1, 0), isolate=True).losses.nll)
 
 
 def test_a_rank_whose_experts_get_no_rows_takes_part(on_ranks: Callable[..., list[float]]) -> None:
@@ -238,10 +354,10 @@ def test_a_rank_whose_experts_get_no_rows_takes_part(on_ranks: Callable[..., lis
 
 
 def continue_from_checkpoint(
-    folder: str, layouts: list[Layout], precision: str
+    folder: str, layouts: list[Layout], precision: str, model: ModelConfig = MODEL
 ) -> list[tuple[list[float], list[float]]]:
     """Per layout: losses of steps 3 and 4 straight through, and from a checkpoint taken after step 2."""
-    from tidegate.train.step import train_step, update_biases
+    from tidegate.train.step import train_step, update_routers
 
     def steps(engine: Any, accumulation: int, which: range) -> list[float]:
         balance = BalanceConfig(bias_rate=0.01)
@@ -249,9 +365,9 @@ def continue_from_checkpoint(
         losses = []
         for step in which:
             engine.set_learning_rate(1e-2)
-            result = train_step(engine, balancer, part_of(step, accumulation), isolate=True)
-            update_biases(engine.model, balancer.step_counts(), balance.bias_rate)
-            losses += [*torch.stack(result.losses).tolist(), engine.gradient_norm()]
+            result = train_step(engine, balancer, part_of(step, accumulation), clock_at(step), isolate=True)
+            update_routers(engine.model, balancer, clock_at(step), balance.bias_rate)
+            losses += [*torch.stack(result.losses[:3]).tolist(), float(engine.gradient_norm())]
         return losses
 
     runs = []
@@ -259,13 +375,13 @@ def continue_from_checkpoint(
         parallel = ParallelConfig(expert=expert, zero_stage=zero_stage)
         # Each rank writes to a folder of its own, as on Ray; the folders are merged before loading.
         own, merged = Path(folder) / f"{number}-rank{collectives.rank()}", Path(folder) / f"{number}-merged"
-        engine = engine_for(parallel, accumulation, precision, clip=0.3)
+        engine = engine_for(parallel, accumulation, precision, clip=0.3, model=model)
         steps(engine, accumulation, range(3))
         engine.save(own, {"step": 3})
         straight = steps(engine, accumulation, range(3, 5))
         shutil.copytree(own, merged, dirs_exist_ok=True)
         torch.distributed.barrier()
-        resumed = engine_for(parallel, accumulation, precision, clip=0.3, weight_decay=0.1)
+        resumed = engine_for(parallel, accumulation, precision, clip=0.3, model=model)
         assert resumed.load(merged) == {"step": 3}
         runs.append((straight, steps(resumed, accumulation, range(3, 5))))
     return runs
@@ -277,6 +393,30 @@ def test_a_checkpoint_continues_bitwise_at_every_zero_stage(on_ranks: Any, tmp_p
     for rank in on_ranks(4, continue_from_checkpoint, str(tmp_path), layouts, precision):
         for layout, (straight, resumed) in zip(layouts, rank, strict=True):
             assert resumed == straight, layout
+
+
+@pytest.mark.parametrize("model", [UNUSUAL, RELU2], ids=["poly_norm", "relu2"])
+def test_experts_without_a_third_matrix_continue_bitwise(on_ranks: Any, tmp_path: Path, model: ModelConfig) -> None:
+    layouts = [(2, 1, 1), (2, 0, 1)]
+    for rank in on_ranks(2, continue_from_checkpoint, str(tmp_path), layouts, "bf16", model):
+        for layout, (straight, resumed) in zip(layouts, rank, strict=True):
+            assert resumed == straight, layout
+
+
+def decayed_and_not() -> tuple[set[str], set[str]]:
+    engine = engine_for(ParallelConfig(zero_stage=0), 1, model=UNUSUAL)
+    names = {id(p): name.removeprefix("blocks.0.") for name, p in engine.model.named_parameters()}
+    sets: tuple[set[str], set[str]] = set(), set()
+    for group in engine._engine.optimizer.param_groups:
+        sets[group["weight_decay"] == 0].update(names[id(p)] for p in group["params"])
+    return sets
+
+
+def test_only_matrices_are_decayed(on_ranks: Any) -> None:
+    ((decayed, kept),) = on_ranks(1, decayed_and_not)
+    assert not decayed & kept
+    assert {"ffn.experts.w1", "ffn.experts.w2", "attention.wq.weight", "attention_norm.w1.weight"} <= decayed
+    assert {"ffn.experts.w3", "ffn.shared_experts.coefficients", "attention.sink", "ffn_norm.weight"} <= kept
 
 
 def settings_after_load(folder: str) -> list[tuple[float, float]]:
@@ -305,9 +445,9 @@ def norms_of_repeated_micro_batches(repeats: list[int], zero_stage: int) -> list
         engine = engine_for(ParallelConfig(zero_stage=zero_stage), accumulation, "bf16")
         balancer = Balancer(BalanceConfig(scope="micro_batch"), collectives.all_reduce, 1, accumulation)
         tokens, documents, counted = (t[:1].expand(accumulation, 1, -1) for t in global_batch(0))
-        batch = StepBatch(tokens, documents, counted, torch.zeros(accumulation, 1, dtype=torch.int64))
-        train_step(engine, balancer, batch, isolate=True)
-        norms.append(engine.gradient_norm())
+        batch = StepBatch(tokens, documents, counted, *torch.zeros(2, accumulation, 1, dtype=torch.int64))
+        train_step(engine, balancer, batch, Clock(1, 1, 0), isolate=True)
+        norms.append(float(engine.gradient_norm()))
     return norms
 
 

@@ -86,6 +86,19 @@ CONFLICTS = {
         [DENSE, "parallel.expert=1", "balance.bias_rate=1e-3"],
         "balance.bias_rate=0.001 needs experts, but model.ffn.kind=dense",
     ),
+    "unit gates that never freeze": (
+        ["model.units={over: [heads], method: {kind: knapsack}, freeze_tokens: 1200000}"],
+        "model.units.freeze_tokens=1200000 is not below train.tokens=1200000",
+    ),
+    "dropped experts and bias balancing": (
+        ["balance.bias_rate=1e-3", "model.units={over: [experts], method: {kind: random}}"],
+        "balance.bias_rate=0.001 would count the experts that model.units.over=['experts'] drops as idle; set it to 0",
+    ),
+    "budget of few blocks": (
+        ["model.units={over: [blocks], keep: 0.4, method: {kind: random}}"],
+        "model: units.keep=0.4 is not within 1% of any choice among 4 of 509,248 parameters; nearest: 0.2500 and "
+        "0.5000",
+    ),
     "domains": (
         ["data.domains.1.name=prose"],
         "data: two domains share the name 'prose'",
@@ -113,6 +126,8 @@ def test_values_that_do_not_go_together(case):
         ["optimizer.schedule={kind: wsd, peak: 1e-3, warmup_tokens: 400000, decay_tokens: 800000}"],
         ["resources.workers=6", "parallel.expert=2", "train.batch_tokens=12288"],
         [DENSE, "parallel.expert=1"],
+        ["model.units={over: [blocks], keep: 0.75, method: {kind: polarization}, freeze_tokens: 1199999}"],
+        ["model.units={over: [heads, experts], method: {kind: nested, keeps: [0.25, 0.5]}}"],
     ],
 )
 def test_values_at_the_edge_go_together(overrides):

@@ -1,71 +1,192 @@
-"""What every router returns, and what every router is built from.
+"""What every router returns, what every router is built from, and what a router says of itself.
 
-Letters: N rows (tokens of all sequences), D width, E experts, K chosen experts.
+A router maps N rows to a `Routing`. It may look at the row (almost all), at the token id (hash), at other rows of the
+micro-batch (Sinkhorn, expert choice), at the clock (annealing, noise, branches). What it needs and does is declared in
+its config's `capabilities`, so that a job that cannot work is refused before a worker starts.
+
+Letters: N rows (tokens of all sequences), D width, E experts, K chosen experts, S slots a row.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tidegate.model.clock import STILL, Clock
 from tidegate.model.initialisation import Draw
+from tidegate.model.layers import Fp32Buffers
 
-__all__ = ["Router", "Routing"]
+__all__ = [
+    "Capabilities",
+    "LearnedRouter",
+    "RoutedStep",
+    "Router",
+    "RouterContext",
+    "RouterShape",
+    "Routing",
+]
+
+
+class Capabilities(NamedTuple):
+    """What a router needs and does; the defaults are those of top-k softmax."""
+
+    learned: bool = True
+    """Has parameters that gradients reach: balance losses act on it."""
+    ragged: bool = False
+    """Experts a row vary; None of K but the mean is held."""
+    normalized: bool = True
+    """The weights of a row sum to 1, or to a stated scale."""
+    dense_phase: bool = False
+    """More than K experts a row early in training: time and memory follow."""
+    needs_global_batch: bool = False
+    """Decides over the rows at hand: another world size or micro-batch routes otherwise."""
+    needs_token_ids: bool = False
+    source_layer: Literal["own", "embedding"] = "own"
+    """Whose input it reads. `embedding`: one decision for all layers."""
+    training_branch: bool = False
+    """Routes otherwise in training than in evaluation."""
+    double_forward: bool = False
+    """Two forward passes a training step."""
+    selection_bias: bool = False
+    """Selects the K largest of score + bias: bias balancing acts on it."""
+    z_loss: bool = True
+    """Its logits are a distribution's, so that the z-loss has a meaning."""
+    own_balance_weight: bool = False
+    """Weighs its balance loss itself, in place of `balance.loss_weight`."""
+    causal: bool = True
+    """A row's experts depend on no later row."""
+
+
+class RouterShape(NamedTuple):
+    """What a router is built for."""
+
+    width: int
+    num_experts: int
+    top_k: int
+    std: float
+    """Initial standard deviation of its matrices."""
+    layer: int = 0
+    """Which MoE layer it serves: draws differ between layers."""
+    vocab_size: int = 0
+
+
+class RouterContext(NamedTuple):
+    """What a forward pass knows beside the rows."""
+
+    counted_BT: torch.Tensor
+    """(B, T) bool, tokens that enter the statistics."""
+    tokens_BT: torch.Tensor
+    """(B, T) int64 ids."""
+    sequences_B: torch.Tensor
+    """(B,) int64, place of each sequence in the global batch: draws follow it, whatever rank holds it."""
+    clock: Clock = STILL
+    mask: torch.Tensor | None = None
+    """Document mask of the attention, (B, 1, T, T) bool; None is plain causal."""
+    observe: bool = False
+    """Compute what only telemetry wants."""
+    log_experts: torch.Tensor | None = None
+    """(E,) or (N, E), logarithm of the factors of unit gates over experts, for the logits; -inf: not there."""
+
+    @classmethod
+    def alone(cls, counted_BT: torch.Tensor, tokens_BT: torch.Tensor | None = None) -> RouterContext:
+        """A batch outside of a model: places counted from 0, no clock; without ids, all tokens are 0."""
+        if tokens_BT is None:
+            tokens_BT = torch.zeros_like(counted_BT, dtype=torch.int64)
+        return cls(counted_BT, tokens_BT, torch.arange(len(counted_BT), device=counted_BT.device))
+
+    @property
+    def rows_N(self) -> torch.Tensor:
+        """(N,) int64, place of every row in the global batch."""
+        length = self.tokens_BT.shape[1]
+        places = torch.arange(length, device=self.tokens_BT.device)
+        return (self.sequences_B[:, None] * length + places).flatten()
 
 
 class Routing(NamedTuple):
     """One layer's decision for N rows, all maths in fp32."""
 
-    experts_NK: torch.Tensor
-    """(N, K) int64, distinct experts of each row."""
-    weights_NK: torch.Tensor
-    """(N, K) fp32, the factor of each expert's output; carries gradient."""
+    experts_NS: torch.Tensor
+    """(N, S) int64, distinct experts of each row; S is K unless the router is ragged, then E."""
+    weights_NS: torch.Tensor
+    """(N, S) fp32, the factor of each expert's output; carries gradient."""
     probs_NE: torch.Tensor
-    """(N, E) fp32, rows sum to 1: the P of the balance loss; carries gradient."""
+    """(N, E) fp32, the P of the balance loss; carries gradient. Rows sum to 1, except for ReLU routing."""
     logits_NE: torch.Tensor
     """(N, E) fp32, before the score function: what the z-loss sees; carries gradient."""
+    chosen_NS: torch.Tensor | None = None
+    """(N, S) bool, the slots in use; None: all."""
+    penalty_N: torch.Tensor | None = None
+    """(N,) fp32, the router's own weighted regulariser of each row; carries gradient."""
+    observed: torch.Tensor | None = None
+    """fp32 sums over counted rows that `Router.update` wants, any shape; no gradient."""
+    balance_weight: torch.Tensor | None = None
+    """() fp32, replaces `balance.loss_weight` for this layer."""
 
 
-class Router(nn.Module):
-    """Holds the routing matrix and the selection bias; a subclass turns logits into a `Routing`.
+class RoutedStep(NamedTuple):
+    """What one layer routed in an optimizer step, over all ranks and micro-batches."""
 
-    `expert_bias` is added to the scores for *selection only* (Wang et al. 2024, arXiv 2408.15664); it stays zero
-    unless bias balancing is on. It is a buffer: checkpointed, identical on every rank, not trained.
-    """
+    counts_E: torch.Tensor
+    """(E,) fp32 assignments of counted tokens."""
+    tokens: torch.Tensor
+    """() fp32 counted tokens."""
+    observed: torch.Tensor | None
+    """Sum of `Routing.observed`."""
+    clock: Clock
 
-    expert_bias: torch.Tensor
 
-    def __init__(self, width: int, num_experts: int, top_k: int, std: float) -> None:
+class Router(Fp32Buffers):
+    """A router of one layer; its buffers are what controllers move."""
+
+    def __init__(self, shape: RouterShape) -> None:
         super().__init__()
-        self.top_k = top_k
-        self.std = std
-        self.weight = nn.Parameter(torch.empty(num_experts, width))
-        self.register_buffer("expert_bias", torch.empty(num_experts, dtype=torch.float32))
+        self.shape = shape
+        self.num_experts, self.top_k, self.std = shape.num_experts, shape.top_k, shape.std
+
+    def init_weights(self, draw: Draw) -> None:
+        """Fill parameters and buffers."""
+
+    def fit_tokens(self, frequencies_V: torch.Tensor) -> None:
+        """Learn how often training reads each token, (V,) that sums to 1; called once, before the first step."""
+
+    @property
+    def has_controllers(self) -> bool:
+        """Whether `update` wants to be called."""
+        return type(self).update is not Router.update
+
+    def update(self, routed: RoutedStep) -> None:
+        """Move the router's controllers after an optimizer step; sees the same on every rank."""
+
+    def forward(self, x_ND: torch.Tensor, context: RouterContext) -> Routing:
+        raise TypeError(f"{type(self).__name__} does not say how to route")  # pragma: no cover
+
+    def _equal_routing(self, experts_NK: torch.Tensor) -> Routing:
+        """The `Routing` of experts that no score chose: weights 1/K, probabilities even, nothing to learn."""
+        even_NE = torch.full((experts_NK.shape[0], self.num_experts), 1 / self.num_experts, device=experts_NK.device)
+        weights_NK = torch.full(experts_NK.shape, 1 / experts_NK.shape[1], device=experts_NK.device)
+        return Routing(experts_NK, weights_NK, even_NE, torch.zeros_like(even_NE))
+
+    def _open_routing(
+        self, weights_NE: torch.Tensor, chosen_NE: torch.Tensor, probs_NE: torch.Tensor, logits_NE: torch.Tensor
+    ) -> Routing:
+        """A ragged `Routing`: a slot for every expert, those that are not chosen closed."""
+        experts_NE = torch.arange(self.num_experts, device=chosen_NE.device).expand_as(chosen_NE)
+        return Routing(experts_NE, weights_NE * chosen_NE, probs_NE, logits_NE, chosen_NE)
+
+
+class LearnedRouter(Router):
+    """A router with a routing matrix (E, D), N(0, std^2)."""
+
+    def __init__(self, shape: RouterShape) -> None:
+        super().__init__(shape)
+        self.weight = nn.Parameter(torch.empty(shape.num_experts, shape.width))
 
     def init_weights(self, draw: Draw) -> None:
         draw.normal_(self.weight, self.std, "weight")
-        nn.init.zeros_(self.expert_bias)
-
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        # Casting the model to bf16 must not cast the bias, not even there and back: steps of 1e-3 vanish beside a bf16
-        # value near 1.
-        uncast = self.expert_bias
-        module = super()._apply(fn, recurse)
-        if self.expert_bias.dtype != uncast.dtype:
-            self.expert_bias = uncast.to(self.expert_bias.device)
-        return module
 
     def logits(self, x_ND: torch.Tensor) -> torch.Tensor:
         """(N, E) fp32. bf16 logits swap near-equal experts from one run to the next."""
         return F.linear(x_ND.float(), self.weight.float())
-
-    def select(self, scores_NE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Top-k by biased scores; returns (experts, their unbiased scores), each (N, K)."""
-        experts_NK = (scores_NE.detach() + self.expert_bias).topk(self.top_k, dim=-1).indices
-        return experts_NK, scores_NE.gather(1, experts_NK)
-
-    def forward(self, x_ND: torch.Tensor) -> Routing:
-        raise TypeError(f"{type(self).__name__} does not say how to route")  # pragma: no cover

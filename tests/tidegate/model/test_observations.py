@@ -1,0 +1,206 @@
+"""What attention says of itself, against an explicit fp64 computation.
+
+Letters: L layers, B batch, T tokens, D width, H query heads, G key/value heads, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tidegate.model.attention import Attention, AttentionConfig, document_mask, rotary_table, rotate
+from tidegate.model.decoder import Decoder, ModelConfig, materialize
+from tidegate.model.observations import MAX_QUERIES, MAX_SEQUENCES, AttentionObservations, sampled_positions
+from tidegate.model.routers import RouterContext
+
+CPU = torch.device("cpu")
+D, H = 12, 4
+
+
+@pytest.fixture
+def attention(initialise: Callable[..., nn.Module]) -> Callable[..., Attention]:
+    def make(**changes: object) -> Attention:
+        fields: dict[str, object] = {"num_heads": H, "num_kv_heads": 2, "head_dim": 6}
+        module = Attention(AttentionConfig.model_validate(fields | changes), D, norm_eps=1e-6, std=0.5, out_std=0.5)
+        initialise(module)
+        if module.sink is not None:
+            nn.init.normal_(module.sink)
+        return module
+
+    return make
+
+
+def observe(module: Attention, x: torch.Tensor, ids: torch.Tensor | None) -> AttentionObservations:
+    mask = None if ids is None else document_mask(ids)
+    seen = module(x, rotary_table(x.shape[1], 6, 10_000.0, CPU), mask, observe=True)[1]
+    assert seen is not None
+    assert all(field.dtype == torch.float32 and not field.requires_grad for field in seen)
+    return seen
+
+
+def probabilities(module: Attention, x: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
+    """(B, H, T, T or T + 1) fp64; the last column is the sink, if there is one."""
+    B, T, _ = x.shape
+    table = rotary_table(T, 6, 10_000.0, CPU)
+    q, k = (x @ module.wq.weight.T).view(B, T, H, 6), (x @ module.wk.weight.T).view(B, T, 2, 6)
+    if module.q_norm is not None and module.k_norm is not None:
+        q, k = module.q_norm(q), module.k_norm(k)
+    q, k = rotate(q, table).double(), rotate(k, table).double().repeat_interleave(2, dim=2)
+    logits = torch.einsum("bthd,bshd->bhts", q, k) / 6**0.5
+    for b in range(B):
+        for t in range(T):
+            for s in range(T):
+                if s > t or (ids is not None and ids[b, s] != ids[b, t]):
+                    logits[b, :, t, s] = -torch.inf
+    if module.sink is not None:
+        logits = torch.cat([logits, module.sink.double()[:, None, None].expand(B, H, T, 1)], dim=-1)
+    return logits.softmax(dim=-1)
+
+
+def documents(length: int, batch: int) -> torch.Tensor:
+    """A long first document, one of a single token, and one whose id comes again at the end."""
+    ids = torch.full((batch, length), 3)
+    for b in range(batch):
+        first = [length // 2, 1, length // 3][b % 3]
+        ids[b, :first] = 7 + b
+    ids[2:, -2:] = ids[2:, :1]
+    return ids
+
+
+@pytest.mark.parametrize("softmax", ["plain", "learnable_sink"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_softmax_fields(qk_norm: bool, packed: bool, softmax: str, attention: Callable[..., Attention]) -> None:
+    """Short enough that every query is sampled: the definitions, one query at a time."""
+    module, x = attention(qk_norm=qk_norm, softmax=softmax), torch.randn(2, 31, D)
+    ids = documents(31, 2) if packed else None
+    seen, p = observe(module, x, ids), probabilities(module, x, ids).detach()
+    entropy = -torch.where(p > 0, p * p.log(), 0.0).sum(dim=-1).mean(dim=(0, 2))
+    torch.testing.assert_close(seen.entropy_H.double(), entropy, rtol=1e-5, atol=1e-5)
+    later, own, uniform = [], [], []
+    for b in range(2):
+        own.append(p[b, :, 0, 0])
+        for t in range(1, 31):
+            if ids is None or ids[b, t] == ids[b, 0]:
+                later.append(p[b, :, t, 0])
+                uniform.append(1 / (t + 1 if ids is None else int((ids[b, : t + 1] == ids[b, t]).sum())))
+    torch.testing.assert_close(seen.first_token_H.double(), torch.stack(later).mean(dim=0), rtol=1e-5, atol=1e-6)
+    importance = torch.stack([*own, *later]).mean(dim=0)
+    torch.testing.assert_close(seen.first_token_importance_H.double(), importance, rtol=1e-5, atol=1e-6)
+    assert seen.first_token_uniform.item() == pytest.approx(sum(uniform) / len(uniform), rel=1e-6)
+    assert seen.max_logit_H.isnan().all()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_long_batches_are_sampled(packed: bool, attention: Callable[..., Attention]) -> None:
+    """The same numbers from the sampled queries of the first sequences; the others have no say."""
+    length, batch = MAX_QUERIES * 2 + 5, MAX_SEQUENCES + 2
+    module, x = attention(), torch.randn(batch, length, D)
+    ids = documents(length, batch) if packed else None
+    at = sampled_positions(length, CPU)
+    assert at.numel() == at.unique().numel() == MAX_QUERIES
+    assert (at[0], at[-1]) == (0, length - 1)
+    assert (at.diff() - (length - 1) / (MAX_QUERIES - 1)).abs().max() <= 1
+    seen = observe(module, x, ids)
+    kept = None if ids is None else ids[:MAX_SEQUENCES]
+    p = probabilities(module, x[:MAX_SEQUENCES], kept).detach()
+    entropy = -torch.where(p > 0, p * p.log(), 0.0).sum(dim=-1)[..., at].mean(dim=(0, 2))
+    torch.testing.assert_close(seen.entropy_H.double(), entropy, rtol=1e-5, atol=1e-5)
+    same = torch.ones(MAX_SEQUENCES, length, dtype=torch.bool) if kept is None else kept == kept[:, :1]
+    picked = same[:, at] & (at > 0)
+    first = (p[:, :, at, 0] * picked[:, None]).sum(dim=(0, 2)) / picked.sum()
+    torch.testing.assert_close(seen.first_token_H.double(), first, rtol=1e-5, atol=1e-6)
+    num_later = same[:, 1:].sum()
+    importance = (MAX_SEQUENCES + num_later * first) / (MAX_SEQUENCES + num_later)
+    torch.testing.assert_close(seen.first_token_importance_H.double(), importance, rtol=1e-5, atol=1e-6)
+    x[MAX_SEQUENCES:] = 0
+    again = observe(module, x, ids)
+    assert all(torch.equal(one, other) for one, other in zip(seen[:6], again[:6], strict=True))
+
+
+def test_uniform_attention_is_the_floor(attention: Callable[..., Attention]) -> None:
+    """Keys of zero: F-Attn is (H_T - 1) / (T - 1) with H_T the harmonic number, entropy the mean of ln(t + 1)."""
+    module = attention(qk_norm=False, gate={"kind": "none"})
+    nn.init.zeros_(module.wk.weight)
+    seen = observe(module, torch.randn(2, 63, D), None)
+    harmonic = sum(1 / t for t in range(1, 64))
+    expected = torch.full((H,), (harmonic - 1) / 62)
+    torch.testing.assert_close(seen.first_token_H, expected)
+    assert seen.first_token_uniform.item() == pytest.approx((harmonic - 1) / 62)
+    torch.testing.assert_close(seen.first_token_importance_H, torch.full((H,), harmonic / 63))
+    torch.testing.assert_close(seen.entropy_H, torch.arange(1, 64).float().log().mean().expand(H))
+    assert seen.gate_mean_H.isnan().all()
+
+
+@pytest.mark.parametrize("length", [1, 63])
+def test_without_later_queries_there_is_no_first_token_share(length: int, attention: Callable[..., Attention]) -> None:
+    seen = observe(attention(), torch.randn(2, length, D), torch.arange(length).expand(2, -1))
+    assert seen.first_token_H.isnan().all()
+    assert seen.first_token_uniform.isnan()
+    assert torch.equal(seen.entropy_H, torch.zeros(H))
+
+
+GATES: dict[str, dict[str, Any]] = {
+    "elementwise": {"kind": "sdpa_output"},
+    "headwise": {"kind": "sdpa_output", "granularity": "headwise"},
+    "value": {"kind": "value"},
+    "shared": {"kind": "query", "heads": "shared"},
+    "dense_output": {"kind": "dense_output"},
+    "silu": {"kind": "sdpa_output", "activation": "silu"},
+    "constant": {"kind": "sdpa_output", "input": "constant"},
+}
+
+
+@pytest.mark.parametrize("gate", GATES.values(), ids=GATES.keys())
+def test_gate_fields(gate: dict[str, Any], attention: Callable[..., Attention]) -> None:
+    module, x = attention(gate=gate), 3 * torch.randn(2, 31, D)
+    assert module.gate is not None
+    if module.gate.constant is not None:
+        nn.init.normal_(module.gate.constant, -1.0, 2.0)
+        scores = module.gate.constant.expand(2, 31, -1)
+    else:
+        scores = x @ module.gate.projection.weight.T
+    values = scores.double().view(2, 31, module.gate.num_heads, -1)
+    values = values * values.sigmoid() if gate.get("activation") == "silu" else values.sigmoid()
+    if gate.get("heads") == "shared":
+        values = values.mean(dim=2, keepdim=True)
+    seen = observe(module, x, None)
+    torch.testing.assert_close(seen.gate_mean_H.double(), values.mean(dim=(0, 1, 3)), rtol=1e-5, atol=1e-6)
+    closed = (values < 0.1).double().mean(dim=(0, 1, 3))
+    torch.testing.assert_close(seen.gate_closed_H.double(), closed, rtol=1e-5, atol=1e-6)
+    assert gate.get("heads") == "shared" or (closed > 0).any()
+
+
+def test_additive_gates_have_no_opening(attention: Callable[..., Attention]) -> None:
+    seen = observe(attention(gate={"kind": "sdpa_output", "form": "additive"}), torch.randn(2, 31, D), None)
+    assert seen.gate_mean_H.isnan().all()
+    assert seen.gate_closed_H.isnan().all()
+    assert seen.entropy_H.isfinite().all()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_decoder_stacks_layers_and_observing_changes_nothing(
+    recompute: bool, model_config: Callable[..., ModelConfig]
+) -> None:
+    config = model_config(init_std=0.3, attention={"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "qk_norm": False})
+    model = materialize(partial(Decoder, config, recompute=recompute), CPU, seed=3)
+    tokens, labels = torch.randint(101, (2, 2, 63)).unbind()
+    counted, ids = torch.rand(2, 63) < 0.7, documents(63, 2)
+    plain, seen = model(tokens, labels, counted, ids), model(tokens, labels, counted, ids, observe=True)
+    assert plain.attention is None
+    assert seen.attention is not None
+    assert torch.equal(plain.nll_B, seen.nll_B)
+    gradients = [torch.autograd.grad(o.nll_B.sum(), list(model.parameters())) for o in (plain, seen)]
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    h = model.embedding.weight[tokens]
+    for layer, block in enumerate(model.blocks):
+        alone = observe(block.attention, block.attention_norm(h), ids)
+        for one, stacked in zip(alone[:6], seen.attention[:6], strict=True):
+            torch.testing.assert_close(stacked[layer], one, rtol=1e-5, atol=1e-6)
+        context = RouterContext.alone(counted)._replace(mask=document_mask(ids))
+        h = block(h, rotary_table(63, 6, 10_000.0, CPU), context)[0]

@@ -1,0 +1,297 @@
+"""What a record says, against the formulas on plain numbers; and the table of names against the code.
+
+Letters: X domains, L layers, E experts, B sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tidegate.model.balance import load_balancing_loss
+from tidegate.model.decoder import Decoder, DecoderOutput, ModelConfig, materialize
+from tidegate.train.telemetry import LossSpikes, Observer, load_summary
+
+ROOT = Path(__file__).resolve().parents[3]
+X, L, E, K, B, T, V = 3, 2, 5, 2, 4, 17, 61
+DOMAINS = ("prose", "code", "absent")
+
+
+def model() -> Decoder:
+    config = ModelConfig.model_validate(
+        {
+            "vocab_size": V,
+            "width": 16,
+            "num_layers": L,
+            "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4},
+            "ffn": {"kind": "moe", "num_experts": E, "top_k": K, "expert_dim": 8},
+            "init_std": 0.5,
+        }
+    )
+    return materialize(lambda: Decoder(config), torch.device("cpu"), seed=1)
+
+
+def micro_batches(number: int) -> list[tuple[DecoderOutput, torch.Tensor, torch.Tensor, Any]]:
+    """Outputs, counted tokens and domains of several micro-batches, and the routings behind them."""
+    generator, found, decoder = torch.Generator().manual_seed(0), [], model()
+    for index in range(number):
+        tokens = torch.randint(0, V, (B, T + 1), generator=generator)
+        counted = torch.rand(B, T, generator=generator) < 0.7
+        routings: list[Any] = []
+
+        def keep(module: Any, args: Any, routing: Any, into: list[Any] = routings) -> None:
+            into.append(routing)
+
+        hooks = [block.ffn.router.register_forward_hook(keep) for block in decoder.blocks]
+        with torch.no_grad():
+            output = decoder(tokens[:, :-1], tokens[:, 1:], counted, observe=True)
+        for hook in hooks:
+            hook.remove()
+        domains = torch.tensor([index % 2, 0, 1, 1])
+        found.append((output, counted, domains, routings))
+    return found
+
+
+def observed(batches: list[Any], ranks: int = 1) -> dict[str, float]:
+    """The metrics of these micro-batches, dealt to ranks."""
+    observers = [Observer(DOMAINS, K, rank, ranks) for rank in range(ranks)]
+    for index, (output, counted, domains, _) in enumerate(batches):
+        observers[index % ranks].add(output, counted.float().sum(dim=1), domains)
+    vector = torch.stack([observer.vector() for observer in observers]).sum(dim=0)
+    every = [observer.metrics(vector) for observer in observers]
+    assert all(metrics == every[0] for metrics in every)
+    return every[0]
+
+
+def test_routing_metrics_are_those_of_every_token_of_the_step() -> None:
+    batches = micro_batches(4)
+    metrics = observed(batches)
+    for layer in range(L):
+        counted = torch.cat([counted.flatten() for _, counted, _, _ in batches])
+        domain = torch.cat([domains.repeat_interleave(T) for _, _, domains, _ in batches])
+        probs = torch.cat([routings[layer].probs_NE for *_, routings in batches]).double()
+        logits = torch.cat([routings[layer].logits_NE for *_, routings in batches]).double()
+        experts = torch.cat([routings[layer].experts_NS for *_, routings in batches])
+        for name, rows in (("", counted), ("prose/", counted & (domain == 0)), ("code/", counted & (domain == 1))):
+            loads = torch.bincount(experts[rows].flatten(), minlength=E).double()
+            share = loads / loads.sum()
+            expected = {
+                "maxvio": loads.max() / loads.mean() - 1,
+                "load_cv": (loads - loads.mean()).square().mean().sqrt() / loads.mean(),
+                "dead_experts": (loads == 0).double().mean(),
+                "load_entropy": -(share[share > 0] * share[share > 0].log()).sum(),
+                "router_entropy": -(probs[rows] * probs[rows].log()).sum(dim=1).mean(),
+                "logit_norm": logits[rows].square().sum(dim=1).sqrt().mean(),
+                "top_k_share": probs[rows].gather(1, experts[rows]).sum(dim=1).mean(),
+            }
+            for metric, value in expected.items():
+                assert metrics[f"moe/{layer}/{name}{metric}"] == pytest.approx(float(value), rel=1e-4), (name, metric)
+        for expert in range(E):
+            share = float((experts[counted] == expert).double().sum() / experts[counted].numel())
+            assert metrics[f"moe/{layer}/load/{expert}"] == pytest.approx(share, rel=1e-5)
+        assert metrics[f"moe/{layer}/experts_per_token"] == pytest.approx(K)
+
+        joint = torch.zeros(2, E, dtype=torch.float64)
+        for index in range(2):
+            rows = counted & (domain == index)
+            joint[index] = torch.bincount(experts[rows].flatten(), minlength=E).double()
+        joint = joint / joint.sum(dim=1, keepdim=True) / 2
+        independent = joint.sum(dim=0, keepdim=True) * 0.5
+        information = float(torch.special.xlogy(joint, joint / independent).sum())
+        assert metrics[f"moe/{layer}/domain_information"] == pytest.approx(information, abs=1e-6)
+
+        # The covariance over micro-batches, by its definition: weights are the tokens that count.
+        weights, fs, ps = [], [], []
+        for _, mask, _, routings in batches:
+            rows = mask.flatten()
+            loads = torch.bincount(routings[layer].experts_NS[rows].flatten(), minlength=E).double()
+            weights.append(rows.double().sum())
+            fs.append(loads / loads.sum())
+            ps.append(routings[layer].probs_NE[rows].double().mean(dim=0))
+        weight, f, p = torch.stack(weights), torch.stack(fs), torch.stack(ps)
+        weight = (weight / weight.sum())[:, None]
+        covariance = E * ((weight * f * p).sum(0) - (weight * f).sum(0) * (weight * p).sum(0)).sum()
+        assert metrics[f"moe/{layer}/lbl_covariance"] == pytest.approx(float(covariance), abs=1e-5)
+    assert metrics["moe/top_k_share_floor"] == K / E
+    assert not any("absent" in name for name in metrics), "a domain without tokens has no numbers"
+
+
+def test_one_micro_batch_has_no_covariance_and_equal_domains_no_information() -> None:
+    (batch,) = micro_batches(1)
+    metrics = observed([batch])
+    output, counted, domains, _ = batch
+    # Both domains hold the same sequences.
+    twice = DecoderOutput(output.nll_B, output.stats, output.attention, output.max_hidden_L)
+    same = observed(
+        [(twice, counted, torch.zeros_like(domains), None), (twice, counted, torch.ones_like(domains), None)]
+    )
+    for layer in range(L):
+        assert metrics[f"moe/{layer}/lbl_covariance"] == pytest.approx(0, abs=1e-6)
+        assert same[f"moe/{layer}/domain_information"] == pytest.approx(0, abs=1e-9)
+
+
+def test_domains_with_experts_of_their_own_have_all_the_information() -> None:
+    (output, counted, _, _), *_ = micro_batches(1)
+    assert output.stats is not None
+    counts = torch.zeros(L, B, E)
+    counts[:, :2, 0], counts[:, 2:, 3] = 10.0, 40.0
+    apart = output._replace(stats=output.stats._replace(counts_BE=counts))
+    metrics = observed([(apart, counted, torch.tensor([0, 0, 1, 1]), None)])
+    assert metrics["moe/0/domain_information"] == pytest.approx(math.log(2))
+
+
+def test_ranks_do_not_matter() -> None:
+    batches = micro_batches(4)
+    alone = observed(batches)
+    for ranks in (2, 4):
+        together = observed(batches, ranks)
+        assert together.keys() == alone.keys()
+        for name, value in alone.items():
+            assert together[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+
+
+def test_attention_and_hidden_metrics_are_means_and_maxima_of_the_layers() -> None:
+    batches = micro_batches(2)
+    metrics = observed(batches)
+    outputs = [output for output, *_ in batches]
+    for block in range(L):
+        seen = [output.attention for output in outputs]
+        gate = torch.stack([s.gate_mean_H[block] for s in seen]).mean(dim=0)
+        assert metrics[f"attention/{block}/gate_mean"] == pytest.approx(float(gate.mean()), rel=1e-5)
+        for head in range(4):
+            assert metrics[f"attention/{block}/head/{head}/gate_mean"] == pytest.approx(float(gate[head]), rel=1e-5)
+        first = torch.stack([s.first_token_H[block] for s in seen]).mean()
+        assert metrics[f"attention/{block}/first_token"] == pytest.approx(float(first), rel=1e-5)
+        largest = max(float(output.max_hidden_L[block]) for output in outputs)
+        assert metrics[f"hidden/{block}/max"] == pytest.approx(largest)
+        assert 0 < metrics[f"attention/{block}/first_token_uniform"] < 1
+    sinks = torch.stack([output.attention.first_token_importance_H > 0.3 for output in outputs]).double().mean()
+    assert metrics["attention/sink_heads"] == pytest.approx(float(sinks))
+    assert metrics["hidden/max_mean"] == pytest.approx(sum(metrics[f"hidden/{b}/max"] for b in range(L)) / L)
+
+
+def test_even_loads_are_even() -> None:
+    assert load_summary(torch.full((7,), 12.0)) == pytest.approx(
+        {"maxvio": 0, "load_cv": 0, "dead_experts": 0, "load_entropy": math.log(7)}, abs=1e-6
+    )
+    nothing = load_summary(torch.zeros(7))
+    assert all(math.isfinite(value) for value in nothing.values())
+
+
+def test_a_spike_counts_once_and_does_not_move_the_limit_away() -> None:
+    spikes = LossSpikes(torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    for step in range(400):
+        noise = 0.01 * torch.randn((), generator=generator)
+        spikes.see(3.0 + noise + (0.5 if step in (100, 101, 250) else 0.0))
+    mean, variance, steps, count = spikes.state.tolist()
+    assert steps == 400
+    assert 3 <= count <= 4, "noise passes 4 deviations once in 30,000 steps"
+    assert mean == pytest.approx(3.0, abs=0.01)
+    assert math.sqrt(variance) == pytest.approx(0.01, rel=0.5)
+
+
+def test_a_falling_loss_is_no_spike() -> None:
+    spikes = LossSpikes(torch.device("cpu"))
+    for step in range(300):
+        spikes.see(torch.tensor(8.0 * math.exp(-step / 50)))
+    assert spikes.state[3] == 0
+
+
+def pattern_of(name: str) -> str:
+    """A metric's name as the table writes it."""
+    name = re.sub(r"^moe/\d+/load/\d+$", "moe/<layer>/load/<expert>", name)
+    name = re.sub(r"^moe/\d+/([^/]+)/([^/]+)$", r"moe/<layer>/<domain>/\2", name)
+    name = re.sub(r"^moe/\d+/", "moe/<layer>/", name)
+    name = re.sub(r"^attention/\d+/head/\d+/", "attention/<block>/head/<head>/", name)
+    name = re.sub(r"^(attention|hidden)/\d+/", r"\1/<block>/", name)
+    return re.sub(r"^val/[^/]+/", "val/<domain>/", name)
+
+
+def names_of_a_run(path: str, scratch: str) -> set[str]:
+    """All metrics that a real run of a job records; in a process of its own, which DeepSpeed wants."""
+    from tidegate.config import load
+    from tidegate.data import prepare
+    from tidegate.train.job import Job
+    from tidegate.train.loop import World, train
+
+    job = load(path, Job).config
+    folder = prepare(job.data, cache_dir=Path(scratch) / "data", job_dir=Path(path).parent)
+    names: set[str] = set()
+    world = World(
+        folder,
+        lambda step: Path(scratch) / f"step{step}",
+        lambda *_: None,
+        lambda record: names.update(record.metrics),
+        lambda: False,
+    )
+    train(job, world)
+    return names
+
+
+@pytest.fixture
+def recorded(tiny_job: Any, on_ranks: Any, tmp_path: Path) -> Any:
+    """`recorded(**sections)`: names of the metrics of the tiny job with these sections laid over it."""
+
+    def run(**sections: dict[str, Any]) -> set[str]:
+        return on_ranks(1, names_of_a_run, str(tiny_job(**sections)), str(tmp_path))[0]
+
+    return run
+
+
+def test_the_table_holds_every_metric_and_no_other(recorded: Any) -> None:
+    text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    table = set(re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE))
+    assert len(table) > 40
+    gate = {"attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "qk_norm": False, "qk_clip": 100.0}}
+    units = {"over": ["heads"], "keep": 0.5, "freeze_tokens": 512, "method": {"kind": "hard_concrete"}}
+    base = {"vocab_size": 300, "width": 32, "num_layers": 2, "units": units, **gate}
+    experts = {"kind": "moe", "num_experts": 4, "top_k": 1, "expert_dim": 16}
+    sizes = [{"num": 2, "times": 1}, {"num": 2, "times": 0}]
+    short = {"tokens": 1024, "eval_every": 100, "oracle_sequences": 2}
+    names = recorded(
+        model={**base, "ffn": {**experts, "sizes": sizes, "router": {"kind": "top_p", "entropy_weight": 0.1}}},
+        balance={"loss_weight": 0.01, "bias_rate": 0.0, "budget": {"target": 0.5}},
+        optimizer={"schedule": {"kind": "cosine", "peak": 1e-3, "warmup_tokens": 0}},
+        train=short,
+    )
+    found = {pattern_of(name) for name in names}
+    # On a CPU there is no peak to compare with.
+    assert found | {"speed/mfu", "speed/peak_tflops_per_device"} == table
+
+
+def test_a_dense_job_records_no_experts(recorded: Any) -> None:
+    names = recorded(
+        model={
+            "vocab_size": 300,
+            "width": 32,
+            "num_layers": 2,
+            "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8},
+            "ffn": {"kind": "dense", "hidden_dim": 32},
+        },
+        balance={"loss_weight": 0.01, "bias_rate": 0.0},
+        train={"tokens": 1024, "eval_every": 100},
+        optimizer={"schedule": {"kind": "cosine", "peak": 1e-3, "warmup_tokens": 0}},
+    )
+    assert not any(name.startswith(("moe/", "balance/")) for name in names)
+    assert {"hidden/0/max", "attention/1/gate_mean", "train/loss_spikes"} <= names
+
+
+def test_the_lbl_of_a_step_is_the_mean_of_its_layers() -> None:
+    """`lbl_covariance` is what a micro-batch's loss adds to the global one."""
+    batches = micro_batches(3)
+    metrics = observed(batches)
+    for layer in range(L):
+        micro, tokens, counts, sums = 0.0, 0.0, torch.zeros(E), torch.zeros(E)
+        for output, counted, *_ in batches:
+            stats = output.stats
+            own_counts, own_sums = stats.counts_BE[layer].sum(0), stats.prob_sums_BE[layer].sum(0)
+            micro += float(load_balancing_loss(own_counts, own_sums, 1.0))
+            tokens, counts, sums = tokens + float(counted.sum()), counts + own_counts, sums + own_sums
+        difference = micro / tokens - float(load_balancing_loss(counts, sums, tokens))
+        assert metrics[f"moe/{layer}/lbl_covariance"] == pytest.approx(difference, abs=1e-5)
