@@ -9,7 +9,7 @@ Letters: X domains, L MoE layers, E experts, A blocks, H heads of the gated tens
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from tidegate.model.balance import load_balancing_loss, max_violation
 from tidegate.model.decoder import DecoderOutput
 from tidegate.model.observations import AttentionObservations
 
-__all__ = ["LossSpikes", "Observer", "Record", "load_summary"]
+__all__ = ["LossSpikes", "Observer", "Record", "summarise"]
 
 SINK_SHARE = 0.3
 """A head is a sink where its mean attention to the first token is above this (arXiv 2410.10781)."""
@@ -45,7 +45,8 @@ class Observer:
         self._domains, self._top_k = tuple(domains), top_k
         self._rank, self._world_size = rank, world_size
         self._sums: dict[str, torch.Tensor] = {}
-        self._largest_A: torch.Tensor | None = None
+        self._largest_2A: torch.Tensor | None = None  # of the residual stream, of attention logits
+        self._shapes: list[torch.Size] = []  # of the fields of `AttentionObservations`, which are one vector here
 
     def add(self, output: DecoderOutput, counted_B: torch.Tensor, domains_B: torch.Tensor) -> None:
         """Take in one micro-batch; `counted_B` (B,) tokens that count, `domains_B` (B,) int64."""
@@ -67,22 +68,23 @@ class Observer:
             self._add("probs_LE", sums_LE)
             self._add("micro_lbl_L", lbl_L * tokens)
         if output.attention is not None:
-            for name, values in output.attention._asdict().items():
-                known = values.isfinite()
-                self._add(f"attention.{name}", torch.where(known, values, 0.0))
-                self._add(f"known.{name}", known.float())
-            sinks = output.attention.first_token_importance_H > SINK_SHARE
-            self._add("sinks", sinks.float())
-        if output.max_hidden_L is not None:
-            largest = output.max_hidden_L
-            self._largest_A = largest if self._largest_A is None else torch.maximum(self._largest_A, largest)
+            self._shapes = [field.shape for field in output.attention]
+            values = torch.cat([field.flatten() for field in output.attention])
+            known = values.isfinite()
+            self._add("attention", torch.where(known, values, 0.0))
+            self._add("known", known.float())
+            self._add("sinks", (output.attention.first_token_importance_H > SINK_SHARE).float())
+            if output.max_hidden_L is not None:
+                largest_2A = torch.stack([output.max_hidden_L, output.attention.max_logit_H.amax(dim=-1)])
+                before = largest_2A if self._largest_2A is None else self._largest_2A
+                self._largest_2A = torch.maximum(before, largest_2A)
 
     def vector(self) -> torch.Tensor:
         """(any,) fp32 sums of this rank, to be summed over ranks."""
         parts = [values.flatten().float() for values in self._sums.values()]
-        if self._largest_A is not None:
-            places = self._largest_A.new_zeros(self._world_size, len(self._largest_A))
-            places[self._rank] = self._largest_A
+        if self._largest_2A is not None:
+            places = self._largest_2A.new_zeros(self._world_size, *self._largest_2A.shape)
+            places[self._rank] = self._largest_2A
             parts.append(places.flatten())
         return torch.cat(parts)
 
@@ -93,10 +95,12 @@ class Observer:
             sums[name] = vector[place : place + values.numel()].view(values.shape).double()
             place += values.numel()
         metrics = dict(self._routing(sums)) | dict(self._attention(sums))
-        if self._largest_A is not None:
-            largest_A = vector[place:].view(self._world_size, -1).amax(dim=0)
-            metrics |= {f"hidden/{block}/max": value for block, value in enumerate(largest_A.tolist())}
-            metrics["hidden/max_mean"] = float(largest_A.mean())
+        if self._largest_2A is not None:
+            hidden, logits = vector[place:].view(self._world_size, *self._largest_2A.shape).amax(dim=0).tolist()
+            metrics |= {f"hidden/{block}/max": value for block, value in enumerate(hidden)}
+            metrics["hidden/max_mean"] = sum(hidden) / len(hidden)
+            known = ((block, value) for block, value in enumerate(logits) if math.isfinite(value))
+            metrics |= {f"attention/{block}/max_logit": value for block, value in known}
         return metrics
 
     def _add(self, name: str, values: torch.Tensor) -> None:
@@ -105,71 +109,73 @@ class Observer:
     def _routing(self, sums: dict[str, torch.Tensor]) -> Iterator[tuple[str, float]]:
         if "counts_XLE" not in sums:
             return
-        counts_XLE, tokens_X, signals_XL3 = sums["counts_XLE"], sums["tokens_X"], sums["signals_XL3"]
-        tokens = tokens_X.sum().clamp(min=1)
-        counts_LE = counts_XLE.sum(dim=0)
-        global_lbl_L = load_balancing_loss(counts_LE, sums["probs_LE"], tokens)
-        covariance_L = sums["micro_lbl_L"] / tokens - global_lbl_L
-        information_L = _mutual_information(counts_XLE)
-        used_L = counts_LE.sum(dim=-1) / tokens
+        tokens_X, counts_XLE, signals_XL3 = sums["tokens_X"], sums["counts_XLE"], sums["signals_XL3"]
+        tokens, counts_LE = tokens_X.sum().clamp(min=1), counts_XLE.sum(dim=0)
         yield "moe/top_k_share_floor", self._top_k / counts_LE.shape[-1]
-        for layer in range(len(counts_LE)):
-            prefix = f"moe/{layer}"
-            for name, value in load_summary(counts_LE[layer]).items():
-                yield f"{prefix}/{name}", value
-            for name, value in _signals(signals_XL3[:, layer].sum(dim=0) / tokens):
-                yield f"{prefix}/{name}", value
-            yield f"{prefix}/experts_per_token", float(used_L[layer])
-            yield f"{prefix}/lbl_covariance", float(covariance_L[layer])
-            yield f"{prefix}/domain_information", float(information_L[layer])
-            for expert, share in enumerate((counts_LE[layer] / counts_LE[layer].sum().clamp(min=1)).tolist()):
-                yield f"{prefix}/load/{expert}", share
-            for index, domain in enumerate(self._domains):
-                if tokens_X[index] == 0:  # the step held no sequence of this domain
-                    continue
-                for name, value in load_summary(counts_XLE[index, layer]).items():
-                    yield f"{prefix}/{domain}/{name}", value
-                for name, value in _signals(signals_XL3[index, layer] / tokens_X[index]):
-                    yield f"{prefix}/{domain}/{name}", value
+        pooled = summarise(counts_LE) | _signals(signals_XL3.sum(dim=0) / tokens)
+        global_lbl_L = load_balancing_loss(counts_LE, sums["probs_LE"], tokens)
+        pooled |= {
+            "experts_per_token": counts_LE.sum(dim=-1) / tokens,
+            "lbl_covariance": sums["micro_lbl_L"] / tokens - global_lbl_L,
+            "domain_information": _mutual_information(counts_XLE),
+        }
+        for name, values_L in pooled.items():
+            for layer, value in enumerate(values_L.tolist()):
+                yield f"moe/{layer}/{name}", value
+        share_LE = counts_LE / counts_LE.sum(dim=-1, keepdim=True).clamp(min=1)
+        for layer, row in enumerate(share_LE.tolist()):
+            for expert, share in enumerate(row):
+                yield f"moe/{layer}/load/{expert}", share
+        by_domain = summarise(counts_XLE) | _signals(signals_XL3 / tokens_X.clamp(min=1)[:, None, None])
+        present = (tokens_X > 0).tolist()  # the step may hold no sequence of a domain
+        for name, values_XL in by_domain.items():
+            for domain, there, values in zip(self._domains, present, values_XL.tolist(), strict=True):
+                for layer, value in enumerate(values if there else ()):
+                    yield f"moe/{layer}/{domain}/{name}", value
 
     def _attention(self, sums: dict[str, torch.Tensor]) -> Iterator[tuple[str, float]]:
         if "sinks" not in sums:
             return
-        mean = {
-            name: sums[f"attention.{name}"] / sums[f"known.{name}"] for name in AttentionObservations._fields
-        }  # 0 / 0 where nothing was known: left out below
-        yield "attention/sink_heads", float((sums["sinks"] / sums["known.first_token_importance_H"]).nanmean())
-        per_layer: dict[str, Callable[[int], float]] = {
-            "gate_mean": lambda layer: float(mean["gate_mean_H"][layer].nanmean()),
-            "gate_closed": lambda layer: float(mean["gate_closed_H"][layer].nanmean()),
-            "first_token": lambda layer: float(mean["first_token_H"][layer].nanmean()),
-            "first_token_uniform": lambda layer: float(mean["first_token_uniform"][layer]),
-            "entropy": lambda layer: float(mean["entropy_H"][layer].nanmean()),
-            "max_logit": lambda layer: float(mean["max_logit_H"][layer].nan_to_num(-math.inf).max()),
+        sizes = [shape.numel() for shape in self._shapes]
+
+        def fields(vector: torch.Tensor) -> AttentionObservations:
+            parts = zip(vector.split(sizes), self._shapes, strict=True)
+            return AttentionObservations(*(part.view(shape) for part, shape in parts))
+
+        # 0 / 0 is the NaN of what was never known; it is left out below.
+        mean, known = fields(sums["attention"] / sums["known"]), fields(sums["known"])
+        yield "attention/sink_heads", float((sums["sinks"] / known.first_token_importance_H).nanmean())
+        per_layer = {
+            "gate_mean": mean.gate_mean_H.nanmean(dim=-1),
+            "gate_closed": mean.gate_closed_H.nanmean(dim=-1),
+            "first_token": mean.first_token_H.nanmean(dim=-1),
+            "first_token_uniform": mean.first_token_uniform,
+            "entropy": mean.entropy_H.nanmean(dim=-1),
         }
-        for layer in range(len(mean["gate_mean_H"])):
-            for name, value in per_layer.items():
-                if math.isfinite(number := value(layer)):
-                    yield f"attention/{layer}/{name}", number
-            for name in ("gate_mean", "gate_closed"):
-                for head, number in enumerate(mean[f"{name}_H"][layer].tolist()):
-                    if math.isfinite(number):
-                        yield f"attention/{layer}/head/{head}/{name}", number
+        for name, values_A in per_layer.items():
+            for block, value in enumerate(values_A.tolist()):
+                if math.isfinite(value):
+                    yield f"attention/{block}/{name}", value
+        for name, values_AH in (("gate_mean", mean.gate_mean_H), ("gate_closed", mean.gate_closed_H)):
+            for block, values in enumerate(values_AH.tolist()):
+                for head, value in enumerate(values):
+                    if math.isfinite(value):
+                        yield f"attention/{block}/head/{head}/{name}", value
 
 
-def load_summary(counts_E: torch.Tensor) -> dict[str, float]:
-    """How evenly these assignments are spread over experts."""
-    share_E = counts_E / counts_E.sum().clamp(min=1)
+def summarise(counts_E: torch.Tensor) -> dict[str, torch.Tensor]:
+    """How evenly assignments are spread over experts: of (..., E) counts, each (...)."""
+    share_E = counts_E / counts_E.sum(dim=-1, keepdim=True).clamp(min=1)
     return {
-        "maxvio": float(max_violation(counts_E)),
-        "load_cv": float(counts_E.std(correction=0) / counts_E.mean().clamp(min=1e-9)),
-        "dead_experts": float((counts_E == 0).double().mean()),
-        "load_entropy": float(torch.special.entr(share_E).sum()),
+        "maxvio": max_violation(counts_E),
+        "load_cv": counts_E.std(dim=-1, correction=0) / counts_E.mean(dim=-1).clamp(min=1e-9),
+        "dead_experts": (counts_E == 0).double().mean(dim=-1),
+        "load_entropy": torch.special.entr(share_E).sum(dim=-1),
     }
 
 
-def _signals(means_3: torch.Tensor) -> Iterator[tuple[str, float]]:
-    yield from zip(("router_entropy", "logit_norm", "top_k_share"), means_3.tolist(), strict=True)
+def _signals(means_3: torch.Tensor) -> dict[str, torch.Tensor]:
+    return dict(zip(("router_entropy", "logit_norm", "top_k_share"), means_3.unbind(dim=-1), strict=True))
 
 
 def _mutual_information(counts_XLE: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 
 from tidegate.model.balance import load_balancing_loss
 from tidegate.model.decoder import Decoder, DecoderOutput, ModelConfig, materialize
-from tidegate.train.telemetry import LossSpikes, Observer, load_summary
+from tidegate.train.telemetry import LossSpikes, Observer, summarise
 
 ROOT = Path(__file__).resolve().parents[3]
 X, L, E, K, B, T, V = 3, 2, 5, 2, 4, 17, 61
@@ -176,11 +176,23 @@ def test_attention_and_hidden_metrics_are_means_and_maxima_of_the_layers() -> No
 
 
 def test_even_loads_are_even() -> None:
-    assert load_summary(torch.full((7,), 12.0)) == pytest.approx(
-        {"maxvio": 0, "load_cv": 0, "dead_experts": 0, "load_entropy": math.log(7)}, abs=1e-6
-    )
-    nothing = load_summary(torch.zeros(7))
-    assert all(math.isfinite(value) for value in nothing.values())
+    even = {name: float(value) for name, value in summarise(torch.full((7,), 12.0)).items()}
+    assert even == pytest.approx({"maxvio": 0, "load_cv": 0, "dead_experts": 0, "load_entropy": math.log(7)}, abs=1e-6)
+    nothing = summarise(torch.zeros(3, 7))
+    assert all(value.shape == (3,) and value.isfinite().all() for value in nothing.values())
+
+
+def test_the_largest_logit_is_that_of_the_step_and_not_a_mean() -> None:
+    batches = micro_batches(3)
+    for index, (output, counted, domains, routings) in enumerate(batches):
+        logits = output.attention.max_logit_H.clone().fill_(float(-index))
+        seen = output.attention._replace(max_logit_H=logits)
+        batches[index] = (output._replace(attention=seen), counted, domains, routings)
+    for ranks in (1, 3):
+        metrics = observed(batches, ranks)
+        assert metrics["attention/0/max_logit"] == metrics["attention/1/max_logit"] == 0.0
+    assert observed(batches[1:], 2)["attention/1/max_logit"] == -1.0
+    assert "attention/0/max_logit" not in observed(micro_batches(1)), "there is none without qk_clip"
 
 
 def test_a_spike_counts_once_and_does_not_move_the_limit_away() -> None:
