@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from tidegate.config import load
 from tidegate.launch.show import show_job
 from tidegate.model.flops import total
+from tidegate.model.routers import RouterConfig
 from tidegate.train.job import Job
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,3 +44,9 @@ def test_every_job_finds_its_files(name):
 def test_names_are_not_used_twice():
     names = [load(ROOT / name, Job).config.name for name in JOBS]
     assert len(set(names)) == len(names), names
+
+
+def test_every_router_has_a_job_in_the_zoo():
+    used = {load(ROOT / name, Job).config.model.ffn.router.kind for name in JOBS if name.startswith("jobs/zoo/")}
+    known = {router.model_fields["kind"].default for router in get_args(get_args(RouterConfig)[0])}
+    assert used == known

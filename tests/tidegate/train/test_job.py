@@ -99,6 +99,117 @@ CONFLICTS = {
         "model: units.keep=0.4 is not within 1% of any choice among 4 of 509,248 parameters; nearest: 0.2500 and "
         "0.5000",
     ),
+    "groups do not divide": (
+        ["model.ffn.router={groups: {num: 3, keep: 1}}"],
+        "model.ffn: router.groups.num=3 does not divide num_experts=8",
+    ),
+    "groups too few": (
+        ["model.ffn.router={groups: {num: 8, keep: 1}}"],
+        "model.ffn: router.groups.keep=1 groups hold 1 experts, fewer than top_k=2",
+    ),
+    "groups kept": (
+        ["model.ffn.router={groups: {num: 4, keep: 5}}"],
+        "model.ffn: router.groups.keep=5 is more than router.groups.num=4",
+    ),
+    "quantile and groups": (
+        ["model.ffn.router={quantile: {}, groups: {num: 4, keep: 2}}"],
+        "model.ffn: router.quantile balances a free choice of experts, which router.groups limits: loads would "
+        "stay uneven; remove one, or balance groups by balance.bias_rate",
+    ),
+    "quantile of all": (
+        ["model.ffn.router={quantile: {}}", "model.ffn.top_k=8"],
+        "model.ffn: router.quantile balances a choice, but top_k=8 of num_experts=8 is none; remove one",
+    ),
+    "quantile and bias": (
+        ["model.ffn.router={quantile: {}}", "balance.bias_rate=0.001"],
+        "balance.bias_rate=0.001 and model.ffn.router.quantile would both set the selection bias; use one",
+    ),
+    "bias without selection": (
+        ["model.ffn.router={kind: hash}", "balance.bias_rate=0.001"],
+        "balance.bias_rate=0.001 moves a selection bias, which model.ffn.router.kind=hash does not have; use a "
+        "top-k router, or balance.bias_rate=0",
+    ),
+    "future": (
+        ["model.ffn.router={kind: expert_choice}"],
+        "model.ffn.router: kind=expert_choice lets a token's experts depend on later tokens, which leaks the "
+        "labels into a causal model; use kind=expert_threshold, or set allow_future_leak=true if that is what you"
+        " study",
+    ),
+    "block before": (
+        ["model.ffn.router={reads: previous_block}", "model.num_layers=1"],
+        "model: ffn.router.reads=previous_block, but num_layers=1 has no block before another",
+    ),
+    "anneal": (
+        ["model.ffn.router={kind: dense_to_sparse, anneal_tokens: 1200001}"],
+        "model.ffn.router.anneal_tokens=1200001 is more than train.tokens=1200000: the router would never be "
+        "sparse in training and always in evaluation",
+    ),
+    "cools": (
+        ["model.ffn.router={kind: dense_to_sparse, anneal_tokens: 100, tau_end: 3}"],
+        "model.ffn.router: tau_end=3.0 is not below tau_start=2.0",
+    ),
+    "search": (
+        ["model.ffn.router={kind: comet, search: {tokens: 1200001}}"],
+        "model.ffn.router.search.tokens=1200001 is more than train.tokens=1200000: the order of experts would "
+        "never be fixed",
+    ),
+    "sizes": (
+        ["model.ffn.sizes=[{num: 4, times: 2}]"],
+        "model.ffn: sizes name 4 experts, but num_experts=8",
+    ),
+    "identities": (
+        ["model.ffn.sizes=[{num: 8, times: 0}]"],
+        "model.ffn: sizes name only identities (times=0); at least one expert needs times >= 1",
+    ),
+    "EP and slices": (
+        ["model.ffn.sizes=[{num: 7, times: 1}, {num: 1, times: 0}]"],
+        "parallel.expert=2 does not divide the sum of num * times in model.ffn.sizes=7; use one of [1, 7]",
+    ),
+    "poly_norm": (
+        ["model.ffn.sizes=[{num: 8, times: 2}]", "model.ffn.activation=poly_norm"],
+        "model.ffn: activation=poly_norm normalises over all hidden units of an expert, which sizes with times > "
+        "1 store in slices; use times <= 1 or another activation",
+    ),
+    "budget even": (
+        ["balance.budget={target: 0.5}"],
+        "balance.budget.target=0.5 needs experts of several widths, but model.ffn.sizes makes all equal; set "
+        "model.ffn.sizes",
+    ),
+    "budget far": (
+        ["model.ffn.sizes=[{num: 6, times: 2}, {num: 2, times: 1}]", "balance.budget={target: 0.3}"],
+        "balance.budget.target=0.3 is out of reach: with model.ffn.top_k=2 of these model.ffn.sizes an assignment"
+        " costs between 0.5 and 1 of the widest expert",
+    ),
+    "budget unlearned": (
+        [
+            "model.ffn.sizes=[{num: 6, times: 2}, {num: 2, times: 1}]",
+            "balance.budget={target: 0.7}",
+            "model.ffn.router={kind: random}",
+        ],
+        "balance.budget.target=0.7 cannot act: model.ffn.router.kind=random learns nothing",
+    ),
+    "oracle k": (
+        ["train.oracle_sequences=2"],
+        "train.oracle_sequences=2 tries one expert a layer, but model.ffn.top_k=2; use 1",
+    ),
+    "oracle paths": (
+        ["train.oracle_sequences=2", "model.ffn.top_k=1", "model.num_layers=5"],
+        "train.oracle_sequences=2 would try model.ffn.num_experts=8 to the power of model.num_layers=5 = 32768 "
+        "paths, more than 6561",
+    ),
+    "qk": (
+        ["model.attention.qk_clip=100"],
+        "model.attention: qk_clip=100 with qk_norm=true: the norm bounds logits by sqrt(head_dim) = 5.7 times its"
+        " weights and takes any scaling out; set qk_norm=false or no qk_clip",
+    ),
+    "units router": (
+        [
+            "model.units={over: [experts], keep: 0.5, freeze_tokens: 400000, method: {kind: hard_concrete}}",
+            "model.ffn.router={kind: hash}",
+        ],
+        "model: units.over=['experts'] closes experts in a router's logits, which ffn.router.kind=hash does not "
+        "know; use a top-k router",
+    ),
     "domains": (
         ["data.domains.1.name=prose"],
         "data: two domains share the name 'prose'",
