@@ -179,6 +179,8 @@ def notes(job: Job) -> Iterator[str]:
             f"router: {kind} uses up to all {ffn.num_experts} experts a token early in training, "
             f"{ffn.num_experts / ffn.top_k:.3g} times top_k={ffn.top_k}; memory and time of those steps follow"
         )
+    if capabilities.training_branch:
+        yield f"router: {kind} routes otherwise in training (noise, a plan); evaluation is plain top-k"
     if capabilities.ragged:
         yield f"router: {kind} uses a varying number of experts a token: one host sync a layer and pass"
     if capabilities.double_forward:

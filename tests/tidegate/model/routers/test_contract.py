@@ -244,6 +244,36 @@ def test_any_cut_of_the_batch_routes_alike_where_declared(config: Any, build: Ca
 
 
 @every_router
+def test_training_routes_like_evaluation_unless_declared(config: Any, build: Callable[..., Router]) -> None:
+    if not config.capabilities.learned or getattr(config, "search", None) is not None:
+        pytest.skip("draws its experts, or searches their order")
+    router, batch = build(config), Batch()
+    training = [by_expert(batch.route(router, step)) for step in NUMBERS]
+    evaluation = by_expert(batch.route(router.eval()))
+    if not config.capabilities.training_branch:
+        equal(training, [evaluation] * len(NUMBERS))
+    else:
+        with pytest.raises(AssertionError):
+            equal(training, [evaluation] * len(NUMBERS))
+
+
+@every_router
+def test_layers_draw_differently(config: Any, initialise: Callable[..., nn.Module]) -> None:
+    """With the same weights, routers of two layers differ in what they draw, and in nothing else."""
+    routings = []
+    for layer in (1, 2):
+        router = config.build(RouterShape(D, E, K, 0.3, layer=layer, vocab_size=V))
+        initialise(router, 0)
+        routings.append([by_expert(Batch().route(router, step)) for step in NUMBERS])
+    draws = config.capabilities.training_branch or config.kind in ("hash", "random", "thor")
+    if not draws:
+        equal(*routings)
+    else:
+        with pytest.raises(AssertionError):
+            equal(*routings)
+
+
+@every_router
 def test_state_saves_and_resumes(config: Any, build: Callable[..., Router]) -> None:
     batch, cuts = Batch(), [slice(None)]
     straight = build(config)
