@@ -31,7 +31,8 @@ class AttentionConfig(Config):
     qk_norm: bool = True
     qk_clip: float | None = Field(default=None, gt=0)
     """Largest attention logit (tau; Kimi K2 uses 100). After a step, a head that went above it has its query and key
-    weights scaled down (`qk_clip.py`). Costs a second product of queries and keys in every training pass."""
+    weights scaled down (`qk_clip.py`). Costs a second product of queries and keys in every training pass,
+    recomputed ones too."""
     softmax: Literal["plain", "off_by_one", "learnable_sink"] = "plain"
     """`off_by_one` adds 1 to the denominator, `learnable_sink` exp(s) with a learned s a head, 0 at first."""
     gate: GateConfig = AttentionGate()

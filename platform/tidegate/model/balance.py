@@ -280,6 +280,11 @@ def balance_problem(balance: BalanceConfig, moe: MoEConfig | None) -> str | None
         )
     if rate > 0 and isinstance(moe.router, TopKConfig) and moe.router.quantile is not None:
         return f"balance.bias_rate={rate} and model.ffn.router.quantile would both set the selection bias; use one"
+    if moe.capabilities.own_balance_weight and balance.scope != "global_batch":
+        return (
+            f"balance.scope={balance.scope} does not fit model.ffn.router.kind={kind}, which steers by the global "
+            "batch; use balance.scope=global_batch"
+        )
     if budget is None:
         return None
     if not moe.uneven:

@@ -5,7 +5,7 @@ Letters: L MoE layers, B sequences, T tokens, D width, V vocabulary, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Literal, NamedTuple
 
@@ -153,7 +153,11 @@ class Block(nn.Module):
         y_BTD, stats = self.ffn(x_BTD, context, routing, units)
         if units.block is not None:  # a dropped block's router has nothing to balance
             weight = units.block.detach().mean()
-            stats = stats._replace(prob_sums_BE=stats.prob_sums_BE * weight, z_sums_B=stats.z_sums_B * weight)
+            stats = stats._replace(
+                prob_sums_BE=stats.prob_sums_BE * weight,
+                z_sums_B=stats.z_sums_B * weight,
+                penalty_sums_B=stats.penalty_sums_B * weight,
+            )
         return BlockOutput(h_BTD + share * y_BTD, x_BTD, stats, seen)
 
 
@@ -198,7 +202,6 @@ class Decoder(nn.Module):
         *,
         sequences_B: torch.Tensor | None = None,
         clock: Clock = STILL,
-        routings: Sequence[Routing] | None = None,
         observe: bool = False,
     ) -> DecoderOutput:
         """Score the labels.
@@ -210,36 +213,37 @@ class Decoder(nn.Module):
             documents_BT: (B, T) document ids; attention stays inside a document. None attends across.
             sequences_B: (B,) int64 place of each sequence in the global batch, for draws; None counts from 0.
             clock: the optimizer step this pass belongs to; annealing and noise follow it in training mode.
-            routings: a decision for each MoE layer, in place of the routers'.
             observe: compute what only telemetry wants.
         """
         mask = None if documents_BT is None else document_mask(documents_BT)
         if sequences_B is None:
             sequences_B = torch.arange(tokens_BT.shape[0], device=tokens_BT.device)
         context = RouterContext(counted_BT, tokens_BT, sequences_B, clock, mask, observe)
-        passed = self._run(context, routings)
+        passed = self._run(context)
         nll_BT = self._nll(passed.logits_BTV, labels_BT)
         stats = passed.stats
         router = self.config.ffn.router if isinstance(self.config.ffn, MoEConfig) else None
         if isinstance(router, ThorConfig) and self.training and torch.is_grad_enabled():
             again = context._replace(clock=clock.other("second pass"))
-            other = self._run(again, None)
+            other = self._run(again)
             nll_BT = (nll_BT + self._nll(other.logits_BTV, labels_BT)) / 2
             divergence_BT = _symmetric_divergence(passed.logits_BTV, other.logits_BTV)
             # The paper adds two cross entropies and alpha times the divergence; all of it is halved here, so that the
             # loss stays nats a token.
             consistency_B = router.consistency / 2 * (divergence_BT * counted_BT).sum(dim=1)
             stats = _with_consistency(passed.stats, other.stats, consistency_B)
+            if passed.attention is not None and other.attention is not None:
+                largest_LH = torch.maximum(passed.attention.max_logit_H, other.attention.max_logit_H)
+                passed = passed._replace(attention=passed.attention._replace(max_logit_H=largest_LH))
         nll_B = (nll_BT * counted_BT).sum(dim=1)
         return DecoderOutput(nll_B, stats, passed.attention, passed.max_hidden_L, nll_BT.detach(), passed.unit_penalty)
 
-    def _run(self, context: RouterContext, routings: Sequence[Routing] | None) -> _Pass:
+    def _run(self, context: RouterContext) -> _Pass:
         attention = self.config.attention
         tokens_BT = context.tokens_BT
         rotary = rotary_table(tokens_BT.shape[1], attention.head_dim, attention.rope_theta, tokens_BT.device)
         h_BTD = self.embedding(tokens_BT)
-        if self.router is not None and routings is None:
-            routings = [self.router(h_BTD.flatten(0, 1), context)] * len(self.blocks)
+        routing = None if self.router is None else self.router(h_BTD.flatten(0, 1), context)
         units = None if self.units is None else self.units(h_BTD, context.clock)
         masks = [NO_MASKS] * len(self.blocks) if units is None else units.masks
         pre_gated = isinstance(self.config.ffn, MoEConfig) and self.config.ffn.reads_previous_block
@@ -247,9 +251,8 @@ class Decoder(nn.Module):
         stats: list[RoutingStats] = []
         seen: list[AttentionObservations] = []
         largest: list[torch.Tensor] = []
-        for layer, (block, layer_masks) in enumerate(zip(self.blocks, masks, strict=True)):
+        for block, layer_masks in zip(self.blocks, masks, strict=True):
             run = partial(checkpoint, block, use_reentrant=False) if self.recompute and self.training else block
-            routing = None if routings is None else routings[layer]
             h_BTD, x_BTD, layer_stats, layer_seen = run(h_BTD, rotary, context, source_BTD, routing, layer_masks)
             source_BTD = x_BTD if pre_gated else None
             if layer_stats is not None:
@@ -257,7 +260,7 @@ class Decoder(nn.Module):
             if layer_seen is not None:
                 seen.append(layer_seen)
             if context.observe:
-                largest.append(h_BTD.detach().abs().amax().float())
+                largest.append(torch.linalg.vector_norm(h_BTD.detach(), ord=torch.inf, dtype=torch.float32))
         head = self.embedding.weight if self.head is None else self.head.weight
         logits_BTV = F.linear(self.norm(h_BTD), head)
         attention_seen = AttentionObservations(*map(torch.stack, zip(*seen, strict=True))) if seen else None

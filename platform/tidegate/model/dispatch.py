@@ -44,8 +44,8 @@ def plan(routing: Routing, slices: Sequence[int]) -> Dispatch:
         routing: of N rows.
         slices: how many slices each expert is; they are numbered consecutively.
 
-    Where every expert is one slice and the router is not ragged, nothing is read on the host; otherwise the number of
-    assignments is, once a layer.
+    Where every expert is one slice and the router is not ragged, nothing is read on the host. A ragged router costs one
+    read a layer and pass, the number of assignments, and uneven experts one more.
     """
     experts_NS = routing.experts_NS
     rows, slots = experts_NS.shape
@@ -62,9 +62,10 @@ def plan(routing: Routing, slices: Sequence[int]) -> Dispatch:
             rows_A = torch.arange(rows, device=slice_A.device).repeat_interleave(slots)
         width_E, first_E = _slice_table(tuple(slices), slice_A.device)
         width_A, first_A = width_E[slice_A], first_E[slice_A]
-        within_A = _count_up(width_A)
-        slice_A = first_A.repeat_interleave(width_A) + within_A
-        rows_A, weights_A = rows_A.repeat_interleave(width_A), weights_A.repeat_interleave(width_A)
+        total = int(width_A.sum())
+        of_A = torch.arange(len(width_A), device=slice_A.device).repeat_interleave(width_A, output_size=total)
+        within_A = torch.arange(total, device=slice_A.device) - (width_A.cumsum(0) - width_A)[of_A]
+        slice_A, rows_A, weights_A = first_A[of_A] + within_A, rows_A[of_A], weights_A[of_A]
         lengths_N = torch.zeros(rows, dtype=torch.int64, device=rows_A.device).scatter_add_(
             0, rows_A, torch.ones_like(rows_A)
         )
@@ -91,7 +92,16 @@ def _sum_per_row(values_AD: torch.Tensor, lengths_N: torch.Tensor | None, per_ro
         return values_AD.unflatten(0, (-1, per_row)).sum(dim=1)
     if values_AD.shape[0] == 0:
         return values_AD.new_zeros(rows, values_AD.shape[1]) + values_AD.sum()
-    return torch.segment_reduce(values_AD, "sum", lengths=lengths_N, axis=0, initial=0.0)
+    # In fp32, as a plain sum is inside. `unsafe` leaves out checks of the lengths that would read them on the host.
+    sums = torch.segment_reduce(
+        values_AD.to(torch.promote_types(values_AD.dtype, torch.float32)),
+        "sum",
+        lengths=lengths_N,
+        axis=0,
+        initial=0.0,
+        unsafe=True,
+    )
+    return sums.to(values_AD.dtype)
 
 
 @lru_cache(maxsize=8)
@@ -99,12 +109,6 @@ def _slice_table(slices: tuple[int, ...], device: torch.device) -> tuple[torch.T
     """(E,) int64 slices of each expert, and the number of its first one."""
     width_E = torch.tensor(slices, device=device)
     return width_E, width_E.cumsum(0) - width_E
-
-
-def _count_up(lengths: torch.Tensor) -> torch.Tensor:
-    """[2, 0, 3] becomes [0, 1, 0, 1, 2]."""
-    starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-    return torch.arange(starts.shape[0], device=lengths.device) - starts
 
 
 def inverse_permutation(order: torch.Tensor) -> torch.Tensor:

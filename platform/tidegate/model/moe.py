@@ -81,6 +81,15 @@ class MoEConfig(Config):
         return self.router.capabilities
 
     @property
+    def weighs_by_one(self) -> bool:
+        """Whether the one expert of a token has weight 1 whatever the router says: no gradient reaches it."""
+        if self.top_k > 1 or self.num_experts == 1 or not self.capabilities.learned:
+            return False
+        if isinstance(self.router, TopKConfig):
+            return self.router.renormalize
+        return self.router.kind in ("sinkhorn", "decoupled", "dense_to_sparse")
+
+    @property
     def reads_previous_block(self) -> bool:
         """Whether a block's experts are picked from the block before it."""
         return isinstance(self.router, TopKConfig) and self.router.reads == "previous_block"

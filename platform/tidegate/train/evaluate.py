@@ -14,7 +14,7 @@ from tidegate.data.loader import eval_batches
 from tidegate.data.shards import TokenDataset
 from tidegate.model.decoder import DecoderOutput
 from tidegate.model.moe import MoEConfig
-from tidegate.model.routers import Routing
+from tidegate.model.routers.top_k import TopKRouter
 from tidegate.parallel import collectives
 from tidegate.train.job import Job
 from tidegate.train.oracle import OracleLosses, oracle_losses
@@ -37,21 +37,26 @@ class Evaluation(NamedTuple):
 
 
 def evaluate_oracle(engine: Engine, job: Job, dataset: TokenDataset) -> OracleLosses:
-    """Try every path on the first held-out sequences; every rank runs the same ones, since experts are spread."""
+    """Try every path on held-out sequences of all domains in turn; every rank runs the same: experts are spread."""
     ffn = job.model.ffn
     assert isinstance(ffn, MoEConfig)
-    wanted = job.train.oracle_sequences
-    batch = next(eval_batches(dataset, job.data, micro_batch=wanted, rank=0, world_size=1))
-    tokens, documents, counted, _, sequences = (t.to(engine.device) for t in batch)
+    wanted, seen = job.train.oracle_sequences, [0] * len(dataset.domains)
+    windows = []
+    for batch in eval_batches(dataset, job.data, micro_batch=1, rank=0, world_size=1):
+        domain = int(batch.domains_B)
+        windows.append((seen[domain], domain, batch))
+        seen[domain] += 1
+    chosen = [batch for _, _, batch in sorted(windows, key=lambda window: window[:2])[:wanted]]
+    fields = (torch.cat(parts).to(engine.device) for parts in zip(*chosen, strict=True))
+    tokens, documents, counted, _, sequences = fields
     isolated = documents if job.data.documents == "isolate" else None
 
-    def forward(routings: list[Routing] | None) -> DecoderOutput:
-        return engine.forward(
-            tokens[:, :-1], tokens[:, 1:], counted, isolated, sequences_B=sequences, routings=routings
-        )
+    def forward() -> DecoderOutput:
+        return engine.forward(tokens[:, :-1], tokens[:, 1:], counted, isolated, sequences_B=sequences)
 
+    routers = [router for router in engine.model.routers() if isinstance(router, TopKRouter)]
     engine.train(False)
-    losses = oracle_losses(forward, counted, ffn, job.model.num_layers)
+    losses = oracle_losses(forward, counted, ffn, routers)
     engine.train()
     return losses
 

@@ -45,8 +45,8 @@ class TrainConfig(Config):
     """Of the initial weights; the order of the data has its own, data.seed."""
     recompute: bool = False
     """Run each block again in the backward pass instead of keeping its activations."""
-    log_every: int = Field(default=1, ge=1)
-    """Steps between two records; each costs one host sync."""
+    log_every: int = Field(default=10, ge=1)
+    """Steps between two records; each costs one host sync and the observation of its step (docs/measurements.md)."""
     eval_every: int = Field(default=100, ge=1)
     oracle_sequences: int = Field(default=0, ge=0)
     """Held-out sequences on which the last evaluation tries every path through the experts; 0: none. For one expert a
@@ -168,10 +168,25 @@ class Job(Config):
             raise ValueError(
                 f"model.units.freeze_tokens={units.freeze_tokens} is not below train.tokens={self.train.tokens}"
             )
+        if "blocks" in units.over and self.balance.budget is not None:
+            raise ValueError(
+                f"balance.budget.target={self.balance.budget.target} would count the experts of blocks that "
+                f"model.units.over={list(units.over)} drops; use one of the two"
+            )
         if "experts" in units.over and self.balance.bias_rate > 0:
             raise ValueError(
                 f"balance.bias_rate={self.balance.bias_rate} would count the experts that model.units.over="
                 f"{list(units.over)} drops as idle; set it to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _router_can_learn(self) -> Job:
+        ffn = self.model.ffn
+        if isinstance(ffn, MoEConfig) and ffn.weighs_by_one:
+            raise ValueError(
+                f"model.ffn.top_k=1 with model.ffn.router.kind={ffn.router.kind} divides a token's one weight by "
+                "itself, so that the router learns nothing from the loss; use a top-k router with renormalize: false"
             )
         return self
 
@@ -185,6 +200,16 @@ class Job(Config):
         if ffn.top_k != 1:
             raise ValueError(
                 f"train.oracle_sequences={wanted} tries one expert a layer, but model.ffn.top_k={ffn.top_k}; use 1"
+            )
+        if not ffn.capabilities.selection_bias or (self.model.units is not None and "experts" in self.model.units.over):
+            raise ValueError(
+                f"train.oracle_sequences={wanted} steers a top-k router over all experts; it does not fit "
+                f"model.ffn.router.kind={ffn.router.kind} or gates over experts"
+            )
+        if wanted > self.train.micro_batch:
+            raise ValueError(
+                f"train.oracle_sequences={wanted} is more than train.micro_batch={self.train.micro_batch}, what a "
+                "device takes at a time"
             )
         paths = ffn.num_experts**self.model.num_layers
         if paths > LARGEST_ENUMERATION:

@@ -5,13 +5,15 @@ token the path that scores its label best among those whose cost is within a bud
 them.
 Source: Duo-LLM (arXiv 2410.10846), where trained routers come out near a random choice and far from the oracle.
 
-Letters: B sequences, T tokens, E experts, L layers, N = B T rows.
+A path is forced by selection biases: the router still weighs the expert that it is made to choose.
+
+Letters: B sequences, T tokens, E experts, L layers.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,15 +21,14 @@ import torch
 from tidegate.model.balance import relative_costs
 from tidegate.model.decoder import DecoderOutput
 from tidegate.model.moe import MoEConfig
-from tidegate.model.routers import Routing
+from tidegate.model.routers.top_k import TopKRouter
 
 __all__ = ["LARGEST_ENUMERATION", "OracleLosses", "oracle_losses"]
 
 LARGEST_ENUMERATION = 6561
 """Most paths that are tried: three experts in eight layers."""
 
-Forward = Callable[[list[Routing] | None], DecoderOutput]
-"""Score the batch by these decisions for each layer; None leaves them to the router."""
+_FAR = 1e6  # a selection bias that no score comes near
 
 
 class OracleLosses(NamedTuple):
@@ -50,49 +51,55 @@ class OracleLosses(NamedTuple):
 
 
 @torch.no_grad()
-def oracle_losses(forward: Forward, counted_BT: torch.Tensor, moe: MoEConfig, num_layers: int) -> OracleLosses:
+def oracle_losses(
+    forward: Callable[[], DecoderOutput],
+    counted_BT: torch.Tensor,
+    moe: MoEConfig,
+    routers: Sequence[TopKRouter],
+) -> OracleLosses:
     """Try every path on one batch.
 
     Args:
         forward: runs the model in evaluation mode on the batch.
         counted_BT: (B, T) bool, the tokens that count.
         moe: the experts, with top_k 1.
-        num_layers: L; E^L is at most `LARGEST_ENUMERATION`.
+        routers: one a layer; E^L is at most `LARGEST_ENUMERATION`. Their biases are moved and put back.
     """
+    layers = len(routers)
     assert moe.top_k == 1, moe.top_k
-    assert moe.num_experts**num_layers <= LARGEST_ENUMERATION, (moe.num_experts, num_layers)
-    costs = relative_costs(moe)
-    learned = forward(None)
+    assert moe.num_experts**layers <= LARGEST_ENUMERATION, (moe.num_experts, layers)
+    tokens, costs = counted_BT.sum(), relative_costs(moe)
+
+    def along(path: Sequence[int]) -> torch.Tensor:
+        """(B, T) loss of every label where all tokens take one path."""
+        for router, expert in zip(routers, path, strict=True):
+            router.expert_bias.zero_()
+            router.expert_bias[expert] = _FAR
+        return _nll(forward())
+
+    def mean(nll_BT: torch.Tensor) -> float:
+        return float((nll_BT * counted_BT).sum() / tokens)
+
+    learned = forward()
     assert learned.stats is not None
-    assert learned.nll_BT is not None
     counts_E = learned.stats.counts_BE.sum(dim=(0, 1))
     spent = float((counts_E * counts_E.new_tensor(costs)).sum() / counts_E.sum())
     budget = max(spent, min(costs))
-    best_BT, total, paths = learned.nll_BT, 0.0, 0
-    tokens = counted_BT.sum()
-    for path in itertools.product(range(moe.num_experts), repeat=num_layers):
-        if sum(costs[expert] for expert in path) / num_layers > budget + 1e-6:
-            continue
-        nll_BT = _along(forward, path, counted_BT, moe)
-        best_BT = torch.minimum(best_BT, nll_BT)
-        total, paths = total + float((nll_BT * counted_BT).sum() / tokens), paths + 1
-    widest = _along(forward, (costs.index(max(costs)),) * num_layers, counted_BT, moe)
-    mean = (float((nll_BT * counted_BT).sum() / tokens) for nll_BT in (learned.nll_BT, best_BT, widest))
-    learned_loss, oracle_loss, widest_loss = mean
-    return OracleLosses(learned_loss, budget, oracle_loss, total / paths, widest_loss)
+    best_BT, random = _nll(learned), []
+    before = [router.expert_bias.clone() for router in routers]
+    try:
+        for path in itertools.product(range(moe.num_experts), repeat=layers):
+            if sum(costs[expert] for expert in path) / layers <= budget + 1e-6:
+                nll_BT = along(path)
+                best_BT = torch.minimum(best_BT, nll_BT)
+                random.append(mean(nll_BT))
+        widest = mean(along([costs.index(max(costs))] * layers))
+    finally:
+        for router, bias_E in zip(routers, before, strict=True):
+            router.expert_bias.copy_(bias_E)
+    return OracleLosses(mean(_nll(learned)), budget, mean(best_BT), sum(random) / len(random), widest)
 
 
-def _along(forward: Forward, path: tuple[int, ...], counted_BT: torch.Tensor, moe: MoEConfig) -> torch.Tensor:
-    """(B, T) loss of every label where all tokens take one path."""
-    nll_BT = forward(list(_decisions(path, counted_BT, moe))).nll_BT
-    assert nll_BT is not None
-    return nll_BT
-
-
-def _decisions(path: tuple[int, ...], counted_BT: torch.Tensor, moe: MoEConfig) -> Iterator[Routing]:
-    """A routing for each layer that sends all rows to one expert with weight 1."""
-    rows, device = counted_BT.numel(), counted_BT.device
-    for expert in path:
-        experts_N1 = torch.full((rows, 1), expert, device=device)
-        probs_NE = torch.nn.functional.one_hot(experts_N1.squeeze(1), moe.num_experts).float()
-        yield Routing(experts_N1, torch.ones(rows, 1, device=device), probs_NE, torch.zeros_like(probs_NE))
+def _nll(output: DecoderOutput) -> torch.Tensor:
+    assert output.nll_BT is not None
+    return output.nll_BT

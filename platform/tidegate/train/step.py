@@ -156,7 +156,8 @@ def clip_attention_logits(engine: Engine, largest_LH: torch.Tensor, threshold: f
         threshold: tau.
     """
     collectives.all_reduce_max(largest_LH)
-    layers = [module for module in engine.model.modules() if isinstance(module, Attention)]
+    # Not every `Attention` of the model: a router may have its own.
+    layers = [module for block in engine.model.blocks for module in block.children() if isinstance(module, Attention)]
     # One host sync a step, so that layers below the threshold, all of them most of the time, move no weights.
     above_L = (largest_LH > threshold).any(dim=1).tolist()
     for layer, largest_H, above in zip(layers, largest_LH, above_L, strict=True):

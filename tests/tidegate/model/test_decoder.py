@@ -396,3 +396,15 @@ def test_activations_and_norms_cost_their_matrices(model_config: MakeConfig) -> 
         "pre_affine": 0,
         "sink": 0,
     }
+
+
+def test_a_routers_own_penalty_is_not_paid_for_a_dropped_block(model_config: MakeConfig) -> None:
+    units = {"over": ["blocks"], "keep": 0.5, "method": {"kind": "random"}}
+    router = {"kind": "dselect_k"}
+    model = build(model_config(ffn={**MIXTURE, "router": router}, units=units))
+    tokens, labels, counted = batch()
+    kept = model.units.hard_mask().bool()
+    penalties_LB = model(tokens, labels, counted).stats.penalty_sums_B
+    assert kept.sum() == 1
+    assert (penalties_LB[kept] > 0).all()
+    assert not penalties_LB[~kept].any()

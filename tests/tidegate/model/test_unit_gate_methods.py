@@ -500,3 +500,11 @@ def test_nested_steps_train_each_share_alike_and_all_learn() -> None:
         gates.keep = keep
         assert model(*batch_of(0)).nll_B.sum() / (8 * 17) < 0.5
     assert isinstance(model.units, nn.Module)
+
+
+def test_bf16_tells_initial_logits_apart() -> None:
+    """Around 2 a bf16 step is as large as the noise that keeps units from falling by their position."""
+    decoder = build({"kind": "hard_concrete"}).bfloat16()
+    logits_U = decoder.units.logits_U
+    assert len(logits_U.unique()) > 0.9 * len(logits_U)
+    assert logits_U.mean().item() == pytest.approx(decoder.units.config.initial, abs=0.01)

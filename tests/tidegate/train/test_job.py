@@ -193,7 +193,7 @@ CONFLICTS = {
         "train.oracle_sequences=2 tries one expert a layer, but model.ffn.top_k=2; use 1",
     ),
     "oracle paths": (
-        ["train.oracle_sequences=2", "model.ffn.top_k=1", "model.num_layers=5"],
+        ["model.ffn.router.renormalize=false", "train.oracle_sequences=2", "model.ffn.top_k=1", "model.num_layers=5"],
         "train.oracle_sequences=2 would try model.ffn.num_experts=8 to the power of model.num_layers=5 = 32768 "
         "paths, more than 6561",
     ),
@@ -209,6 +209,25 @@ CONFLICTS = {
         ],
         "model: units.over=['experts'] closes experts in a router's logits, which ffn.router.kind=hash does not "
         "know; use a top-k router",
+    ),
+    "a weight of one": (
+        ["model.ffn.top_k=1"],
+        "model.ffn.top_k=1 with model.ffn.router.kind=softmax_top_k divides a token's one weight by itself, so that "
+        "the router learns nothing from the loss; use a top-k router with renormalize: false",
+    ),
+    "oracle of a ragged router": (
+        ["model.ffn.top_k=1", "model.num_layers=2", "model.ffn.router.kind=top_p", "train.oracle_sequences=2"],
+        "train.oracle_sequences=2 steers a top-k router over all experts; it does not fit "
+        "model.ffn.router.kind=top_p or gates over experts",
+    ),
+    "ReLU at another scope": (
+        ["model.ffn.router.kind=relu", "balance.scope=sequence"],
+        "balance.scope=sequence does not fit model.ffn.router.kind=relu, which steers by the global batch; use "
+        "balance.scope=global_batch",
+    ),
+    "two masks a step": (
+        ["model.ffn.router.kind=thor", "model.units={over: [heads], method: {kind: random}}"],
+        "model: units.over=['heads'] does not fit ffn.router.kind=thor, whose two passes a step would draw two masks",
     ),
     "domains": (
         ["data.domains.1.name=prose"],

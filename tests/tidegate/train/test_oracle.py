@@ -21,8 +21,9 @@ B, T, V, L = 3, 17, 61, 3
 SIZES = [{"num": 1, "times": 2}, {"num": 1, "times": 1}, {"num": 1, "times": 0}]
 
 
-def model(sizes: list[dict[str, int]] = SIZES) -> Decoder:
+def model(sizes: list[dict[str, int]] = SIZES, **router: object) -> Decoder:
     moe = {"kind": "moe", "num_experts": 3, "top_k": 1, "expert_dim": 8, "sizes": sizes}
+    moe["router"] = {"kind": "softmax_top_k", "renormalize": False} | router
     config = ModelConfig.model_validate(
         {
             "vocab_size": V,
@@ -44,28 +45,27 @@ class Case:
         self.inputs, self.labels = tokens[:, :-1], tokens[:, 1:]
         self.counted = torch.rand(B, T, generator=generator) < 0.8
 
-    def forward(self, routings: list[Routing] | None) -> DecoderOutput:
-        return self.decoder(self.inputs, self.labels, self.counted, routings=routings)
+    def forward(self) -> DecoderOutput:
+        return self.decoder(self.inputs, self.labels, self.counted)
 
     def oracle(self) -> OracleLosses:
         ffn = self.decoder.config.ffn
         assert isinstance(ffn, MoEConfig)
-        return oracle_losses(self.forward, self.counted, ffn, L)
+        return oracle_losses(self.forward, self.counted, ffn, self.decoder.routers())
 
     def forced(self, path: tuple[int, ...]) -> torch.Tensor:
         """(B, T) losses where a hook, not an argument, sends every token along the path."""
 
         def send(module: Any, args: Any, routing: Routing, expert: int) -> Routing:
-            return routing._replace(
-                experts_NS=torch.full_like(routing.experts_NS, expert), weights_NS=torch.ones_like(routing.weights_NS)
-            )
+            weights_N1 = routing.logits_NE.softmax(dim=1)[:, expert : expert + 1]
+            return routing._replace(experts_NS=torch.full_like(routing.experts_NS, expert), weights_NS=weights_N1)
 
         hooks = [
             block.ffn.router.register_forward_hook(partial(send, expert=expert))
             for block, expert in zip(self.decoder.blocks, path, strict=True)
         ]
         with torch.no_grad():
-            nll_BT = self.forward(None).nll_BT
+            nll_BT = self.forward().nll_BT
         for hook in hooks:
             hook.remove()
         assert nll_BT is not None
@@ -74,9 +74,13 @@ class Case:
 
 def test_it_is_the_best_of_all_paths_within_what_the_router_spent() -> None:
     case = Case(model())
+    for block in case.decoder.blocks:
+        block.ffn.router.expert_bias.copy_(torch.tensor([0.0, 0.01, 0.02]))
     losses = case.oracle()
+    for block in case.decoder.blocks:
+        assert block.ffn.router.expert_bias.tolist() == pytest.approx([0.0, 0.01, 0.02]), "biases are put back"
     with torch.no_grad():
-        learned = case.forward(None)
+        learned = case.forward()
     assert learned.stats is not None
     assert learned.nll_BT is not None
     cost = (1.0, 0.5, 0.0)

@@ -266,11 +266,20 @@ def test_the_table_holds_every_metric_and_no_other(recorded: Any) -> None:
     experts = {"kind": "moe", "num_experts": 4, "top_k": 1, "expert_dim": 16}
     sizes = [{"num": 2, "times": 1}, {"num": 2, "times": 0}]
     short = {"tokens": 1024, "eval_every": 100, "oracle_sequences": 2}
+    schedule = {"schedule": {"kind": "cosine", "peak": 1e-3, "warmup_tokens": 0}}
+    top_k = {"kind": "softmax_top_k", "renormalize": False}
     names = recorded(
-        model={**base, "ffn": {**experts, "sizes": sizes, "router": {"kind": "top_p", "entropy_weight": 0.1}}},
+        model={**base, "ffn": {**experts, "sizes": sizes, "router": top_k}},
         balance={"loss_weight": 0.01, "bias_rate": 0.0, "budget": {"target": 0.5}},
-        optimizer={"schedule": {"kind": "cosine", "peak": 1e-3, "warmup_tokens": 0}},
+        optimizer=schedule,
         train=short,
+    )
+    names |= recorded(
+        model={
+            "ffn": {**experts, "router": {"kind": "top_p", "entropy_weight": 0.1}},
+        },
+        balance={"bias_rate": 0.0},
+        train={"oracle_sequences": 0},
     )
     found = {pattern_of(name) for name in names}
     # On a CPU there is no peak to compare with.

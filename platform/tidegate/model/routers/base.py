@@ -169,6 +169,11 @@ class Router(Fp32Buffers):
         weights_NK = torch.full(experts_NK.shape, 1 / experts_NK.shape[1], device=experts_NK.device)
         return Routing(experts_NK, weights_NK, even_NE, torch.zeros_like(even_NE))
 
+    def _best_of(self, gate_NE: torch.Tensor, probs_NE: torch.Tensor, logits_NE: torch.Tensor) -> Routing:
+        """The `Routing` of the K largest gates, weighted by their share of the K."""
+        weights_NK, experts_NK = gate_NE.topk(self.top_k, dim=-1)
+        return Routing(experts_NK, weights_NK / weights_NK.sum(dim=-1, keepdim=True), probs_NE, logits_NE)
+
     def _open_routing(
         self, weights_NE: torch.Tensor, chosen_NE: torch.Tensor, probs_NE: torch.Tensor, logits_NE: torch.Tensor
     ) -> Routing:

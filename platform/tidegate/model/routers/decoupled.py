@@ -77,5 +77,4 @@ class DecoupledRouter(Router):
         h_BTR = h_BTR + self.ffn(self.ffn_norm(h_BTR))
         logits_NE = nn.functional.linear(self.norm(h_BTR).flatten(0, 1).float(), self.weight.float())
         probs_NE = logits_NE.softmax(dim=-1)
-        weights_NK, experts_NK = probs_NE.topk(self.top_k, dim=-1)
-        return Routing(experts_NK, weights_NK / weights_NK.sum(dim=-1, keepdim=True), probs_NE, logits_NE)
+        return self._best_of(probs_NE, probs_NE, logits_NE)

@@ -80,8 +80,7 @@ class DenseToSparse(LearnedRouter):
         tau = config.temperature(clock.tokens) if annealing else config.tau_end
         probs_NE = (logits_NE / tau).softmax(dim=-1)
         if not annealing:
-            weights_NK, experts_NK = probs_NE.topk(self.top_k, dim=-1)
-            return Routing(experts_NK, weights_NK / weights_NK.sum(dim=-1, keepdim=True), probs_NE, logits_NE)
+            return self._best_of(probs_NE, probs_NE, logits_NE)
         gate_NE = probs_NE
         if config.noise > 0:
             draws_NE = uniform(context.rows_N, self.num_experts, clock.key ^ self._noise_key)

@@ -86,7 +86,8 @@ class RoundRobinConfig(Variant):
 
 
 class HashRouter(Router):
-    """A (V, K) table, or a hash of two ids. The table does not depend on the run's seed, only on layer and sizes."""
+    """A (V, K) table, or a hash of two ids, that do not depend on the run's seed: on layer, sizes and, if balanced, on
+    the training text."""
 
     table_VK: torch.Tensor
 
@@ -104,7 +105,8 @@ class HashRouter(Router):
 
     def fit_tokens(self, frequencies_V: torch.Tensor) -> None:
         if self.config.by == "balanced":
-            table_VK = balanced_table(frequencies_V, self.num_experts, self.top_k)
+            packed_VK = balanced_table(frequencies_V, self.num_experts, self.top_k)
+            table_VK = (packed_VK + self.shape.layer) % self.num_experts  # layers differ in what they group
             self.table_VK[: len(table_VK)] = table_VK.to(self.table_VK.device)  # the model may have ids to spare
 
     def forward(self, x_ND: torch.Tensor, context: RouterContext) -> Routing:

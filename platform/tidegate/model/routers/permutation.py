@@ -73,7 +73,10 @@ class PermutationSearch(nn.Module):
         return gate_NE.index_select(1, self.order_E)
 
     def update(self, clock: Clock) -> None:
-        """Follow the logits until the search ends; every rank has the same ones, so the same order."""
+        """Follow the logits until the search ends, by a small assignment problem a step, on the host.
+
+        Every rank has the same logits, so the same order.
+        """
         searching = clock.tokens < self.config.tokens
         if self._known_fixed and not searching:
             return

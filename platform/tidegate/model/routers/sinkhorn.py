@@ -115,8 +115,7 @@ class Sinkhorn(LearnedRouter):
             gate_NE = (logits_NE + self._noise(context)).softmax(dim=-1)
         else:
             gate_NE = probs_NE
-        weights_NK, experts_NK = gate_NE.topk(self.top_k, dim=-1)
-        return Routing(experts_NK, weights_NK / weights_NK.sum(dim=-1, keepdim=True), probs_NE, logits_NE)
+        return self._best_of(gate_NE, probs_NE, logits_NE)
 
     def _plan(self, logits_NE: torch.Tensor, counted_N: torch.Tensor) -> torch.Tensor:
         """(N, E) this rank's rows of the plan."""

@@ -87,6 +87,9 @@ class TopKConfig(Variant):
     reads: Literal["own", "previous_block"] = "own"
     """Whose normalised feed-forward input decides. `previous_block`: pre-gated routing (Hwang et al., ISCA 2024): the
     experts of a block are known before the block begins, so that they can be fetched; the first block reads its own."""
+    renormalize: bool = True
+    """Divide the chosen scores by their sum, so that the weights of a token sum to 1. With one expert a token the
+    weight would be 1 whatever the router says, and nothing learned from the loss."""
     groups: GroupsConfig | None = None
     quantile: QuantileBalancing | None = None
 
@@ -95,11 +98,9 @@ class SoftmaxTopKConfig(TopKConfig):
     kind: Literal["softmax_top_k"] = "softmax_top_k"
     summary: ClassVar[str] = "softmax over all experts, then the k largest"
     source: ClassVar[str] = "Shazeer et al. 2017, arXiv 1701.06538; statistics: arXiv 2309.13850"
-    renormalize: bool = True
-    """Divide the chosen probabilities by their sum, so that the weights of a token sum to 1."""
 
     def build(self, shape: RouterShape) -> TopKRouter:
-        return TopKRouter(self, shape, _softmax, renormalize=self.renormalize)
+        return TopKRouter(self, shape, _softmax)
 
 
 class SigmoidTopKConfig(TopKConfig):
@@ -143,7 +144,6 @@ class TopKRouter(LearnedRouter):
         config: groups and quantile balancing.
         shape: what it is built for.
         score: (N, E) logits to (N, E) positive scores.
-        renormalize: divide the chosen scores by their sum.
         scale: factor of the weights.
     """
 
@@ -154,12 +154,10 @@ class TopKRouter(LearnedRouter):
         config: TopKConfig,
         shape: RouterShape,
         score: Callable[[torch.Tensor], torch.Tensor],
-        *,
-        renormalize: bool = True,
         scale: float = 1.0,
     ) -> None:
         super().__init__(shape)
-        self.config, self.score, self.renormalize, self.scale = config, score, renormalize, scale
+        self.config, self.score, self.scale = config, score, scale
         self.register_buffer("expert_bias", torch.empty(shape.num_experts, dtype=torch.float32))
 
     def init_weights(self, draw: Draw) -> None:
@@ -173,7 +171,7 @@ class TopKRouter(LearnedRouter):
         scores_NE = self.score(logits_NE)
         experts_NK = self.select(scores_NE, context.log_experts)
         weights_NK = scores_NE.gather(1, experts_NK)
-        if self.renormalize:
+        if self.config.renormalize:
             weights_NK = weights_NK / (weights_NK.sum(dim=-1, keepdim=True) + _TINY)
         # The balance loss wants a distribution; without this division it hardly balances independent scores. (A
         # softmax is one already; dividing it by its sum again would change its last bits.)

@@ -107,6 +107,11 @@ class UnitGatesConfig(Config):
                 f"units.over={over} does not fit ffn.router.reads=previous_block: without a block the next one's "
                 "router would read another"
             )
+        if moe.capabilities.double_forward:
+            raise ValueError(
+                f"units.over={over} does not fit ffn.router.kind={router.kind}, whose two passes a step would draw two "
+                "masks"
+            )
         if "experts" not in over:
             return
         if not moe.capabilities.selection_bias:

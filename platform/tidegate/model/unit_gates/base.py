@@ -164,8 +164,8 @@ class LogitConfig(Variant):
     """Gates whose logits the optimizer trains."""
 
     rate: float = Field(default=10.0, gt=0)
-    """Logits are `rate` times the trained parameter. AdamW moves a parameter by about the learning rate a step
-    whatever its gradient, so logits move by `rate` times that; at 1 and 3e-4 they would need 10,000 steps for 3."""
+    """Logits are `initial` plus `rate` times the trained parameter. AdamW moves a parameter by about the learning rate
+    a step whatever its gradient, so logits move by `rate` times that; at 1 and 3e-4, 3 would take 10,000 steps."""
     initial: float = 2.0
     """Logit of every gate at the start."""
 
@@ -181,13 +181,12 @@ class LogitGates(UnitGates):
     def init_weights(self, draw: Draw) -> None:
         super().init_weights(draw)
         draw.normal_(self.parameter, NOISE / self.config.rate, "parameter")
-        with torch.no_grad():
-            self.parameter.add_(self.config.initial / self.config.rate)
 
     @property
     def logits_U(self) -> torch.Tensor:
         """(U,) fp32."""
-        return self.parameter.float() * self.config.rate
+        # The parameter is what was learned, near 0, where bf16 tells neighbours apart; at 0.2 it would not.
+        return self.config.initial + self.parameter.float() * self.config.rate
 
     def scores(self) -> torch.Tensor:
         return self.logits_U

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tidegate.config import Variant
 from tidegate.model.clock import Clock
@@ -29,6 +29,12 @@ class NestedConfig(Variant):
     source: ClassVar[str] = "SortedNet, arXiv 2309.00255"
     keeps: tuple[float, ...] = Field(default=(0.25, 0.5, 1.0), min_length=1)
     """Shares of the cost that are trained; `keep` is one of them."""
+
+    @model_validator(mode="after")
+    def _each_once(self) -> NestedConfig:
+        if len(set(self.keeps)) < len(self.keeps):
+            raise ValueError(f"keeps={list(self.keeps)} names a share twice")
+        return self
 
     def build(self, units: Units, keep: float, freeze_tokens: int | None, width: int) -> Nested:
         return Nested(self, units, keep, freeze_tokens, width)

@@ -262,7 +262,9 @@ def spread_between_experts(model_config: Callable[..., ModelConfig], consistency
         for expert in range(3):
             even = torch.full((256, 3), 1 / 3)
             single = Routing(torch.full((256, 1), expert), torch.ones(256, 1), even, torch.zeros(256, 3))
-            model(*batch, routings=[single])
+            hook = model.routers()[0].register_forward_hook(lambda *_, single=single: single)
+            model(*batch)
+            hook.remove()
     logs = torch.stack(predictions).log_softmax(-1)
     pairs = [(logs[i].exp() * (logs[i] - logs[j])).sum(-1).mean() for i in range(3) for j in range(3) if i != j]
     return float(torch.stack(pairs).mean()), losses
