@@ -260,7 +260,8 @@ class Decoder(nn.Module):
             if layer_seen is not None:
                 seen.append(layer_seen)
             if context.observe:
-                largest.append(torch.linalg.vector_norm(h_BTD.detach(), ord=torch.inf, dtype=torch.float32))
+                low, high = torch.aminmax(h_BTD.detach())  # one pass; a norm takes twenty times as long on a CPU
+                largest.append(torch.maximum(-low, high).float())
         head = self.embedding.weight if self.head is None else self.head.weight
         logits_BTV = F.linear(self.norm(h_BTD), head)
         attention_seen = AttentionObservations(*map(torch.stack, zip(*seen, strict=True))) if seen else None

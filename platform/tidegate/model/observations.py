@@ -1,8 +1,7 @@
 """What a layer's attention does, for telemetry: sinks, entropy and gate openings, on a bounded part of the batch.
 
-Attention probabilities are formed explicitly in fp32 for at most 2 sequences and 64 evenly spaced queries of each, and
-so are gate values: on an H100 half a millisecond a layer at 16 heads of 64 and sequences of 2,048. It costs nothing
-unless asked for.
+Attention probabilities are formed explicitly in fp32 for at most 2 sequences and 32 evenly spaced queries of each, and
+so are gate values (docs/measurements.md has what it costs). It costs nothing unless asked for.
 
 Letters: B sequences, T tokens, H query heads, G key/value heads, d head width, S sampled queries.
 """
@@ -17,7 +16,7 @@ from tidegate.model.gates import Gate
 
 __all__ = ["AttentionObservations", "observe_gate", "observe_softmax", "sampled_positions"]
 
-MAX_SEQUENCES, MAX_QUERIES = 2, 64
+MAX_SEQUENCES, MAX_QUERIES = 2, 32
 CLOSED = 0.1
 """A gate value below it counts as closed."""
 
@@ -45,7 +44,7 @@ class AttentionObservations(NamedTuple):
 
 
 def sampled_positions(length: int, device: torch.device) -> torch.Tensor:
-    """At most 64 evenly spaced positions, the first and the last among them."""
+    """At most 32 evenly spaced positions, the first and the last among them."""
     if length <= MAX_QUERIES:
         return torch.arange(length, device=device)
     return torch.linspace(0, length - 1, MAX_QUERIES, device=device, dtype=torch.float64).long()
