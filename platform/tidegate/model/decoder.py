@@ -191,7 +191,9 @@ class Decoder(nn.Module):
 
     def routers(self) -> list[Router]:
         """One a layer, in order, or the one of all layers; none if dense."""
-        return [module for module in self.modules() if isinstance(module, Router)]
+        # Asked for every step: not by a walk over all modules.
+        layers = (module.router for block in self.blocks for module in block.children() if isinstance(module, MoE))
+        return [router for router in (self.router, *layers) if router is not None]
 
     def forward(
         self,
