@@ -20,6 +20,8 @@ os.environ.update(
     MLFLOW_DISABLE_TELEMETRY="true",
     HF_HUB_OFFLINE="1",
 )
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is loaded; worker processes inherit it
 
 
 def tiny_settings(folder: Path) -> dict[str, Any]:

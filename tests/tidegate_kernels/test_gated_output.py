@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from tidegate_kernels.choice import chosen
 from tidegate_kernels.gated_output import ACTIVATIONS, gated_output
 
 B, H, d = 2, 3, 5
@@ -42,6 +43,7 @@ CASES = [
     )
     for case in itertools.product(ACTIVATIONS, FORMS, (False, True), (False, True))
 ]
+with_both_kernels = pytest.mark.usefixtures("kernels")
 in_every_case = pytest.mark.parametrize(("activation", "form", "shared", "headwise"), CASES)
 
 
@@ -90,6 +92,7 @@ def test_every_activation_has_its_formula_here() -> None:
     assert CURVES.keys() == ACTIVATIONS.keys()
 
 
+@with_both_kernels
 @pytest.mark.parametrize("length", LENGTHS)
 @in_every_case
 def test_values_and_gradients(activation: str, form: str, shared: bool, headwise: bool, length: int) -> None:
@@ -106,6 +109,7 @@ def test_the_recommended_gate_written_out() -> None:
     assert_all_close(actual, Results(y * a, g * a, g * y * a * (1 - a)))
 
 
+@with_both_kernels
 @pytest.mark.parametrize(("chosen", "other"), list(itertools.permutations(ACTIVATIONS, 2)))
 def test_a_wrong_activation_is_noticed(chosen: str, other: str) -> None:
     y, z, g = inputs(1, headwise=True)
@@ -127,6 +131,7 @@ def test_gradcheck(activation: str, form: str, shared: bool, headwise: bool) -> 
     assert torch.autograd.gradcheck(op, (y, z), eps=1e-2, atol=2e-3, rtol=1e-3)
 
 
+@with_both_kernels
 def test_ns_sigmoid_cannot_close() -> None:
     z = torch.cat([torch.tensor([-torch.inf]), torch.arange(-500, 501) / 4, torch.tensor([torch.inf])])
     gate = gated_output(
@@ -137,10 +142,11 @@ def test_ns_sigmoid_cannot_close() -> None:
     assert gate[501] == 0.75  # z = 0
 
 
+@with_both_kernels
 @pytest.mark.parametrize("headwise", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_shared_gives_every_head_the_mean_gate(form: str, headwise: bool) -> None:
-    y, z, _ = inputs(63, headwise)
+    y, z, _ = (t.float() for t in inputs(63, headwise))
     options = {"activation": "sigmoid", "form": form}
     neutral = torch.ones_like(y) if form == "multiplicative" else torch.zeros_like(y)
     specific = gated_output(neutral, z, shared=False, **options)
@@ -149,6 +155,7 @@ def test_shared_gives_every_head_the_mean_gate(form: str, headwise: bool) -> Non
     assert not torch.allclose(shared, specific)
 
 
+@with_both_kernels
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("headwise", [False, True])
 def test_strided_views(headwise: bool, length: int) -> None:
@@ -174,6 +181,7 @@ def test_strided_views(headwise: bool, length: int) -> None:
     assert not fused.grad[..., 2 * width :].any()
 
 
+@with_both_kernels
 @pytest.mark.parametrize("length", LENGTHS)
 @in_every_case
 def test_bf16_error(activation: str, form: str, shared: bool, headwise: bool, length: int) -> None:
@@ -213,9 +221,24 @@ def test_result_has_the_dtype_of_y(dtype: torch.dtype, score_dtype: torch.dtype)
     assert torch.equal(z, kept[1])
 
 
+@with_both_kernels
 def test_compiles_in_one_graph() -> None:
     y, z, g = (t.float() for t in inputs(63, headwise=True))
     options = {"activation": "sigmoid", "form": "multiplicative", "shared": True}
     compiled = torch.compile(gated_output, fullgraph=True, backend="aot_eager")
     for actual, expected in zip(run(compiled, y, z, g, **options), run(gated_output, y, z, g, **options), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("headwise", [False, True])
+def test_registered_operation(headwise: bool) -> None:
+    """Schema, fake and autograd registration agree with what the kernels do."""
+    y, z, _ = (t.float() for t in inputs(3, headwise))
+    arguments = (y.requires_grad_(), z.requires_grad_(), "silu", False)
+    torch.library.opcheck(torch.ops.tidegate.gated_output.default, arguments)
+
+
+def test_no_silent_fallback() -> None:
+    y = torch.randn(1, 2, 3, 4, dtype=torch.float64)
+    with chosen("triton"), pytest.raises(ValueError, match=r"no kernel takes a \(1, 2, 3, 4\) input of torch.float64"):
+        gated_output(y, y, activation="sigmoid", form="multiplicative", shared=False)
