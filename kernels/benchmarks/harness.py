@@ -96,8 +96,15 @@ def gradients(function: Implementation, inputs: Tensors) -> Tensors:
     *arguments, upstream = inputs
     out = function(*arguments)
     first = out[0] if isinstance(out, tuple) else out
-    wanted = [x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]
-    return first.detach(), *torch.autograd.grad(first, wanted, upstream)
+    return first.detach(), *torch.autograd.grad(first, _wanted(function, arguments), upstream)
+
+
+def _wanted(function: Implementation, arguments: Sequence[Any]) -> list[torch.Tensor]:
+    """The inputs that want a gradient; a peer that is a module has its own `weights` in place of ours."""
+    own = getattr(function, "weights", None)
+    if own is not None:
+        return [arguments[0], *own]
+    return [x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]
 
 
 def check(ours: Implementation, plain: Implementation, inputs: Tensors, *, allowed: float = 2.0) -> dict[str, float]:
@@ -181,8 +188,7 @@ def _memory(function: Implementation, inputs: Tensors) -> tuple[float, float]:
     out = function(*arguments)
     saved = torch.cuda.memory_allocated() - before
     first = out[0] if isinstance(out, tuple) else out
-    wanted = [x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]
-    torch.autograd.grad(first, wanted, upstream)
+    torch.autograd.grad(first, _wanted(function, arguments), upstream)
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20, saved / 2**20
 

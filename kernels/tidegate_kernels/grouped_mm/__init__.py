@@ -1,4 +1,8 @@
-"""Multiply rows that are sorted by group with each group's own matrix: the matrix product of a dropless MoE."""
+"""Multiply rows that are sorted by group with each group's own matrix: the matrix product of a dropless MoE.
+
+`rows_by_group` and `outer_by_group` are the bare products of forward and backward, for operations that have a backward
+pass of their own.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import torch.nn.functional as F
 
 from tidegate_kernels.grouped_mm import reference
 
-__all__ = ["grouped_mm"]
+__all__ = ["grouped_mm", "outer_by_group", "rows_by_group"]
 
 
 def grouped_mm(x_ND: torch.Tensor, w_EDF: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
@@ -21,7 +25,24 @@ def grouped_mm(x_ND: torch.Tensor, w_EDF: torch.Tensor, counts_E: torch.Tensor) 
     Returns:
         (N, F).
     """
+    return rows_by_group(x_ND, w_EDF, counts_E.cumsum(0).to(torch.int32))
+
+
+def rows_by_group(x_ND: torch.Tensor, w_EDF: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    """`grouped_mm` by (E,) int32 ends of the groups."""
+    if not _taken(x_ND):
+        return reference.rows_by_group(x_ND, w_EDF, ends_E)
+    return F.grouped_mm(x_ND, w_EDF, offs=ends_E)
+
+
+def outer_by_group(a_NM: torch.Tensor, b_NF: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    """(E, M, F) `a^T b` over the rows of each group; zero for an empty one."""
+    if not _taken(a_NM):
+        return reference.outer_by_group(a_NM, b_NF, ends_E)
+    return F.grouped_mm(a_NM.t(), b_NF, offs=ends_E)
+
+
+def _taken(x_ND: torch.Tensor) -> bool:
+    """What the library's product takes; other dtypes are for tests."""
     taken = (torch.bfloat16,) if x_ND.is_cuda else (torch.bfloat16, torch.float32)
-    if x_ND.shape[0] == 0 or x_ND.dtype not in taken:  # other dtypes are for tests
-        return reference.grouped_mm(x_ND, w_EDF, counts_E)
-    return F.grouped_mm(x_ND, w_EDF, offs=counts_E.cumsum(0).to(torch.int32))
+    return x_ND.shape[0] > 0 and x_ND.dtype in taken

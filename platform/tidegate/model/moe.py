@@ -20,7 +20,7 @@ from tidegate.model.activations import (
     init_coefficients,
     is_gated,
 )
-from tidegate.model.dispatch import combine, fan_out, plan
+from tidegate.model.dispatch import Dispatch, plan
 from tidegate.model.initialisation import Draw
 from tidegate.model.layers import FeedForward, Linear
 from tidegate.model.routers import Router, RouterConfig, RouterContext, RouterShape, Routing, SoftmaxTopKConfig
@@ -28,6 +28,8 @@ from tidegate.model.routers.base import Capabilities
 from tidegate.model.routers.top_k import TopKConfig
 from tidegate.model.unit_gates.units import NO_MASKS, LayerMasks
 from tidegate_kernels.grouped_mm import grouped_mm
+from tidegate_kernels.moe_dispatch import combine, fan_out
+from tidegate_kernels.moe_experts import moe_experts, sorted_experts
 
 __all__ = ["ExpertSize", "Experts", "MoE", "MoEConfig", "RoutingStats", "SharedExpertsConfig", "routing_stats"]
 
@@ -209,6 +211,9 @@ class Experts(nn.Module):
         self, rows_ND: torch.Tensor, counts_E: torch.Tensor, channels_EF: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Run rows that are sorted by local expert; (N, D) in and out. Channel factors are those of all experts."""
+        w2_EDF = self.masked_w2(channels_EF)
+        if self.activation == "swiglu":
+            return sorted_experts(rows_ND, counts_E.cumsum(0).to(torch.int32), self.w1, self.w3, w2_EDF)
         hidden_NF = grouped_mm(rows_ND, self.w1.transpose(1, 2), counts_E)
         up_NF = grouped_mm(rows_ND, self.w3.transpose(1, 2), counts_E) if is_gated(self.activation) else None
         coefficients_N4 = None
@@ -217,11 +222,15 @@ class Experts(nn.Module):
             each_E4 = self.coefficients.squeeze(1).to(torch.promote_types(rows_ND.dtype, torch.float32))
             coefficients_N4 = each_E4.repeat_interleave(counts_E, dim=0, output_size=rows_ND.shape[0])
         activated_NF = activate(self.activation, hidden_NF, up_NF, coefficients_N4)
-        w2_EDF: torch.Tensor = self.w2
-        if channels_EF is not None:  # in the weights: there are fewer of them than of hidden activations
-            mine_EF = channels_EF[self.first : self.first + self.num_experts]
-            w2_EDF = w2_EDF * mine_EF.unsqueeze(1).to(w2_EDF.dtype)
         return grouped_mm(activated_NF, w2_EDF.transpose(1, 2), counts_E)
+
+    def masked_w2(self, channels_EF: torch.Tensor | None) -> torch.Tensor:
+        """`w2` times the factors of its input channels: there are fewer weights than hidden activations."""
+        w2_EDF: torch.Tensor = self.w2
+        if channels_EF is None:
+            return w2_EDF
+        mine_EF = channels_EF[self.first : self.first + self.num_experts]
+        return w2_EDF * mine_EF.unsqueeze(1).to(w2_EDF.dtype)
 
 
 class MoE(nn.Module):
@@ -287,8 +296,7 @@ class MoE(nn.Module):
         if routing is None:
             routing = self.route(x_BTD, context)
         dispatch = plan(routing, self.config.slices)
-        outputs_AD = self.apply_experts(fan_out(x_ND, dispatch), dispatch.counts_s, masks.expert_channels)
-        mixed_ND = combine(outputs_AD, dispatch, x_ND.shape[0]).to(x_ND.dtype)
+        mixed_ND = self.mix(x_ND, dispatch, masks.expert_channels)
         if self.shared_experts is not None:
             shared_ND = self.shared_experts(x_ND, masks.channels)
             if self.shared_experts_gate is not None:
@@ -296,6 +304,20 @@ class MoE(nn.Module):
             mixed_ND = mixed_ND + shared_ND
         takes_z_loss = self.config.capabilities.z_loss
         return mixed_ND.view_as(x_BTD), routing_stats(routing, context, takes_z_loss=takes_z_loss)
+
+    def mix(self, x_ND: torch.Tensor, dispatch: Dispatch, channels_EF: torch.Tensor | None) -> torch.Tensor:
+        """(N, D) the weighted sum of each row's experts."""
+        experts = self.experts
+        if experts.activation != "swiglu":
+            return self.mix_in_steps(x_ND, dispatch, channels_EF)
+        w2_EDF = experts.masked_w2(channels_EF)
+        return moe_experts(x_ND, dispatch.weights_A, dispatch.slots, experts.w1, experts.w3, w2_EDF)
+
+    def mix_in_steps(self, x_ND: torch.Tensor, dispatch: Dispatch, channels_EF: torch.Tensor | None) -> torch.Tensor:
+        """`mix`, with the rows in expert order at hand between the steps."""
+        rows_AD = fan_out(x_ND, dispatch.slots)
+        outputs_AD = self.apply_experts(rows_AD, dispatch.slots.counts_E, channels_EF)
+        return combine(outputs_AD, dispatch.weights_A, dispatch.slots)
 
     def route(self, x_BTD: torch.Tensor, context: RouterContext) -> Routing:
         """Decide by the (B, T, D) rows that this layer's router reads."""

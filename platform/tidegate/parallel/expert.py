@@ -33,7 +33,7 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, _AllToAllV, co
 from torch.distributed.nn.functional import all_gather
 
 from tidegate.model.decoder import Decoder
-from tidegate.model.dispatch import Permute, inverse_permutation
+from tidegate.model.dispatch import Dispatch, Permute, inverse_permutation
 from tidegate.model.moe import Experts, MoE, MoEConfig
 from tidegate.model.routers import RouterContext, Routing
 from tidegate.model.routers.sinkhorn import Sinkhorn
@@ -86,6 +86,11 @@ class ExpertParallelMoE(MoE, AutoEPMoELayer):
         num_local, expert_rank = self._local
         first, activation = num_local * expert_rank, self.config.activation
         return Experts(num_local, width, self.config.expert_dim, std, out_std, first, activation)
+
+    def mix(self, x_ND: torch.Tensor, dispatch: Dispatch, channels_EF: torch.Tensor | None) -> torch.Tensor:
+        if self.ep_size == 1:
+            return super().mix(x_ND, dispatch, channels_EF)
+        return self.mix_in_steps(x_ND, dispatch, channels_EF)
 
     def apply_experts(
         self, rows_AD: torch.Tensor, counts_E: torch.Tensor, channels_EF: torch.Tensor | None

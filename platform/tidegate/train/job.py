@@ -17,6 +17,7 @@ from tidegate.parallel.config import ParallelConfig
 from tidegate.track.config import TrackConfig
 from tidegate.train.oracle import LARGEST_ENUMERATION
 from tidegate.train.schedule import ScheduleConfig
+from tidegate_kernels.choice import Kernels, interpreted
 
 __all__ = ["Job", "OptimizerConfig", "ResourcesConfig", "TrainConfig"]
 
@@ -76,6 +77,12 @@ class Job(Config):
     parallel: ParallelConfig = ParallelConfig()
     resources: ResourcesConfig = ResourcesConfig()
     track: TrackConfig = TrackConfig()
+    kernels: Kernels = "auto"
+    """Fused Triton kernels or plain PyTorch; `auto`: Triton on a GPU, PyTorch on a CPU."""
+
+    @property
+    def runs_triton(self) -> bool:
+        return self.kernels == "triton" or (self.kernels == "auto" and self.resources.gpu)
 
     @property
     def global_batch(self) -> int:
@@ -95,7 +102,11 @@ class Job(Config):
     def layout(self) -> str:
         """For people: how the run is laid over its workers."""
         replicas = self.resources.workers // self.parallel.expert
-        return f"EP {self.parallel.expert} x DP {replicas}, ZeRO {self.parallel.zero_stage}, {self.train.precision}"
+        kernels = "Triton" if self.runs_triton else "PyTorch"
+        return (
+            f"EP {self.parallel.expert} x DP {replicas}, ZeRO {self.parallel.zero_stage}, {self.train.precision}, "
+            f"{kernels} kernels"
+        )
 
     @property
     def num_experts(self) -> int | None:
@@ -126,6 +137,15 @@ class Job(Config):
         problem = self.parallel.problem(self.resources.workers, spread, what)
         if problem:
             raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def _kernels_run(self) -> Job:
+        if self.kernels == "triton" and not (self.resources.gpu or interpreted()):
+            raise ValueError(
+                "kernels=triton needs resources.gpu=true, or the interpreter for a test (TRITON_INTERPRET=1); "
+                "use kernels=auto"
+            )
         return self
 
     @model_validator(mode="after")

@@ -26,6 +26,7 @@ from tidegate.train.job import Job
 from tidegate.train.step import StepLosses, train_step, update_routers, update_units
 from tidegate.train.telemetry import LossSpikes, Observer, Record
 from tidegate.train.throughput import Throughput, peak_flops
+from tidegate_kernels.choice import choose
 
 __all__ = ["Outcome", "World", "train"]
 
@@ -141,7 +142,8 @@ def train(job: Job, world: World) -> Outcome:
 
 
 def build_engine(job: Job) -> Engine:
-    """The job's model under DeepSpeed, initialised from its seed."""
+    """The job's model under DeepSpeed, initialised from its seed, on the kernels that the job chooses."""
+    choose(job.kernels)
     return Engine(
         job.model,
         job.parallel,

@@ -86,8 +86,8 @@ def test_the_summary_by_hand(shown):
     lines = shown(DEMO, "train.micro_batch=2", "resources.workers=4")
     cost = total(load(DEMO, Job).config.model, 256)
     assert (
-        "layout: 4 workers, EP 2 x DP 2, ZeRO 1, fp32; accumulation M=2, micro-batch 2, global batch 16 sequences = "
-        "4,096 tokens" in lines
+        "layout: 4 workers, EP 2 x DP 2, ZeRO 1, fp32, PyTorch kernels; accumulation M=2, micro-batch 2, "
+        "global batch 16 sequences = 4,096 tokens" in lines
     )
     tokens = 293 * 4096
     assert f"length: 293 steps, 1,200,128 tokens, {tokens / cost.active_params:.3g} tokens an active parameter" in lines
