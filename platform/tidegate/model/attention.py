@@ -16,11 +16,11 @@ from tidegate.config import Config
 from tidegate.model.gates import AttentionGate, Gate, GateConfig, NoGate
 from tidegate.model.initialisation import Draw
 from tidegate.model.layers import Linear, RMSNorm
-from tidegate.model.observations import AttentionObservations, observe_gate, observe_softmax
+from tidegate.model.observations import AttentionSample, sample_attention
 from tidegate.model.qk_clip import max_logits
 from tidegate.model.softmax import attend, attend_with_sink
 
-__all__ = ["Attention", "AttentionConfig", "Rotary", "document_mask", "rotary_table", "rotate"]
+__all__ = ["Attention", "AttentionConfig", "AttentionOutput", "Rotary", "document_mask", "rotary_table", "rotate"]
 
 
 class AttentionConfig(Config):
@@ -101,6 +101,15 @@ def document_mask(documents_BT: torch.Tensor) -> torch.Tensor:
     return same & torch.ones(length, length, dtype=torch.bool, device=documents_BT.device).tril()
 
 
+class AttentionOutput(NamedTuple):
+    y_BTD: torch.Tensor
+    """To be added to the residual stream."""
+    sample: AttentionSample | None
+    """If observed."""
+    max_logit_H: torch.Tensor | None
+    """(H,) fp32, largest logits of the batch: of every training pass with `qk_clip`, else None."""
+
+
 class Attention(nn.Module):
     """Softmax attention with its gate.
 
@@ -140,19 +149,15 @@ class Attention(nn.Module):
         mask: torch.Tensor | None,
         observe: bool = False,
         heads: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, AttentionObservations | None]:
+    ) -> AttentionOutput:
         """Attend.
 
         Args:
             x_BTD: (B, T, D), normalised.
             rotary: tables for T positions.
             mask: `document_mask` of the batch, or None for plain causal attention.
-            observe: look at gate and softmax, without a host sync.
+            observe: return a sample for telemetry.
             heads: (..., H) factors of the heads, or None.
-
-        Returns:
-            (B, T, D), to be added to the residual stream, and what was observed. With `qk_clip`, a training pass
-            always returns the largest logits.
         """
         d = self.config.head_dim
         q = self.wq(x_BTD).unflatten(-1, (-1, d))
@@ -172,7 +177,10 @@ class Attention(nn.Module):
             y_BTHd = y_BTHd * heads.unsqueeze(-1).to(y_BTHd.dtype)
         out_BTD = self.wo(y_BTHd.flatten(-2))
         out_BTD = self._gated("dense_output", out_BTD.unsqueeze(-2), x_BTD).squeeze(-2)
-        return out_BTD, self._observations(x_BTD, q, k, mask, sink_H, observe)
+        clips = self.config.qk_clip is not None and self.training and torch.is_grad_enabled()
+        max_logit_H = max_logits(q.detach(), k.detach(), mask) if clips else None
+        sample = sample_attention(x_BTD, q, k, sink_H, self.gate) if observe else None
+        return AttentionOutput(out_BTD, sample, max_logit_H)
 
     def _sink(self, q_BTHd: torch.Tensor) -> torch.Tensor | None:
         if self.config.softmax == "off_by_one":
@@ -183,27 +191,3 @@ class Attention(nn.Module):
         if self.gate is None or self.gate.config.kind != position:
             return y_BTHd
         return self.gate(y_BTHd, x_BTD)
-
-    def _observations(
-        self,
-        x_BTD: torch.Tensor,
-        q_BTHd: torch.Tensor,
-        k_BTGd: torch.Tensor,
-        mask: torch.Tensor | None,
-        sink_H: torch.Tensor | None,
-        observe: bool,
-    ) -> AttentionObservations | None:
-        clips = self.config.qk_clip is not None and self.training and torch.is_grad_enabled()
-        if not (observe or clips):
-            return None
-        q, k = q_BTHd.detach(), k_BTGd.detach()
-        nan_H = q.new_full((q.shape[2],), torch.nan, dtype=torch.float32)
-        seen = AttentionObservations(nan_H, nan_H, nan_H, nan_H[0], nan_H, nan_H, nan_H)
-        if clips:
-            seen = seen._replace(max_logit_H=max_logits(q, k, mask))
-        if observe:
-            seen = seen._replace(**observe_softmax(q, k, mask, sink_H)._asdict())
-            if self.gate is not None and self.gate.config.form == "multiplicative":
-                mean_H, closed_H = observe_gate(self.gate, x_BTD)
-                seen = seen._replace(gate_mean_H=mean_H, gate_closed_H=closed_H)
-        return seen

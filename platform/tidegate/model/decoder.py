@@ -17,13 +17,13 @@ from torch.utils.checkpoint import checkpoint
 
 from tidegate.config import Config
 from tidegate.model.activations import ActivationName
-from tidegate.model.attention import Attention, AttentionConfig, Rotary, document_mask, rotary_table
+from tidegate.model.attention import Attention, AttentionConfig, AttentionOutput, Rotary, document_mask, rotary_table
 from tidegate.model.clock import STILL, Clock
 from tidegate.model.initialisation import Draw
 from tidegate.model.layers import Embedding, FeedForward, Linear
 from tidegate.model.moe import MoE, MoEConfig, RoutingStats
 from tidegate.model.norms import NormConfig, RMSNormConfig
-from tidegate.model.observations import AttentionObservations
+from tidegate.model.observations import AttentionObservations, AttentionSample, AttentionWatch
 from tidegate.model.routers import Router, RouterContext, RouterShape, Routing, ThorConfig
 from tidegate.model.unit_gates import UnitGates, UnitGatesConfig
 from tidegate.model.unit_gates.units import NO_MASKS, LayerMasks
@@ -104,7 +104,8 @@ class BlockOutput(NamedTuple):
     x_BTD: torch.Tensor
     """What the feed-forward read: a pre-gated router of the next block reads it too."""
     stats: RoutingStats | None
-    attention: AttentionObservations | None
+    sample: AttentionSample | None
+    max_logit_H: torch.Tensor | None
 
 
 class Block(nn.Module):
@@ -142,11 +143,14 @@ class Block(nn.Module):
             units: factors of the layer's gated units.
         """
         share = 1.0 if units.block is None else units.block.to(h_BTD.dtype)
-        attended, seen = self.attention(self.attention_norm(h_BTD), rotary, context.mask, context.observe, units.heads)
-        h_BTD = h_BTD + share * attended
+        attended: AttentionOutput = self.attention(
+            self.attention_norm(h_BTD), rotary, context.mask, context.observe, units.heads
+        )
+        seen = attended.sample, attended.max_logit_H
+        h_BTD = h_BTD + share * attended.y_BTD
         x_BTD = self.ffn_norm(h_BTD)
         if not isinstance(self.ffn, MoE):
-            return BlockOutput(h_BTD + share * self.ffn(x_BTD, units.channels), x_BTD, None, seen)
+            return BlockOutput(h_BTD + share * self.ffn(x_BTD, units.channels), x_BTD, None, *seen)
         context = context._replace(log_experts=units.log_experts())
         if routing is None and source_BTD is not None:
             routing = self.ffn.route(source_BTD, context)
@@ -158,7 +162,7 @@ class Block(nn.Module):
                 z_sums_B=stats.z_sums_B * weight,
                 penalty_sums_B=stats.penalty_sums_B * weight,
             )
-        return BlockOutput(h_BTD + share * y_BTD, x_BTD, stats, seen)
+        return BlockOutput(h_BTD + share * y_BTD, x_BTD, stats, *seen)
 
 
 class Decoder(nn.Module):
@@ -226,7 +230,7 @@ class Decoder(nn.Module):
         stats = passed.stats
         router = self.config.ffn.router if isinstance(self.config.ffn, MoEConfig) else None
         if isinstance(router, ThorConfig) and self.training and torch.is_grad_enabled():
-            again = context._replace(clock=clock.other("second pass"))
+            again = context._replace(clock=clock.other("second pass"), observe=False)
             other = self._run(again)
             nll_BT = (nll_BT + self._nll(other.logits_BTV, labels_BT)) / 2
             divergence_BT = _symmetric_divergence(passed.logits_BTV, other.logits_BTV)
@@ -251,25 +255,29 @@ class Decoder(nn.Module):
         pre_gated = isinstance(self.config.ffn, MoEConfig) and self.config.ffn.reads_previous_block
         source_BTD: torch.Tensor | None = None
         stats: list[RoutingStats] = []
-        seen: list[AttentionObservations] = []
-        largest: list[torch.Tensor] = []
+        watch: AttentionWatch | None = None
+        if context.observe:
+            watch = AttentionWatch(attention.gate, tokens_BT, context.mask)
+        largest_logits: list[torch.Tensor] = []
+        extremes: list[torch.Tensor] = []
         for block, layer_masks in zip(self.blocks, masks, strict=True):
             run = partial(checkpoint, block, use_reentrant=False) if self.recompute and self.training else block
-            h_BTD, x_BTD, layer_stats, layer_seen = run(h_BTD, rotary, context, source_BTD, routing, layer_masks)
+            h_BTD, x_BTD, layer_stats, sample, max_logit_H = run(
+                h_BTD, rotary, context, source_BTD, routing, layer_masks
+            )
             source_BTD = x_BTD if pre_gated else None
             if layer_stats is not None:
                 stats.append(layer_stats)
-            if layer_seen is not None:
-                seen.append(layer_seen)
-            if context.observe:
-                low, high = torch.aminmax(h_BTD.detach())  # one pass; a norm takes twenty times as long on a CPU
-                largest.append(torch.maximum(-low, high).float())
+            if max_logit_H is not None:
+                largest_logits.append(max_logit_H)
+            if watch is not None:
+                watch.see(sample)
+                extremes += torch.aminmax(h_BTD.detach())  # one pass; a norm takes twenty times as long on a CPU
         head = self.embedding.weight if self.head is None else self.head.weight
         logits_BTV = F.linear(self.norm(h_BTD), head)
-        attention_seen = AttentionObservations(*map(torch.stack, zip(*seen, strict=True))) if seen else None
         penalty = None if units is None else units.penalty
-        largest_L = torch.stack(largest) if largest else None
-        return _Pass(logits_BTV, _stacked(stats), attention_seen, largest_L, penalty)
+        largest_L = torch.stack(extremes).view(-1, 2).abs().amax(dim=1).float() if extremes else None
+        return _Pass(logits_BTV, _stacked(stats), _attention_seen(watch, largest_logits), largest_L, penalty)
 
     def _nll(self, logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
         nll_N = F.cross_entropy(logits_BTV.flatten(0, 1).float(), labels_BT.flatten(), reduction="none")
@@ -299,6 +307,13 @@ def _stacked(layers: list[RoutingStats]) -> RoutingStats | None:
         return None
     fields = (None if field[0] is None else torch.stack(field) for field in zip(*layers, strict=True))
     return RoutingStats(*fields)  # type: ignore[arg-type]  # fields are None in every layer or in none
+
+
+def _attention_seen(watch: AttentionWatch | None, largest_logits: list[torch.Tensor]) -> AttentionObservations | None:
+    max_logit_LH = torch.stack(largest_logits) if largest_logits else None
+    if watch is not None:
+        return watch.read(max_logit_LH)
+    return None if max_logit_LH is None else AttentionObservations.of_logits_alone(max_logit_LH)
 
 
 def _symmetric_divergence(one_BTV: torch.Tensor, other_BTV: torch.Tensor) -> torch.Tensor:

@@ -47,6 +47,11 @@ class AttentionGate(Config):
             return 1, width
         return (num_kv_heads if self.kind in ("key", "value") else num_heads), head_dim
 
+    def values(self, scores_BTHs: torch.Tensor) -> torch.Tensor:
+        """What a multiplicative gate with these scores multiplies with, fp32; H becomes 1 if the heads share it."""
+        values = ACTIVATIONS[self.activation](scores_BTHs.float())
+        return values.mean(dim=-2, keepdim=True) if self.heads == "shared" else values
+
     @model_validator(mode="after")
     def _dense_output_has_no_heads(self) -> AttentionGate:
         if self.kind == "dense_output" and (self.granularity, self.heads) != ("elementwise", "specific"):
@@ -88,15 +93,11 @@ class Gate(nn.Module):
         """Gate `y_BTHd` (B, T, H, d) by the hidden state `x_BTD` (B, T, D); same shape and dtype as `y_BTHd`."""
         shared = self.config.heads == "shared"
         return gated_output(
-            y_BTHd, self._scores(x_BTD), activation=self.config.activation, form=self.config.form, shared=shared
+            y_BTHd, self.scores(x_BTD), activation=self.config.activation, form=self.config.form, shared=shared
         )
 
-    def values(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """What a multiplicative gate multiplies with, (B, T, H, d or 1) fp32; H is 1 if the heads share it."""
-        values = ACTIVATIONS[self.config.activation](self._scores(x_BTD).float())
-        return values.mean(dim=-2, keepdim=True) if self.config.heads == "shared" else values
-
-    def _scores(self, x_BTD: torch.Tensor) -> torch.Tensor:
+    def scores(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """(B, T, H, d or 1), before the activation."""
         if self.projection is not None:
             return self.projection(x_BTD).unflatten(-1, (self.num_heads, self.score_dim))
         assert self.constant is not None

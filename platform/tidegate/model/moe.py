@@ -302,8 +302,7 @@ class MoE(nn.Module):
             if self.shared_experts_gate is not None:
                 shared_ND = shared_ND * torch.sigmoid(self.shared_experts_gate(x_ND).float()).to(x_ND.dtype)
             mixed_ND = mixed_ND + shared_ND
-        takes_z_loss = self.config.capabilities.z_loss
-        return mixed_ND.view_as(x_BTD), routing_stats(routing, context, takes_z_loss=takes_z_loss)
+        return mixed_ND.view_as(x_BTD), routing_stats(routing, context, self.config.capabilities)
 
     def mix(self, x_ND: torch.Tensor, dispatch: Dispatch, channels_EF: torch.Tensor | None) -> torch.Tensor:
         """(N, D) the weighted sum of each row's experts."""
@@ -325,7 +324,9 @@ class MoE(nn.Module):
         return self.router(x_BTD.flatten(0, 1), context)
 
 
-def routing_stats(routing: Routing, context: RouterContext, *, takes_z_loss: bool = True) -> RoutingStats:
+def routing_stats(
+    routing: Routing, context: RouterContext, capabilities: Capabilities = SoftmaxTopKConfig.capabilities
+) -> RoutingStats:
     """Sum a layer's routing over each sequence, leaving out the tokens that do not count."""
     counted = context.counted_BT.float()
     B, T = counted.shape
@@ -336,27 +337,28 @@ def routing_stats(routing: Routing, context: RouterContext, *, takes_z_loss: boo
     counts_BE = counted.new_zeros(B, E).scatter_add_(1, routing.experts_NS.reshape(B, T * S), used_BS)
     prob_sums_BE = (routing.probs_NE.view(B, T, E) * counted.unsqueeze(-1)).sum(dim=1)
     z_sums_B = penalty_sums_B = counted.new_zeros(B)
-    if takes_z_loss:
+    if capabilities.z_loss:
         z_BT = routing.logits_NE.logsumexp(dim=-1).square().view(B, T)
         z_sums_B = (z_BT * counted).sum(dim=1)
     if routing.penalty_N is not None:
         penalty_sums_B = (routing.penalty_N.view(B, T) * counted).sum(dim=1)
-    signals_B3 = _signals(routing, counted) if context.observe else None
+    signals_B3 = _signals(routing, counted, capabilities.normalized) if context.observe else None
     return RoutingStats(
         counts_BE, prob_sums_BE, z_sums_B, penalty_sums_B, routing.balance_weight, routing.observed, signals_B3
     )
 
 
 @torch.no_grad()
-def _signals(routing: Routing, counted_BT: torch.Tensor) -> torch.Tensor:
+def _signals(routing: Routing, counted_BT: torch.Tensor, normalized: bool) -> torch.Tensor:
     """`RoutingStats.signals_B3`. ReLU routing's gates are normalised first, so that they have an entropy."""
-    B, T = counted_BT.shape
-    probs_NE = routing.probs_NE / routing.probs_NE.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+    probs_NE = routing.probs_NE
+    if not normalized:
+        probs_NE = probs_NE / probs_NE.sum(dim=-1, keepdim=True).clamp(min=1e-20)
     entropy_N = torch.special.entr(probs_NE).sum(dim=-1)
-    there_NE = routing.logits_NE > -torch.inf  # not so for an expert that a unit gate closed
-    norm_N = routing.logits_NE.where(there_NE, 0.0).norm(dim=-1)
+    # -inf: an expert that a unit gate closed.
+    norm_N = routing.logits_NE.nan_to_num(nan=0.0, posinf=torch.inf, neginf=0.0).norm(dim=-1)
     chosen_NS = probs_NE.gather(1, routing.experts_NS)
     if routing.chosen_NS is not None:
         chosen_NS = chosen_NS * routing.chosen_NS
-    signals_BT3 = torch.stack([entropy_N, norm_N, chosen_NS.sum(dim=-1)], dim=-1).view(B, T, 3)
+    signals_BT3 = torch.stack([entropy_N, norm_N, chosen_NS.sum(dim=-1)], dim=-1).view(*counted_BT.shape, 3)
     return (signals_BT3 * counted_BT.unsqueeze(-1)).sum(dim=1)

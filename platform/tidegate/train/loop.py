@@ -115,10 +115,10 @@ def train(job: Job, world: World) -> Outcome:
 
         stopping = stops.read() > 0  # waits for the beginning of this step, not for its end
         if logged or stopping:
-            kept = torch.tensor(float("nan"))
+            kept = torch.full((), torch.nan, device=engine.device)  # not made on the host: a copy would wait
             if engine.model.units is not None:
                 kept = engine.model.units.expected_cost(clock).detach() / engine.model.units.units.total_cost
-            alike = [engine.gradient_norm(), spikes.state[3], kept.to(engine.device)]
+            alike = [engine.gradient_norm(), spikes.state[3], kept]
             metrics = _read(job, losses, torch.stack(alike), observer)
             metrics |= throughput.read() | {"train/learning_rate": learning_rate}
             _record(world, Record(step, tokens, metrics))

@@ -3,16 +3,23 @@
 On a step that is logged, every micro-batch's output carries observations; `Observer` adds them up on the device, in
 one flat vector of sums, and turns the reduced vector into metrics. docs/metrics.md has the table of names.
 
-Letters: X domains, L MoE layers, E experts, A blocks, H heads of the gated tensor, B sequences.
+Letters: X domains, Y all domains together and then each that is there, L MoE layers, E experts, A blocks, H heads of
+the gated tensor, B sequences, F sums of a layer side by side (counts of E experts, their probabilities, 3 signals,
+tokens), N values of all fields of `AttentionObservations`, M metrics of a layer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from itertools import chain, compress
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.special import entr
 
 from tidegate.model.balance import load_balancing_loss, max_violation
 from tidegate.model.decoder import DecoderOutput
@@ -22,6 +29,8 @@ __all__ = ["LossSpikes", "Observer", "Record", "summarise"]
 
 SINK_SHARE = 0.3
 """A head is a sink where its mean attention to the first token is above this (arXiv 2410.10781)."""
+
+Array = NDArray[np.float64]
 
 
 class Record(NamedTuple):
@@ -50,38 +59,30 @@ class Observer:
 
     def add(self, output: DecoderOutput, counted_B: torch.Tensor, domains_B: torch.Tensor) -> None:
         """Take in one micro-batch; `counted_B` (B,) tokens that count, `domains_B` (B,) int64."""
-        num_domains = len(self._domains)
-
-        def by_domain(values_B: torch.Tensor) -> torch.Tensor:
-            total = values_B.new_zeros(num_domains, *values_B.shape[1:])
-            return total.index_add_(0, domains_B, values_B)
-
-        if output.stats is not None and output.stats.signals_B3 is not None:
-            stats = output.stats
-            sums_LE = stats.prob_sums_BE.detach().sum(dim=1)
-            tokens = counted_B.sum()
-            lbl_L = load_balancing_loss(stats.counts_BE.sum(dim=1), sums_LE, tokens.clamp(min=1))
-            assert stats.signals_B3 is not None
-            self._add("tokens_X", by_domain(counted_B))
-            self._add("counts_XLE", by_domain(stats.counts_BE.transpose(0, 1)))
-            self._add("signals_XL3", by_domain(stats.signals_B3.transpose(0, 1)))
-            self._add("probs_LE", sums_LE)
-            self._add("micro_lbl_L", lbl_L * tokens)
-        if output.attention is not None:
-            self._shapes = [field.shape for field in output.attention]
-            values = torch.cat([field.flatten() for field in output.attention])
-            known = values.isfinite()
-            self._add("attention", torch.where(known, values, 0.0))
-            self._add("known", known.float())
-            self._add("sinks", (output.attention.first_token_importance_H > SINK_SHARE).float())
+        stats, attention = output.stats, output.attention
+        if stats is not None and stats.signals_B3 is not None:
+            num_layers, _, num_experts = stats.counts_BE.shape
+            tokens_LB1 = counted_B.expand(num_layers, -1).unsqueeze(-1)
+            rows_LBF = torch.cat([stats.counts_BE, stats.prob_sums_BE.detach(), stats.signals_B3, tokens_LB1], dim=-1)
+            sums_LXF = rows_LBF.new_zeros(num_layers, len(self._domains), rows_LBF.shape[-1])
+            self._add("routing_LXF", sums_LXF.index_add_(1, domains_B, rows_LBF))
+            counts_LE, probs_LE = rows_LBF[..., : 2 * num_experts].sum(dim=1).chunk(2, dim=-1)
+            # Not divided by tokens: they are the weight of a micro-batch in the step's mean.
+            self._add("micro_lbl_L", load_balancing_loss(counts_LE, probs_LE, 1.0))
+        if attention is not None:
+            self._shapes = [field.shape for field in attention]
+            values_N = torch.cat([field.flatten() for field in attention])
+            known_N = (values_N.abs() < torch.inf).float()
+            self._add("attention_2N", torch.stack([values_N.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), known_N]))
+            self._add("sinks_AH", (attention.first_token_importance_H > SINK_SHARE).float())
             if output.max_hidden_L is not None:
-                largest_2A = torch.stack([output.max_hidden_L, output.attention.max_logit_H.amax(dim=-1)])
+                largest_2A = torch.stack([output.max_hidden_L, attention.max_logit_H.amax(dim=-1)])
                 before = largest_2A if self._largest_2A is None else self._largest_2A
                 self._largest_2A = torch.maximum(before, largest_2A)
 
     def vector(self) -> torch.Tensor:
         """(any,) fp32 sums of this rank, to be summed over ranks."""
-        parts = [values.flatten().float() for values in self._sums.values()]
+        parts = [values.flatten() for values in self._sums.values()]
         if self._largest_2A is not None:
             places = self._largest_2A.new_zeros(self._world_size, *self._largest_2A.shape)
             places[self._rank] = self._largest_2A
@@ -90,13 +91,19 @@ class Observer:
 
     def metrics(self, vector: torch.Tensor) -> dict[str, float]:
         """Metrics from the reduced `vector`, on the host."""
-        sums, place = {}, 0
+        # NumPy: these are a hundred operations on small arrays, and PyTorch's take several times as long each.
+        host, place = vector.numpy().astype(np.float64), 0
+        sums: dict[str, Array] = {}
         for name, values in self._sums.items():
-            sums[name] = vector[place : place + values.numel()].view(values.shape).double()
+            sums[name] = host[place : place + values.numel()].reshape(values.shape)
             place += values.numel()
-        metrics = dict(self._routing(sums)) | dict(self._attention(sums))
+        metrics: dict[str, float] = {}
+        if "routing_LXF" in sums:
+            metrics.update(self._routing(sums["routing_LXF"], sums["micro_lbl_L"]))
+        if "attention_2N" in sums:
+            metrics.update(self._attention(sums["attention_2N"], sums["sinks_AH"]))
         if self._largest_2A is not None:
-            hidden, logits = vector[place:].view(self._world_size, *self._largest_2A.shape).amax(dim=0).tolist()
+            hidden, logits = host[place:].reshape(self._world_size, *self._largest_2A.shape).max(axis=0).tolist()
             metrics |= {f"hidden/{block}/max": value for block, value in enumerate(hidden)}
             metrics["hidden/max_mean"] = sum(hidden) / len(hidden)
             known = ((block, value) for block, value in enumerate(logits) if math.isfinite(value))
@@ -106,92 +113,107 @@ class Observer:
     def _add(self, name: str, values: torch.Tensor) -> None:
         self._sums[name] = self._sums[name] + values if name in self._sums else values
 
-    def _routing(self, sums: dict[str, torch.Tensor]) -> Iterator[tuple[str, float]]:
-        if "counts_XLE" not in sums:
-            return
-        tokens_X, counts_XLE, signals_XL3 = sums["tokens_X"], sums["counts_XLE"], sums["signals_XL3"]
-        tokens, counts_LE = tokens_X.sum().clamp(min=1), counts_XLE.sum(dim=0)
-        yield "moe/top_k_share_floor", self._top_k / counts_LE.shape[-1]
-        pooled = summarise(counts_LE) | _signals(signals_XL3.sum(dim=0) / tokens)
-        global_lbl_L = load_balancing_loss(counts_LE, sums["probs_LE"], tokens)
-        pooled |= {
-            "experts_per_token": counts_LE.sum(dim=-1) / tokens,
-            "lbl_covariance": sums["micro_lbl_L"] / tokens - global_lbl_L,
-            "domain_information": _mutual_information(counts_XLE),
+    def _routing(self, sums_LXF: Array, micro_lbl_L: Array) -> Iterable[tuple[str, float]]:
+        num_layers, num_experts = len(sums_LXF), (sums_LXF.shape[-1] - 4) // 2
+        present = np.flatnonzero(sums_LXF[0, :, -1])  # the step may hold no sequence of a domain
+        sums_LYF = np.concatenate([sums_LXF.sum(axis=1, keepdims=True), sums_LXF[:, present]], axis=1)
+        counts_LYE, signals_LY3 = sums_LYF[..., :num_experts], sums_LYF[..., -4:-1]
+        tokens_LY1 = np.maximum(sums_LYF[..., -1:], 1)
+        of_each = summarise(counts_LYE) | _signals(signals_LY3 / tokens_LY1)
+        counts_LE, tokens_L = counts_LYE[:, 0], tokens_LY1[:, 0, 0]
+        assigned_L = counts_LE.sum(axis=-1)
+        lbl_L = load_balancing_loss(*map(torch.from_numpy, (counts_LE, sums_LYF[:, 0, num_experts:-4], tokens_L)))
+        of_all = {
+            "experts_per_token": assigned_L / tokens_L,
+            "lbl_covariance": micro_lbl_L / tokens_L - lbl_L.numpy(),
+            "domain_information": _mutual_information(counts_LYE[:, 1:]),
         }
-        for name, values_L in pooled.items():
-            for layer, value in enumerate(values_L.tolist()):
-                yield f"moe/{layer}/{name}", value
-        share_LE = counts_LE / counts_LE.sum(dim=-1, keepdim=True).clamp(min=1)
-        for layer, row in enumerate(share_LE.tolist()):
-            for expert, share in enumerate(row):
-                yield f"moe/{layer}/load/{expert}", share
-        by_domain = summarise(counts_XLE) | _signals(signals_XL3 / tokens_X.clamp(min=1)[:, None, None])
-        present = (tokens_X > 0).tolist()  # the step may hold no sequence of a domain
-        for name, values_XL in by_domain.items():
-            for domain, there, values in zip(self._domains, present, values_XL.tolist(), strict=True):
-                for layer, value in enumerate(values if there else ()):
-                    yield f"moe/{layer}/{domain}/{name}", value
+        share_LE = counts_LE / np.maximum(assigned_L, 1)[:, None]
+        values_LM = np.concatenate([*of_each.values(), np.stack([*of_all.values()], axis=1), share_LE], axis=1)
+        groups = ("", *(f"{self._domains[domain]}/" for domain in present))
+        names = _routing_names(num_layers, groups, tuple(of_each), tuple(of_all), num_experts)
+        floor = ("moe/top_k_share_floor", self._top_k / num_experts)
+        return chain([floor], zip(names, values_LM.ravel().tolist(), strict=True))
 
-    def _attention(self, sums: dict[str, torch.Tensor]) -> Iterator[tuple[str, float]]:
-        if "sinks" not in sums:
-            return
-        sizes = [shape.numel() for shape in self._shapes]
+    def _attention(self, sums_2N: Array, sinks_AH: Array) -> Iterable[tuple[str, float]]:
+        sums_N, known_N = sums_2N
+        with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN of what was never known; it is left out below
+            mean = self._fields(sums_N / known_N)
+            sinks_AH = sinks_AH / self._fields(known_N)["first_token_importance_H"]
+        sink_heads = ("attention/sink_heads", float(_mean_of_known(sinks_AH.ravel())))
+        of_head = {name: mean[f"{name}_H"] for name in ("gate_mean", "gate_closed")}
+        of_block = {name: _mean_of_known(values_AH) for name, values_AH in of_head.items()}
+        of_block |= {name: _mean_of_known(mean[f"{name}_H"]) for name in ("first_token", "entropy")}
+        of_block["first_token_uniform"] = mean["first_token_uniform"]
+        values_AM = np.concatenate([np.stack([*of_block.values()], axis=1), *of_head.values()], axis=1)
+        num_blocks, num_heads = of_head["gate_mean"].shape
+        names = _attention_names(num_blocks, tuple(of_block), tuple(of_head), num_heads)
+        pairs = zip(names, values_AM.ravel().tolist(), strict=True)
+        return chain([sink_heads], compress(pairs, np.isfinite(values_AM).ravel().tolist()))
 
-        def fields(vector: torch.Tensor) -> AttentionObservations:
-            parts = zip(vector.split(sizes), self._shapes, strict=True)
-            return AttentionObservations(*(part.view(shape) for part, shape in parts))
-
-        # 0 / 0 is the NaN of what was never known; it is left out below.
-        mean, known = fields(sums["attention"] / sums["known"]), fields(sums["known"])
-        yield "attention/sink_heads", float((sums["sinks"] / known.first_token_importance_H).nanmean())
-        per_layer = {
-            "gate_mean": mean.gate_mean_H.nanmean(dim=-1),
-            "gate_closed": mean.gate_closed_H.nanmean(dim=-1),
-            "first_token": mean.first_token_H.nanmean(dim=-1),
-            "first_token_uniform": mean.first_token_uniform,
-            "entropy": mean.entropy_H.nanmean(dim=-1),
-        }
-        for name, values_A in per_layer.items():
-            for block, value in enumerate(values_A.tolist()):
-                if math.isfinite(value):
-                    yield f"attention/{block}/{name}", value
-        for name, values_AH in (("gate_mean", mean.gate_mean_H), ("gate_closed", mean.gate_closed_H)):
-            for block, values in enumerate(values_AH.tolist()):
-                for head, value in enumerate(values):
-                    if math.isfinite(value):
-                        yield f"attention/{block}/head/{head}/{name}", value
+    def _fields(self, values_N: Array) -> dict[str, Array]:
+        """Fields of `AttentionObservations`, by name."""
+        fields, place = {}, 0
+        for name, shape in zip(AttentionObservations._fields, self._shapes, strict=True):
+            fields[name] = values_N[place : place + shape.numel()].reshape(shape)
+            place += shape.numel()
+        return fields
 
 
-def summarise(counts_E: torch.Tensor) -> dict[str, torch.Tensor]:
+# A run has the same names at every record, and to format them takes longer than to compute what they name.
+@lru_cache(maxsize=8)
+def _routing_names(
+    num_layers: int, groups: tuple[str, ...], of_each: tuple[str, ...], of_all: tuple[str, ...], num_experts: int
+) -> list[str]:
+    each = [f"{group}{name}" for name in of_each for group in groups]
+    names = [*each, *of_all, *(f"load/{expert}" for expert in range(num_experts))]
+    return [f"moe/{layer}/{name}" for layer in range(num_layers) for name in names]
+
+
+@lru_cache(maxsize=8)
+def _attention_names(num_blocks: int, of_block: tuple[str, ...], of_head: tuple[str, ...], num_heads: int) -> list[str]:
+    names = [*of_block, *(f"head/{head}/{name}" for name in of_head for head in range(num_heads))]
+    return [f"attention/{block}/{name}" for block in range(num_blocks) for name in names]
+
+
+def summarise(counts_E: Array) -> dict[str, Array]:
     """How evenly assignments are spread over experts: of (..., E) counts, each (...)."""
-    share_E = counts_E / counts_E.sum(dim=-1, keepdim=True).clamp(min=1)
+    num_experts = counts_E.shape[-1]
+    total_1 = counts_E.sum(axis=-1, keepdims=True)
+    mean_1 = total_1 / num_experts
+    deviation = np.sqrt(np.square(counts_E - mean_1).sum(axis=-1) / num_experts)
     return {
-        "maxvio": max_violation(counts_E),
-        "load_cv": counts_E.std(dim=-1, correction=0) / counts_E.mean(dim=-1).clamp(min=1e-9),
-        "dead_experts": (counts_E == 0).double().mean(dim=-1),
-        "load_entropy": torch.special.entr(share_E).sum(dim=-1),
+        "maxvio": max_violation(torch.from_numpy(counts_E)).numpy(),
+        "load_cv": deviation / np.maximum(mean_1[..., 0], 1e-9),
+        "dead_experts": (counts_E == 0).sum(axis=-1) / num_experts,
+        "load_entropy": entr(counts_E / np.maximum(total_1, 1)).sum(axis=-1),
     }
 
 
-def _signals(means_3: torch.Tensor) -> dict[str, torch.Tensor]:
-    return dict(zip(("router_entropy", "logit_norm", "top_k_share"), means_3.unbind(dim=-1), strict=True))
+def _signals(means_3: Array) -> dict[str, Array]:
+    return {name: means_3[..., index] for index, name in enumerate(("router_entropy", "logit_norm", "top_k_share"))}
 
 
-def _mutual_information(counts_XLE: torch.Tensor) -> torch.Tensor:
+def _mean_of_known(values_H: Array) -> Array:
+    """Mean over the last dimension of what is not NaN; NaN if nothing is known."""
+    known_H = ~np.isnan(values_H)
+    with np.errstate(invalid="ignore"):
+        return np.where(known_H, values_H, 0.0).sum(axis=-1) / known_H.sum(axis=-1)
+
+
+def _mutual_information(counts_LXE: Array) -> Array:
     """(L,) nats between the domain of an assignment and its expert, each domain weighing the same.
 
     The sum over domains and experts of p(x, e) log(p(x, e) / (p(x) p(e))); 0 where all domains route alike, at most
     log X. Domains that a batch holds little of would otherwise drown.
     """
-    share_XLE = counts_XLE / counts_XLE.sum(dim=-1, keepdim=True).clamp(min=1)
-    present_X = (counts_XLE.sum(dim=(1, 2)) > 0).double()
-    joint_XLE = share_XLE * (present_X / present_X.sum().clamp(min=1))[:, None, None]
-    mixture_LE = joint_XLE.sum(dim=0)
-    conditional_L = (torch.special.entr(share_XLE).sum(dim=-1) * present_X[:, None]).sum(dim=0) / present_X.sum().clamp(
-        min=1
-    )
-    return torch.special.entr(mixture_LE).sum(dim=-1) - conditional_L
+    assigned_LX1 = counts_LXE.sum(axis=-1, keepdims=True)
+    share_LXE = counts_LXE / np.maximum(assigned_LX1, 1)
+    present_X = assigned_LX1.any(axis=(0, 2))
+    num_present = max(present_X.sum(), 1)
+    mixture_LE = share_LXE[:, present_X].sum(axis=1) / num_present
+    conditional_L = entr(share_LXE).sum(axis=(1, 2)) / num_present
+    return entr(mixture_LE).sum(axis=-1) - conditional_L
 
 
 class LossSpikes:

@@ -5,6 +5,7 @@ Letters: L layers, B batch, T tokens, D width, H query heads, G key/value heads,
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,11 +13,24 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tidegate.model.attention import Attention, AttentionConfig, document_mask, rotary_table, rotate
+from tidegate.model import observations
+from tidegate.model.attention import Attention, AttentionConfig, AttentionOutput, document_mask, rotary_table, rotate
+from tidegate.model.clock import Clock
 from tidegate.model.decoder import Decoder, ModelConfig, materialize
-from tidegate.model.observations import MAX_QUERIES, MAX_SEQUENCES, AttentionObservations, sampled_positions
-from tidegate.model.routers import RouterContext
+from tidegate.model.initialisation import Draw
+from tidegate.model.moe import MoEConfig, routing_stats
+from tidegate.model.observations import (
+    MAX_QUERIES,
+    MAX_SEQUENCES,
+    AttentionObservations,
+    AttentionWatch,
+    sampled_positions,
+)
+from tidegate.model.routers import RouterContext, RouterShape
+from tidegate.model.unit_gates.export import export
+from tidegate.train.telemetry import Observer
 
 CPU = torch.device("cpu")
 D, H = 12, 4
@@ -36,11 +50,15 @@ def attention(initialise: Callable[..., nn.Module]) -> Callable[..., Attention]:
 
 
 def observe(module: Attention, x: torch.Tensor, ids: torch.Tensor | None) -> AttentionObservations:
+    """One layer, watched alone."""
     mask = None if ids is None else document_mask(ids)
-    seen = module(x, rotary_table(x.shape[1], 6, 10_000.0, CPU), mask, observe=True)[1]
-    assert seen is not None
+    output = module(x, rotary_table(x.shape[1], 6, 10_000.0, CPU), mask, observe=True)
+    assert output.sample is not None
+    watch = AttentionWatch(module.config.gate, x[..., 0], mask)
+    watch.see(output.sample)
+    seen = watch.read()
     assert all(field.dtype == torch.float32 and not field.requires_grad for field in seen)
-    return seen
+    return AttentionObservations(*(field.squeeze(0) for field in seen))
 
 
 def probabilities(module: Attention, x: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
@@ -183,6 +201,163 @@ def test_additive_gates_have_no_opening(attention: Callable[..., Attention]) -> 
     assert seen.entropy_H.isfinite().all()
 
 
+def hidden_states(model: Decoder, tokens: torch.Tensor, mask: torch.Tensor | None) -> list[torch.Tensor]:
+    """What each block reads."""
+    context = RouterContext.alone(torch.ones_like(tokens, dtype=torch.bool))._replace(mask=mask)
+    states = [model.embedding.weight[tokens]]
+    for block in model.blocks:
+        table = rotary_table(tokens.shape[1], block.attention.config.head_dim, 10_000.0, CPU)
+        states.append(block(states[-1], table, context).h_BTD)
+    return states
+
+
+@pytest.mark.parametrize("softmax", ["plain", "off_by_one", "learnable_sink"])
+@pytest.mark.parametrize("layers_at_once", [1, 2, 5])
+def test_chunks_of_layers_are_layers_alone(
+    layers_at_once: int, softmax: str, model_config: Callable[..., ModelConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_logits = MAX_SEQUENCES * 4 * MAX_QUERIES * 63
+    monkeypatch.setattr(observations, "MAX_LOGIT_BYTES", 4 * num_logits * layers_at_once + 3)
+    sizes = []
+
+    def counted(samples: list[Any], *rest: Any, observe_layers: Any = observations._observe) -> Any:
+        sizes.append(len(samples))
+        return observe_layers(samples, *rest)
+
+    monkeypatch.setattr(observations, "_observe", counted)
+    heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "softmax": softmax}
+    model = materialize(partial(Decoder, model_config(num_layers=5, init_std=0.3, attention=heads)), CPU, seed=3)
+    if softmax == "learnable_sink":
+        for block in model.blocks:
+            nn.init.normal_(block.attention.sink)
+    tokens, labels = torch.randint(101, (2, 3, 63)).unbind()
+    seen = model(tokens, labels, torch.ones(3, 63, dtype=torch.bool), documents(63, 3), observe=True).attention
+    assert sizes == {1: [1] * 5, 2: [2, 2, 1], 5: [5]}[layers_at_once]
+    states = hidden_states(model, tokens, document_mask(documents(63, 3)))
+    for layer, block in enumerate(model.blocks):
+        alone = observe(block.attention, block.attention_norm(states[layer]), documents(63, 3))
+        for name, one, stacked in zip(alone._fields[:6], alone, seen, strict=False):
+            torch.testing.assert_close(stacked[layer], one, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("kind", ["sdpa_output", "value"])
+def test_exported_layers_may_have_different_heads(kind: str, model_config: Callable[..., ModelConfig]) -> None:
+    """Layers of equal shapes join, the others stand alone; missing heads are NaN."""
+    fields = {
+        "num_layers": 4,
+        "init_std": 0.3,
+        "attention": {"num_heads": 6, "num_kv_heads": 3, "head_dim": 6, "gate": {"kind": kind}},
+        "units": {"over": ["heads"], "keep": 0.5, "method": {"kind": "random"}},
+    }
+    model = materialize(partial(Decoder, model_config(**fields)), CPU, seed=3)
+    assert model.units is not None
+    kept = ((0,), (0, 1, 5), (0, 1, 5), (0, 2, 4))
+    mask_LH = torch.zeros(4, 6)
+    for layer, heads in enumerate(kept):
+        mask_LH[layer, list(heads)] = 1
+    smaller = export(model, mask_LH.flatten())
+    tokens, labels = torch.randint(101, (2, 2, 63)).unbind()
+    seen = smaller(tokens, labels, torch.ones(2, 63, dtype=torch.bool), observe=True).attention
+    states = hidden_states(smaller, tokens, None)
+    for layer, block in enumerate(smaller.blocks):
+        alone = observe(block.attention, block.attention_norm(states[layer]), None)
+        assert len(alone.entropy_H) == len(kept[layer])
+        for one, stacked in zip(alone[:6], seen[:6], strict=True):
+            torch.testing.assert_close(stacked[layer][: one.numel()] if one.ndim else stacked[layer], one)
+            assert one.ndim == 0 or stacked[layer][one.numel() :].isnan().all()
+
+
+def test_of_two_passes_the_first_is_observed_and_the_largest_logit_is_of_both(
+    model_config: Callable[..., ModelConfig],
+) -> None:
+    ffn = {"kind": "moe", "num_experts": 7, "top_k": 1, "expert_dim": 8, "router": {"kind": "thor"}}
+    heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "qk_clip": 5.0, "qk_norm": False}
+    model = materialize(partial(Decoder, model_config(attention=heads, ffn=ffn, init_std=0.5)), CPU, seed=3)
+    outputs: list[AttentionOutput] = []
+    for block in model.blocks:
+        block.attention.register_forward_hook(lambda module, args, output: outputs.append(output))
+    tokens, labels = torch.randint(101, (2, 2, 63)).unbind()
+    seen = model(tokens, labels, torch.ones(2, 63, dtype=torch.bool), clock=Clock(3, 400, 0), observe=True).attention
+    assert [output.sample is not None for output in outputs] == [True, True, False, False]
+    largest = torch.stack([output.max_logit_H for output in outputs]).view(2, 2, 4).amax(dim=0)
+    assert torch.equal(seen.max_logit_H, largest)
+    assert not torch.equal(largest[1], outputs[1].max_logit_H), "the second pass has a say"
+    plain = model(tokens, labels, torch.ones(2, 63, dtype=torch.bool), clock=Clock(3, 400, 0)).attention
+    assert torch.equal(plain.max_logit_H, largest)
+    assert all(field.isnan().all() for field in plain[:6]), "was not asked for"
+
+
+@pytest.mark.parametrize("router", ["softmax_top_k", "sigmoid_top_k", "relu", "expert_threshold"])
+def test_router_signals(router: str) -> None:
+    """By their formulas; the second expert is closed where the router knows unit gates."""
+    config = MoEConfig.model_validate({"num_experts": 7, "top_k": 2, "expert_dim": 8, "router": {"kind": router}})
+    module = config.router.build(RouterShape(24, 7, 2, std=0.5))
+    module.init_weights(Draw(0, "router"))
+    counted, x = torch.rand(3, 21) < 0.7, torch.randn(63, 24)
+    context = RouterContext.alone(counted)._replace(observe=True)
+    if config.capabilities.selection_bias:
+        context = context._replace(log_experts=torch.where(torch.arange(7) == 1, -torch.inf, 0.0))
+    routing = module(x, context)
+    probs = routing.probs_NE.detach().double()
+    probs = probs / probs.sum(dim=1, keepdim=True).clamp(min=1e-20)
+    logits = x.double() @ module.weight.detach().double().T
+    if config.capabilities.selection_bias:
+        logits[:, 1] = 0
+    chosen = probs.gather(1, routing.experts_NS)
+    if routing.chosen_NS is not None:
+        chosen = chosen.where(routing.chosen_NS, 0.0)
+    entropy = -torch.where(probs > 0, probs * probs.log(), 0.0).sum(dim=1)
+    expected = torch.stack([entropy, logits.square().sum(dim=1).sqrt(), chosen.sum(dim=1)], dim=1).view(3, 21, 3)
+    expected = torch.where(counted.unsqueeze(-1), expected, 0.0).sum(dim=1)
+    seen = routing_stats(routing, context, config.capabilities).signals_B3
+    torch.testing.assert_close(seen.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+WAITS = {"_local_scalar_dense", "lift_fresh", "lift_fresh_copy", "nonzero", "scalar_tensor", "equal", "is_nonzero"}
+"""Reads on the host, or tensors made of host numbers: on a GPU one waits for the other."""
+
+
+class Dispatched(TorchDispatchMode):
+    """Names of the operations that run, without views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.split(".")[0]
+        if name in WAITS or not func.is_view:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("attention", [{}, {"softmax": "learnable_sink", "qk_clip": 5.0, "qk_norm": False}])
+def test_observing_a_layer_is_few_operations_and_no_wait(
+    attention: dict[str, Any], packed: bool, model_config: Callable[..., ModelConfig]
+) -> None:
+    """On a GPU an operation of this size costs its launch, and one that the host waits for costs the queue."""
+    heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6} | attention
+    tokens, labels = torch.randint(101, (2, 2, 63)).unbind()
+    counted, ids = torch.ones(2, 63, dtype=torch.bool), documents(63, 2) if packed else None
+    domains, weights = torch.zeros(2, dtype=torch.int64), counted.float().sum(dim=1)
+    more = []
+    for layers in (2, 6):
+        model = materialize(partial(Decoder, model_config(num_layers=layers, attention=heads)), CPU, seed=3)
+        model(tokens, labels, counted, ids, observe=True)  # fills the caches
+        with Dispatched() as plain:
+            model(tokens, labels, counted, ids)
+        observer = Observer(("a", "b"), 3, 0, 1)
+        with Dispatched() as observed:
+            observer.add(model(tokens, labels, counted, ids, observe=True), weights, domains)
+            observer.vector()
+        added = Counter(observed.names) - Counter(plain.names)  # on a CPU the experts' counts are read in every pass
+        assert WAITS.isdisjoint(added), added
+        more.append(added.total())
+    assert more[1] - more[0] <= 4 * 16, "of a layer"
+    assert more[0] <= 2 * 16 + 80, "of a batch"
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_decoder_stacks_layers_and_observing_changes_nothing(
     recompute: bool, model_config: Callable[..., ModelConfig]
@@ -197,10 +372,10 @@ def test_the_decoder_stacks_layers_and_observing_changes_nothing(
     assert torch.equal(plain.nll_B, seen.nll_B)
     gradients = [torch.autograd.grad(o.nll_B.sum(), list(model.parameters())) for o in (plain, seen)]
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
-    h = model.embedding.weight[tokens]
+    states = hidden_states(model, tokens, document_mask(ids))
     for layer, block in enumerate(model.blocks):
-        alone = observe(block.attention, block.attention_norm(h), ids)
+        alone = observe(block.attention, block.attention_norm(states[layer]), ids)
         for one, stacked in zip(alone[:6], seen.attention[:6], strict=True):
             torch.testing.assert_close(stacked[layer], one, rtol=1e-5, atol=1e-6)
-        context = RouterContext.alone(counted)._replace(mask=document_mask(ids))
-        h = block(h, rotary_table(63, 6, 10_000.0, CPU), context)[0]
+    largest = torch.stack([h.abs().amax() for h in states[1:]])
+    assert torch.equal(seen.max_hidden_L, largest)

@@ -71,7 +71,7 @@ def test_the_l1_by_hand(build: Callable[..., Any], context: Callable[..., Any]) 
     balancer = balancer_for(config, loss_weight=123.0)  # replaced by the router's own
     balancer.begin_step()
     tokens = counted.sum().float()
-    stats = stacked(routing_stats(router(x, batch), batch, takes_z_loss=False))
+    stats = stacked(routing_stats(router(x, batch), batch, ReluConfig.capabilities))
     losses = balancer.losses(stats, counted.sum(1).float(), tokens)
     losses.total.backward()
     weight = router.weight.detach().double().requires_grad_()
@@ -104,7 +104,7 @@ def test_the_mean_number_of_experts_settles_near_k(build: Callable[..., Any], co
         routing = router(x, batch)
         balancer.begin_step()
         losses = balancer.losses(
-            stacked(routing_stats(routing, batch, takes_z_loss=False)), counted.sum(1).float(), torch.tensor(63.0)
+            stacked(routing_stats(routing, batch, ReluConfig.capabilities)), counted.sum(1).float(), torch.tensor(63.0)
         )
         optimizer.zero_grad()
         (losses.total - 0.05 * routing.probs_NE.sum(1).clamp(max=3).mean()).backward()
