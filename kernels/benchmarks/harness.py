@@ -26,7 +26,8 @@ BANDWIDTH = 3.0e12
 COMPUTE = 744e12
 """FLOP/s of an 8192^3 bf16 matrix product on one H100 (measured)."""
 
-Tensors = tuple[torch.Tensor, ...]
+Tensors = tuple[Any, ...]
+"""Tensors, and last perhaps a tuple of them."""
 Implementation = Callable[..., Any]
 
 
@@ -51,7 +52,7 @@ class Case:
         shape: letters and sizes, for the record.
         floor: of forward and backward together.
         inputs: makes one set of fresh random inputs, the differentiable ones requiring gradients, and last the gradient
-            of the output.
+            of the output; of several outputs, a tuple of those of the first ones.
         implementations: name to function of the inputs without the last; ours is the first.
         target: times the floor that is aimed at, or None.
         graph: time in a CUDA graph; by default if the floor is below a millisecond.
@@ -92,11 +93,14 @@ class Result:
 
 
 def gradients(function: Implementation, inputs: Tensors) -> Tensors:
-    """Output (of several, the first is differentiated) and gradients of the inputs that want one."""
+    """Outputs that are differentiated, as many as the last input has gradients, and gradients of the inputs."""
     *arguments, upstream = inputs
+    upstreams = upstream if isinstance(upstream, tuple) else (upstream,)
     out = function(*arguments)
-    first = out[0] if isinstance(out, tuple) else out
-    return first.detach(), *torch.autograd.grad(first, _wanted(function, arguments), upstream)
+    outs = (out if isinstance(out, tuple) else (out,))[: len(upstreams)]
+    # A peer may leave out part of the work, and so have no use for an input.
+    found = torch.autograd.grad(outs, _wanted(function, arguments), upstreams, allow_unused=True)
+    return *(x.detach() for x in outs), *found
 
 
 def _wanted(function: Implementation, arguments: Sequence[Any]) -> list[torch.Tensor]:
@@ -116,17 +120,20 @@ def check(ours: Implementation, plain: Implementation, inputs: Tensors, *, allow
         AssertionError: more than `allowed` times the error, or a value that is not finite.
     """
 
-    def cast(x: torch.Tensor) -> torch.Tensor:
+    def cast(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return tuple(map(cast, x))
         if not isinstance(x, torch.Tensor) or not x.is_floating_point():
             return x
         return x.detach().double().requires_grad_(x.requires_grad)
 
     truths = gradients(plain, tuple(map(cast, inputs)))
+    num_outputs = len(inputs[-1]) if isinstance(inputs[-1], tuple) else 1
     ratios = {}
     for index, (mine, other, truth) in enumerate(
         zip(gradients(ours, inputs), gradients(plain, inputs), truths, strict=True)
     ):
-        name = "output" if index == 0 else f"gradient {index}"
+        name = f"output {index + 1}" if index < num_outputs else f"gradient {index - num_outputs + 1}"
         assert mine.isfinite().all(), f"{name} is not finite"
         assert mine.dtype == other.dtype, f"{name} is {mine.dtype}, not {other.dtype}"
         error, expected = ((x.double() - truth).square().mean().sqrt() for x in (mine, other))
@@ -184,11 +191,10 @@ def _memory(function: Implementation, inputs: Tensors) -> tuple[float, float]:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    *arguments, upstream = inputs
-    out = function(*arguments)
+    out = function(*inputs[:-1])
     saved = torch.cuda.memory_allocated() - before
-    first = out[0] if isinstance(out, tuple) else out
-    torch.autograd.grad(first, _wanted(function, arguments), upstream)
+    del out
+    gradients(function, inputs)
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20, saved / 2**20
 
