@@ -1,0 +1,185 @@
+"""`qk_norm_rope` in one launch forward and one backward; nothing but the inputs is saved.
+
+A program takes a block of tokens and goes through the heads of q, then of k, so that it reads cos and sin once. The two
+halves of a head are two tiles: a rotation moves nothing between threads, and a row's sums stay within eight of them.
+
+Letters: B batch, T tokens, H query heads, G key heads, d head width, P programs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+__all__ = ["backward", "forward"]
+
+_TILE = 1024
+"""Elements of a half that a program takes at a time: 8 a thread, 16 bytes of bf16."""
+
+
+@triton.jit
+def _rstd(a, b, HALF: tl.constexpr, eps):
+    """Of every row, from its two halves."""
+    return tl.rsqrt((tl.sum(a * a, axis=1, keep_dims=True) + tl.sum(b * b, axis=1, keep_dims=True)) / (2 * HALF) + eps)
+
+
+@triton.jit
+def _forward_heads(
+    x_ptr, out_ptr, weight_ptr, heads, t, i, there, cos, sin, x_t, x_h, out_t, out_h, eps,
+    NORM: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    if NORM:
+        weight_a = tl.load(weight_ptr + i, mask=i < HALF, other=0.0).to(tl.float32)
+        weight_b = tl.load(weight_ptr + HALF + i, mask=i < HALF, other=0.0).to(tl.float32)
+    for head in range(heads):
+        h = tl.cast(head, tl.int64)
+        at = x_ptr + t * x_t + h * x_h + i
+        a = tl.load(at, mask=there, other=0.0).to(tl.float32)
+        b = tl.load(at + HALF, mask=there, other=0.0).to(tl.float32)
+        if NORM:
+            rstd = _rstd(a, b, HALF, eps)
+            a, b = a * rstd * weight_a, b * rstd * weight_b
+        to = out_ptr + t * out_t + h * out_h + i
+        tl.store(to, (a * cos - b * sin).to(out_ptr.dtype.element_ty), mask=there)
+        tl.store(to + HALF, (b * cos + a * sin).to(out_ptr.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _forward_kernel(
+    q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr,
+    T, H, G, eps, q_b, q_t, q_h, k_b, k_t, k_h, q_out_b, q_out_t, q_out_h, k_out_b, k_out_t, k_out_h,
+    NORM: tl.constexpr, HALF: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
+    i = tl.arange(0, BLOCK_HALF)[None, :]
+    there = (t < T) & (i < HALF)
+    cos = tl.load(cos_ptr + t * HALF + i, mask=there, other=0.0)
+    sin = tl.load(sin_ptr + t * HALF + i, mask=there, other=0.0)
+    _forward_heads(
+        q_ptr + b * q_b, q_out_ptr + b * q_out_b, q_weight_ptr, H, t, i, there, cos, sin,
+        q_t, q_h, q_out_t, q_out_h, eps, NORM, HALF,
+    )  # fmt: skip
+    _forward_heads(
+        k_ptr + b * k_b, k_out_ptr + b * k_out_b, k_weight_ptr, G, t, i, there, cos, sin,
+        k_t, k_h, k_out_t, k_out_h, eps, NORM, HALF,
+    )  # fmt: skip
+
+
+@triton.jit
+def _backward_heads(
+    g_ptr, x_ptr, dx_ptr, weight_ptr, partial_ptr, heads, t, i, there, cos, sin, g_t, g_h, x_t, x_h, dx_t, dx_h, eps,
+    NORM: tl.constexpr, HALF: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
+    if NORM:
+        weight_a = tl.load(weight_ptr + i, mask=i < HALF, other=0.0).to(tl.float32)
+        weight_b = tl.load(weight_ptr + HALF + i, mask=i < HALF, other=0.0).to(tl.float32)
+        dweight_a = tl.zeros((BLOCK_T, BLOCK_HALF), dtype=tl.float32)
+        dweight_b = tl.zeros((BLOCK_T, BLOCK_HALF), dtype=tl.float32)
+    for head in range(heads):
+        h = tl.cast(head, tl.int64)
+        g_at = g_ptr + t * g_t + h * g_h + i
+        g_a = tl.load(g_at, mask=there, other=0.0).to(tl.float32)
+        g_b = tl.load(g_at + HALF, mask=there, other=0.0).to(tl.float32)
+        da, db = g_a * cos + g_b * sin, g_b * cos - g_a * sin
+        if NORM:
+            x_at = x_ptr + t * x_t + h * x_h + i
+            a = tl.load(x_at, mask=there, other=0.0).to(tl.float32)
+            b = tl.load(x_at + HALF, mask=there, other=0.0).to(tl.float32)
+            rstd = _rstd(a, b, HALF, eps)
+            a, b = a * rstd, b * rstd
+            dweight_a += da * a
+            dweight_b += db * b
+            da, db = da * weight_a, db * weight_b
+            along = tl.sum(da * a, axis=1, keep_dims=True) + tl.sum(db * b, axis=1, keep_dims=True)
+            along = along / (2 * HALF)
+            da, db = rstd * (da - a * along), rstd * (db - b * along)
+        dx_at = dx_ptr + t * dx_t + h * dx_h + i
+        tl.store(dx_at, da.to(dx_ptr.dtype.element_ty), mask=there)
+        tl.store(dx_at + HALF, db.to(dx_ptr.dtype.element_ty), mask=there)
+    if NORM:
+        tl.store(partial_ptr + i, tl.sum(dweight_a, axis=0, keep_dims=True), mask=i < HALF)
+        tl.store(partial_ptr + HALF + i, tl.sum(dweight_b, axis=0, keep_dims=True), mask=i < HALF)
+
+
+@triton.jit
+def _backward_kernel(
+    gq_ptr, gk_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, dq_ptr, dk_ptr, partial_ptr,
+    T, H, G, eps, gq_b, gq_t, gq_h, gk_b, gk_t, gk_h, q_b, q_t, q_h, k_b, k_t, k_h,
+    dq_b, dq_t, dq_h, dk_b, dk_t, dk_h,
+    NORM: tl.constexpr, HALF: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(1).to(tl.int64)
+    program = b * tl.num_programs(0) + tl.program_id(0)
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
+    i = tl.arange(0, BLOCK_HALF)[None, :]
+    there = (t < T) & (i < HALF)
+    cos = tl.load(cos_ptr + t * HALF + i, mask=there, other=0.0)
+    sin = tl.load(sin_ptr + t * HALF + i, mask=there, other=0.0)
+    _backward_heads(
+        gq_ptr + b * gq_b, q_ptr + b * q_b, dq_ptr + b * dq_b, q_weight_ptr, partial_ptr + program * 4 * HALF,
+        H, t, i, there, cos, sin, gq_t, gq_h, q_t, q_h, dq_t, dq_h, eps, NORM, HALF, BLOCK_T, BLOCK_HALF,
+    )  # fmt: skip
+    _backward_heads(
+        gk_ptr + b * gk_b, k_ptr + b * k_b, dk_ptr + b * dk_b, k_weight_ptr, partial_ptr + (program * 4 + 2) * HALF,
+        G, t, i, there, cos, sin, gk_t, gk_h, k_t, k_h, dk_t, dk_h, eps, NORM, HALF, BLOCK_T, BLOCK_HALF,
+    )  # fmt: skip
+
+
+def _strides(*tensors: torch.Tensor) -> list[int]:
+    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
+
+
+def _launch(q_BTHd: torch.Tensor) -> tuple[tuple[int, int], dict[str, int]]:
+    B, T, _, d = q_BTHd.shape
+    half = triton.next_power_of_2(d // 2)
+    block_t = max(1, min(_TILE // half, triton.next_power_of_2(T)))
+    return (triton.cdiv(T, block_t), B), {"HALF": d // 2, "BLOCK_T": block_t, "BLOCK_HALF": half, "num_warps": 4}
+
+
+def forward(
+    q_BTHd: torch.Tensor,
+    k_BTGd: torch.Tensor,
+    q_weight_d: torch.Tensor | None,
+    k_weight_d: torch.Tensor | None,
+    cos_Td: torch.Tensor,
+    sin_Td: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys, contiguous."""
+    q_out, k_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_BTHd, k_BTGd))
+    if q_out.numel() + k_out.numel():
+        grid, blocks = _launch(q_BTHd)
+        _forward_kernel[grid](
+            q_BTHd, k_BTGd, q_weight_d, k_weight_d, cos_Td, sin_Td, q_out, k_out,
+            q_BTHd.shape[1], q_BTHd.shape[2], k_BTGd.shape[2], eps, *_strides(q_BTHd, k_BTGd, q_out, k_out),
+            NORM=q_weight_d is not None, **blocks,
+        )  # fmt: skip
+    return q_out, k_out
+
+
+def backward(
+    gq_BTHd: torch.Tensor,
+    gk_BTGd: torch.Tensor,
+    q_BTHd: torch.Tensor,
+    k_BTGd: torch.Tensor,
+    q_weight_d: torch.Tensor | None,
+    k_weight_d: torch.Tensor | None,
+    cos_Td: torch.Tensor,
+    sin_Td: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q and k, contiguous, and (2, d) fp32 of both weights; (0, d) without weights."""
+    dq, dk = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_BTHd, k_BTGd))
+    norm, d = q_weight_d is not None, q_BTHd.shape[3]
+    if dq.numel() + dk.numel() == 0:
+        return dq, dk, dq.new_zeros(2 if norm else 0, d, dtype=torch.float32)
+    grid, blocks = _launch(q_BTHd)
+    partial_P2d = dq.new_empty(grid[0] * grid[1], 2 if norm else 0, d, dtype=torch.float32)
+    _backward_kernel[grid](
+        gq_BTHd, gk_BTGd, q_BTHd, k_BTGd, q_weight_d, k_weight_d, cos_Td, sin_Td, dq, dk, partial_P2d,
+        q_BTHd.shape[1], q_BTHd.shape[2], k_BTGd.shape[2], eps, *_strides(gq_BTHd, gk_BTGd, q_BTHd, k_BTGd, dq, dk),
+        NORM=norm, **blocks,
+    )  # fmt: skip
+    return dq, dk, partial_P2d.sum(dim=0)
