@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["WIDEST", "RowTile", "num_processors", "row_tile", "unit_stride"]
+__all__ = ["WIDEST", "RowTile", "num_processors", "row_tile", "rows", "unit_stride"]
 
 WIDEST = 16384
 """Columns of the widest row that is held in registers whole, 32 numbers a thread."""
@@ -44,3 +44,8 @@ def num_processors(device: torch.device) -> int:
 def unit_stride(x: torch.Tensor) -> torch.Tensor:
     """The tensor itself if its last axis is dense, else a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """(..., columns) as (N, columns) with a dense last axis; rows may lie apart. A view where it can be."""
+    return unit_stride(x.flatten(0, -2) if x.ndim > 1 else x[None])

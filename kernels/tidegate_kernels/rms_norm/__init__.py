@@ -12,7 +12,7 @@ import torch
 from tidegate_kernels.choice import takes_triton
 from tidegate_kernels.rms_norm import reference
 from tidegate_kernels.rms_norm.reference import AddedNorm
-from tidegate_kernels.tiles import WIDEST, unit_stride
+from tidegate_kernels.tiles import WIDEST, rows, unit_stride
 
 __all__ = ["AddedNorm", "add_rms_norm", "rms_norm"]
 
@@ -21,7 +21,7 @@ def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tenso
     """Normalise over the last axis; see `reference.rms_norm` for arguments, result and source."""
     if not takes_triton(x, fits=_fits(x, weight_D)):
         return reference.rms_norm(x, weight_D, eps)
-    out, _ = _rms_norm(_rows(x), None, weight_D, eps)
+    out, _ = _rms_norm(rows(x), None, weight_D, eps)
     return out.view(x.shape)
 
 
@@ -30,17 +30,12 @@ def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight_D: torch.Tensor
     alike = x.shape == residual.shape and x.dtype == residual.dtype
     if not takes_triton(x, fits=alike and _fits(x, weight_D)):
         return reference.add_rms_norm(x, residual, weight_D, eps)
-    normalised, total = _rms_norm(_rows(x), _rows(residual), weight_D, eps)
+    normalised, total = _rms_norm(rows(x), rows(residual), weight_D, eps)
     return AddedNorm(normalised.view(x.shape), total.view(x.shape))
 
 
 def _fits(x: torch.Tensor, weight_D: torch.Tensor) -> bool:
     return x.shape[-1] <= WIDEST and weight_D.dtype == x.dtype
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """(N, D) with a unit last stride."""
-    return unit_stride(x.flatten(0, -2) if x.ndim > 1 else x[None])
 
 
 @torch.library.custom_op("tidegate::rms_norm", mutates_args=())

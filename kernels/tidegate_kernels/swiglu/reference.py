@@ -1,0 +1,33 @@
+"""The truth of `swiglu`, in plain PyTorch.
+
+Letters: N rows, F hidden width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+__all__ = ["swiglu", "swiglu_packed"]
+
+
+def swiglu(gate_NF: torch.Tensor, up_NF: torch.Tensor, weights_N: torch.Tensor | None = None) -> torch.Tensor:
+    """`silu(gate) * up`, times a weight of the row.
+
+    Args:
+        gate_NF, up_NF: (..., F), one shape and float dtype.
+        weights_N: (...) fp32, what routing gives each row, or None for 1.
+
+    Returns:
+        Shape and dtype of `gate_NF`.
+
+    Source: Shazeer 2020 (arXiv 2002.05202), Eq. 6.
+    """
+    activated_NF = F.silu(gate_NF) * up_NF
+    return activated_NF if weights_N is None else (activated_NF * weights_N.unsqueeze(-1)).to(gate_NF.dtype)
+
+
+def swiglu_packed(gate_up_N2F: torch.Tensor, weights_N: torch.Tensor | None = None) -> torch.Tensor:
+    """`swiglu` of the two halves of one (..., 2 F) product, the gate first; (..., F)."""
+    gate_NF, up_NF = gate_up_N2F.chunk(2, dim=-1)
+    return swiglu(gate_NF, up_NF, weights_N)
