@@ -21,7 +21,7 @@ def swiglu(gate_NF: torch.Tensor, up_NF: torch.Tensor, weights_N: torch.Tensor |
     Returns:
         Shape and dtype of `gate_NF`.
 
-    Source: Shazeer 2020 (arXiv 2002.05202), Eq. 6.
+    Source: Shazeer 2020 (arXiv 2002.05202), Eq. 5.
     """
     activated_NF = F.silu(gate_NF) * up_NF
     return activated_NF if weights_N is None else (activated_NF * weights_N.unsqueeze(-1)).to(gate_NF.dtype)

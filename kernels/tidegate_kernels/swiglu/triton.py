@@ -136,7 +136,8 @@ def _backward(
 ) -> torch.Tensor | None:
     """Fill the gradients of gate and up, and the activation; return that of the weights."""
     N, F = gate_NF.shape
-    dweights_N = None if weights_N is None else torch.zeros_like(weights_N) if F == 0 else torch.empty_like(weights_N)
+    new = torch.empty_like if gate_NF.numel() else torch.zeros_like
+    dweights_N = None if weights_N is None else new(weights_N)
     if gate_NF.numel():
         tile = row_tile(min(F, _PIECE))
         _backward_kernel[(triton.cdiv(N, tile.rows),)](
