@@ -135,7 +135,7 @@ def test_the_variants_score_on_the_gpu_as_on_the_cpu(activation: str, isolate: b
     torch.testing.assert_close(output.nll_B.cpu() / 128, expected.nll_B / 128, atol=5e-3, rtol=0)
     for name, one, other in zip(output.attention._fields, output.attention, expected.attention, strict=True):
         torch.testing.assert_close(one.cpu(), other, atol=2e-2, rtol=2e-2, msg=lambda m, name=name: f"{name}: {m}")
-    output.nll_B.sum().backward()
+    output.nll.backward()
     assert all(torch.isfinite(p.grad).all() for p in gpu.parameters())
 
 
@@ -155,7 +155,7 @@ def test_a_bf16_model_on_the_gpu_scores_like_an_fp32_model_on_the_cpu(isolate: b
     output = gpu(*(a.cuda() if a is not None else None for a in args))
     torch.testing.assert_close(output.nll_B.cpu() / counted.sum(1), nll_cpu, atol=5e-3, rtol=0)
     assert float(output.stats.counts_BE.sum()) == float(counted.sum()) * 3 * 2
-    output.nll_B.sum().backward()
+    output.nll.backward()
     assert all(torch.isfinite(p.grad).all() for p in gpu.parameters())
 
 
@@ -167,7 +167,7 @@ def test_recomputing_activations_changes_neither_losses_nor_counts() -> None:
     for recompute in (False, True):
         model = materialize(lambda r=recompute: Decoder(CONFIG, recompute=r), torch.device("cuda"), seed=0).bfloat16()
         output = model(tokens[:, :-1], tokens[:, 1:], counted)
-        output.nll_B.sum().backward()
+        output.nll.backward()
         results.append((output.nll_B.detach(), output.stats.counts_BE, model.blocks[0].ffn.router.weight.grad))
     for plain, recomputed in zip(*results, strict=True):
         torch.testing.assert_close(recomputed, plain, atol=0, rtol=1e-2)
@@ -206,8 +206,8 @@ def test_unit_gates_choose_on_cuda_as_on_the_cpu(method: dict[str, object], over
     for step in (1, 2, 3):
         clock = Clock(step, 100 * step, 0)
         output = gpu(tokens, labels, counted, clock=clock)
-        (output.nll_B.sum() / 130 + output.unit_penalty).backward()
-        gpu.units.update(gpu, clock, output.nll_B.detach().sum() / 130, lambda _: None)
+        (output.nll / 130 + output.unit_penalty).backward()
+        gpu.units.update(gpu, clock, output.nll.detach() / 130, lambda _: None)
     assert all(p.grad.isfinite().all() for p in gpu.parameters() if p.grad is not None)
     assert gpu.units.frozen == (method["kind"] != "nested")
     gpu.float().eval()

@@ -27,6 +27,7 @@ from tidegate.model.observations import AttentionObservations, AttentionSample, 
 from tidegate.model.routers import Router, RouterContext, RouterShape, Routing, ThorConfig
 from tidegate.model.unit_gates import UnitGates, UnitGatesConfig
 from tidegate.model.unit_gates.units import NO_MASKS, LayerMasks
+from tidegate_kernels.linear_cross_entropy import linear_cross_entropy
 
 __all__ = [
     "Block",
@@ -39,6 +40,8 @@ __all__ = [
     "materialize",
     "unit_gates_on_meta",
 ]
+
+_NO_LABEL = -100  # no token's id: what does not count has weight 0
 
 MoEFactory = Callable[..., MoE]
 """Takes the arguments of `MoE`; `parallel/` passes one that spreads experts over ranks."""
@@ -85,8 +88,10 @@ class ModelConfig(Config):
 
 
 class DecoderOutput(NamedTuple):
+    nll: torch.Tensor
+    """() fp32, negative log-likelihood in nats, summed over the labels that count; carries gradient."""
     nll_B: torch.Tensor
-    """(B,) fp32, negative log-likelihood in nats, summed over the labels of each sequence that count."""
+    """(B,) fp32, the same of each sequence; no gradient."""
     stats: RoutingStats | None
     """Fields stacked over the MoE layers, (L, B, ...); None for a dense model."""
     attention: AttentionObservations | None = None
@@ -226,14 +231,16 @@ class Decoder(nn.Module):
             sequences_B = torch.arange(tokens_BT.shape[0], device=tokens_BT.device)
         context = RouterContext(counted_BT, tokens_BT, sequences_B, clock, mask, observe)
         passed = self._run(context)
-        nll_BT = self._nll(passed.logits_BTV, labels_BT)
         stats = passed.stats
         router = self.config.ffn.router if isinstance(self.config.ffn, MoEConfig) else None
         if isinstance(router, ThorConfig) and self.training and torch.is_grad_enabled():
             again = context._replace(clock=clock.other("second pass"), observe=False)
             other = self._run(again)
-            nll_BT = (nll_BT + self._nll(other.logits_BTV, labels_BT)) / 2
-            divergence_BT = _symmetric_divergence(passed.logits_BTV, other.logits_BTV)
+            # The divergence needs both passes' logits at once.
+            logits_BTV, other_BTV = (F.linear(each.x_BTD, self._head()) for each in (passed, other))
+            nll_BT = (_nll(logits_BTV, labels_BT) + _nll(other_BTV, labels_BT)) / 2
+            nll = (nll_BT * counted_BT).sum()
+            divergence_BT = _symmetric_divergence(logits_BTV, other_BTV)
             # The paper adds two cross entropies and alpha times the divergence; all of it is halved here, so that the
             # loss stays nats a token.
             consistency_B = router.consistency / 2 * (divergence_BT * counted_BT).sum(dim=1)
@@ -241,8 +248,25 @@ class Decoder(nn.Module):
             if passed.attention is not None and other.attention is not None:
                 largest_LH = torch.maximum(passed.attention.max_logit_H, other.attention.max_logit_H)
                 passed = passed._replace(attention=passed.attention._replace(max_logit_H=largest_LH))
+        else:
+            nll, nll_N = linear_cross_entropy(
+                passed.x_BTD.flatten(0, 1),
+                self._head(),
+                labels_BT.flatten(),
+                counted_BT.flatten().float(),
+                z_loss=0.0,
+                soft_cap=None,
+                ignore_index=_NO_LABEL,
+            )
+            nll_BT = nll_N.view_as(labels_BT)
+        nll_BT = nll_BT.detach()
         nll_B = (nll_BT * counted_BT).sum(dim=1)
-        return DecoderOutput(nll_B, stats, passed.attention, passed.max_hidden_L, nll_BT.detach(), passed.unit_penalty)
+        return DecoderOutput(nll, nll_B, stats, passed.attention, passed.max_hidden_L, nll_BT, passed.unit_penalty)
+
+    def _head(self) -> torch.Tensor:
+        """(V, D)."""
+        weight: torch.Tensor = self.embedding.weight if self.head is None else self.head.weight
+        return weight
 
     def _run(self, context: RouterContext) -> _Pass:
         attention = self.config.attention
@@ -273,19 +297,14 @@ class Decoder(nn.Module):
             if watch is not None:
                 watch.see(sample)
                 extremes += torch.aminmax(h_BTD.detach())  # one pass; a norm takes twenty times as long on a CPU
-        head = self.embedding.weight if self.head is None else self.head.weight
-        logits_BTV = F.linear(self.norm(h_BTD), head)
         penalty = None if units is None else units.penalty
         largest_L = torch.stack(extremes).view(-1, 2).abs().amax(dim=1).float() if extremes else None
-        return _Pass(logits_BTV, _stacked(stats), _attention_seen(watch, largest_logits), largest_L, penalty)
-
-    def _nll(self, logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-        nll_N = F.cross_entropy(logits_BTV.flatten(0, 1).float(), labels_BT.flatten(), reduction="none")
-        return nll_N.view_as(labels_BT)
+        return _Pass(self.norm(h_BTD), _stacked(stats), _attention_seen(watch, largest_logits), largest_L, penalty)
 
 
 class _Pass(NamedTuple):
-    logits_BTV: torch.Tensor
+    x_BTD: torch.Tensor
+    """What the head reads."""
     stats: RoutingStats | None
     attention: AttentionObservations | None
     max_hidden_L: torch.Tensor | None
@@ -314,6 +333,11 @@ def _attention_seen(watch: AttentionWatch | None, largest_logits: list[torch.Ten
     if watch is not None:
         return watch.read(max_logit_LH)
     return None if max_logit_LH is None else AttentionObservations.of_logits_alone(max_logit_LH)
+
+
+def _nll(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    nll_N = F.cross_entropy(logits_BTV.flatten(0, 1).float(), labels_BT.flatten(), reduction="none")
+    return nll_N.view_as(labels_BT)
 
 
 def _symmetric_divergence(one_BTV: torch.Tensor, other_BTV: torch.Tensor) -> torch.Tensor:

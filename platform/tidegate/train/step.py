@@ -110,7 +110,7 @@ def train_step(
             largest_logits.append(output.attention.max_logit_H)
         if observer is not None:
             observer.add(output, mb.counted_BT.float().sum(dim=1), mb.domains_B)
-        loss = output.nll_B.sum() * (copies / step_tokens)
+        loss = output.nll * (copies / step_tokens)
         terms = {"nll": loss}
         if balancer is not None and output.stats is not None:
             balance = balancer.losses(output.stats, mb.counted_BT.float().sum(dim=1), step_tokens)

@@ -76,7 +76,7 @@ def train(model: Decoder, steps: int, learning_rate: float = 1e-2) -> list[float
     losses = []
     for step in range(1, steps + 1):
         output = model(*batch_of(step), clock=clock_of(step))
-        loss = output.nll_B.sum() / (8 * 17)
+        loss = output.nll / (8 * 17)
         (loss + output.unit_penalty).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -398,8 +398,8 @@ def test_dynamic_sparse_training_keeps_every_count(growth: str, over: tuple[str,
     for step in range(1, 9):
         before = gates.mask_U.clone()
         output = model(*batch_of(step), clock=clock_of(step))
-        output.nll_B.sum().backward()
-        gates.update(model, clock_of(step), output.nll_B.sum().detach(), alone)
+        output.nll.backward()
+        gates.update(model, clock_of(step), output.nll.detach(), alone)
         for part, count in zip(gates.units.parts(gates.mask_U), counts, strict=True):
             assert torch.equal(part.sum(dim=-1), count)
         changes.append(int((gates.mask_U != before).sum()))
@@ -417,12 +417,12 @@ def test_dynamic_sparse_training_drops_the_weakest_and_grows_the_steepest() -> N
         leaf = gates.mask_U.clone().requires_grad_()
         plain = materialize(lambda: Decoder(model.config), CPU, 0)
         plain.units.sample = lambda h, clock, leaf=leaf: (leaf, torch.zeros(()))
-        plain(*batch_of(step), clock=clock_of(1)).nll_B.sum().backward()
+        plain(*batch_of(step), clock=clock_of(1)).nll.backward()
         assert leaf.grad is not None
         truth += leaf.grad
         with torch.no_grad():
             model(*batch_of(step), clock=clock_of(1))
-        model(*batch_of(step), clock=clock_of(1)).nll_B.sum().backward()
+        model(*batch_of(step), clock=clock_of(1)).nll.backward()
     gates.update(model, clock_of(1), torch.zeros(()), alone)
     for layer, (before, after, slope) in enumerate(
         zip(mask_LF, gates.mask_U.view(2, 48), truth.view(2, 48).abs(), strict=True)
@@ -498,7 +498,7 @@ def test_nested_steps_train_each_share_alike_and_all_learn() -> None:
     model.eval()
     for keep in (0.25, 0.5, 1.0):
         gates.keep = keep
-        assert model(*batch_of(0)).nll_B.sum() / (8 * 17) < 0.5
+        assert model(*batch_of(0)).nll / (8 * 17) < 0.5
     assert isinstance(model.units, nn.Module)
 
 

@@ -108,7 +108,7 @@ def train(model: Decoder, batch: Any, steps: range = range(1, 5), tokens: int = 
 
 def loss_of(output: DecoderOutput, batch: Any) -> torch.Tensor:
     assert output.unit_penalty is not None
-    return output.nll_B.sum() / batch[2].sum() + output.unit_penalty
+    return output.nll / batch[2].sum() + output.unit_penalty
 
 
 def share(model: Decoder, mask_U: torch.Tensor) -> float:
@@ -254,7 +254,7 @@ def test_gradients_reach_the_gates(method: str, over: str, batch: Any) -> None:
             build(method, over)
         return
     model = build(method, over)
-    model(*batch, clock=Clock(1, 100, 3)).nll_B.sum().backward()
+    model(*batch, clock=Clock(1, 100, 3)).nll.backward()
     gates = gates_of(model)
     names = [name for name, _ in gates.named_parameters()]
     assert bool(names) == isinstance(gates, LogitGates)

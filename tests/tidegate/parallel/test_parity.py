@@ -131,7 +131,7 @@ def exact_gradients(balance: BalanceConfig, config: ModelConfig = MODEL) -> dict
     routings: list[Any] = []
     for block in model.blocks:
         block.ffn.router.register_forward_hook(lambda module, args, routing: routings.append(routing))
-    nll = model(tokens[:, :-1], tokens[:, 1:], counted, documents).nll_B.sum()
+    nll = model(tokens[:, :-1], tokens[:, 1:], counted, documents).nll
     loss = nll / counted.sum()
     kept = counted.flatten()
     for routing in routings:

@@ -127,7 +127,7 @@ def test_one_micro_batch_has_no_covariance_and_equal_domains_no_information() ->
     metrics = observed([batch])
     output, counted, domains, _ = batch
     # Both domains hold the same sequences.
-    twice = DecoderOutput(output.nll_B, output.stats, output.attention, output.max_hidden_L)
+    twice = DecoderOutput(output.nll, output.nll_B, output.stats, output.attention, output.max_hidden_L)
     same = observed(
         [(twice, counted, torch.zeros_like(domains), None), (twice, counted, torch.ones_like(domains), None)]
     )

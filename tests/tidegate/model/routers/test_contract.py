@@ -342,11 +342,11 @@ def test_a_model_trains_with_it(config: Any, recompute: bool) -> None:
         stats = output.stats
         if not config.capabilities.double_forward:
             assert torch.equal(counting.counts_BE, stats.counts_BE)
-        loss = (output.nll_B.sum() + stats.penalty_sums_B.sum()) / counted.sum()
+        loss = (output.nll + stats.penalty_sums_B.sum()) / counted.sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(output.nll_B.detach().sum()) / (B * T))
+        losses.append(float(output.nll.detach()) / (B * T))
         for layer, router in enumerate(model.routers()):
             observed = None if stats.observed is None else stats.observed[layer]
             router.update(RoutedStep(stats.counts_BE[layer].sum(0), counted.sum().float(), observed, clock(step)))

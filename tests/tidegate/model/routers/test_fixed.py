@@ -250,14 +250,14 @@ def spread_between_experts(model_config: Callable[..., ModelConfig], consistency
         tokens = text()
         output = model(tokens[:, :-1], tokens[:, 1:], counted, clock=Clock(step, step, 0))
         optimizer.zero_grad()
-        ((output.nll_B.sum() + output.stats.penalty_sums_B.sum()) / 256).backward()
+        ((output.nll + output.stats.penalty_sums_B.sum()) / 256).backward()
         optimizer.step()
     model.eval()
     tokens = text()
     batch = (tokens[:, :-1], tokens[:, 1:], counted)
     predictions: list[torch.Tensor] = []
     with torch.no_grad():
-        losses = [float(model(*batch, clock=Clock(1, 1, seed)).nll_B.sum() / 256) for seed in (1, 2)]
+        losses = [float(model(*batch, clock=Clock(1, 1, seed)).nll / 256) for seed in (1, 2)]
         model.norm.register_forward_hook(lambda module, args, h: predictions.append(h @ model.head.weight.T))
         for expert in range(3):
             even = torch.full((256, 3), 1 / 3)
