@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from tidegate.model.routers.base import Routing
 from tidegate_kernels.moe_dispatch import Slots, place
 
-__all__ = ["Dispatch", "Permute", "inverse_permutation", "plan"]
+__all__ = ["Dispatch", "plan"]
 
 
 class Dispatch(NamedTuple):
@@ -75,22 +75,3 @@ def _slice_table(slices: tuple[int, ...], device: torch.device) -> tuple[torch.T
     """(E,) int64 slices of each expert, and the number of its first one."""
     width_E = torch.tensor(slices, device=device)
     return width_E, width_E.cumsum(0) - width_E
-
-
-def inverse_permutation(order: torch.Tensor) -> torch.Tensor:
-    """`inverse[order[i]] = i`, without a second sort."""
-    return torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-
-
-class Permute(torch.autograd.Function):
-    """`y[i] = x[index[i]]` for a permutation, with the inverse permutation as its backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(inverse)
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return grad.index_select(0, inverse), None, None

@@ -33,10 +33,11 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, _AllToAllV, co
 from torch.distributed.nn.functional import all_gather
 
 from tidegate.model.decoder import Decoder
-from tidegate.model.dispatch import Dispatch, Permute, inverse_permutation
+from tidegate.model.dispatch import Dispatch
 from tidegate.model.moe import Experts, MoE, MoEConfig
 from tidegate.model.routers import RouterContext, Routing
 from tidegate.model.routers.sinkhorn import Sinkhorn
+from tidegate_kernels.ep_permute import ep_pack, ep_unpack
 
 __all__ = ["ExpertParallelMoE", "tag_parameters"]
 
@@ -104,14 +105,8 @@ class ExpertParallelMoE(MoE, AutoEPMoELayer):
         received = _AllToAllV.apply(self.ep_group, rows_AD, plan.input_splits, plan.output_splits)
         # Rows arrive by source rank, then expert; the grouped product wants them by expert.
         counts_Re = plan.local_counts_by_source.to(torch.int64)
-        expert_of_block = torch.arange(self.num_local_experts, device=rows_AD.device).repeat(self.ep_size)
-        expert_of_row = expert_of_block.repeat_interleave(counts_Re.flatten(), output_size=received.shape[0])
-        order = expert_of_row.argsort(stable=True)
-        inverse = inverse_permutation(order)
-        outputs = self.experts(Permute.apply(received, order, inverse), counts_Re.sum(dim=0), channels_EF)
-        return _AllToAllV.apply(
-            self.ep_group, Permute.apply(outputs, inverse, order), plan.output_splits, plan.input_splits
-        )
+        outputs = self.experts(ep_unpack(received, counts_Re), counts_Re.sum(dim=0), channels_EF)
+        return _AllToAllV.apply(self.ep_group, ep_pack(outputs, counts_Re), plan.output_splits, plan.input_splits)
 
     def route(self, x_BTD: torch.Tensor, context: RouterContext) -> Routing:
         router = self.router
