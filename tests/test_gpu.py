@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tidegate.model.attention import AttentionConfig, document_mask
+from tidegate.model.attention import AttentionConfig
 from tidegate.model.clock import Clock
 from tidegate.model.decoder import Decoder, ModelConfig, materialize
 from tidegate.model.moe import MoEConfig, SharedExpertsConfig
 from tidegate.model.norms import GatedNormConfig
-from tidegate.model.softmax import BACKENDS, attend_with_sink
 from tidegate.model.unit_gates.export import export
+from tidegate_kernels.gated_attention import Documents
+from tidegate_kernels.gated_attention.sdpa import BACKENDS, attend_with_sink
 from tidegate_kernels.grouped_mm import grouped_mm
 from tidegate_kernels.grouped_mm import reference as grouped_mm_reference
 
@@ -65,7 +66,7 @@ def test_the_preferred_attention_backends_agree_with_the_plain_one(masked: bool)
     q = torch.randn(2, 4, 257, 64, device="cuda", dtype=torch.bfloat16)
     k, v = torch.randn(2, 2, 2, 257, 64, device="cuda", dtype=torch.bfloat16)
     documents = torch.arange(257, device="cuda").div(50, rounding_mode="floor").expand(2, -1)
-    mask = document_mask(documents) if masked else None
+    mask = Documents(documents).mask if masked else None
 
     def attend(backends: list[SDPBackend], *args: torch.Tensor) -> torch.Tensor:
         with sdpa_kernel(backends, set_priority=True):
@@ -87,7 +88,7 @@ def test_attention_with_a_sink_is_within_twice_the_error_of_its_formula(
     shapes = [(2, length, 4, 64), (2, length, 2, 64), (2, length, 2, 64), (4,)]
     inputs = [torch.randn(shape, device="cuda", dtype=dtype) for shape in shapes]
     documents = torch.arange(length, device="cuda").div(50, rounding_mode="floor").expand(2, -1)
-    mask = document_mask(documents) if masked else None
+    mask = Documents(documents).mask if masked else None
     upstream = torch.randn(shapes[0], device="cuda", dtype=dtype)
     visible = torch.ones(length, length, dtype=torch.bool, device="cuda").tril() if mask is None else mask
 

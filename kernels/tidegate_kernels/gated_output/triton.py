@@ -12,14 +12,14 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["backward", "forward"]
+__all__ = ["activate", "backward", "forward"]
 
 _TILE = 4096
 """Elements a program."""
 
 
 @triton.jit
-def _activate(z, ACTIVATION: tl.constexpr):
+def activate(z, ACTIVATION: tl.constexpr):
     """Value and slope of the gate's activation."""
     if ACTIVATION == "identity":
         return z, z * 0 + 1
@@ -49,7 +49,7 @@ def _forward_kernel(
         z = tl.load(z_ptr + b * z_b + t * z_t + h * z_h, mask=t < T, other=0.0).to(tl.float32)
     else:
         z = tl.load(z_ptr + b * z_b + t * z_t + h * z_h + i, mask=there, other=0.0).to(tl.float32)
-    a, _ = _activate(z, ACTIVATION)
+    a, _ = activate(z, ACTIVATION)
     out = y + a if ADDITIVE else y * a
     tl.store(out_ptr + b * out_b + t * out_t + h * out_h + i, out.to(out_ptr.dtype.element_ty), mask=there)
 
@@ -72,7 +72,7 @@ def _backward_kernel(
         z = tl.load(z_at, mask=t < T, other=0.0).to(tl.float32)
     else:
         z = tl.load(z_at + i, mask=there, other=0.0).to(tl.float32)
-    a, slope = _activate(z, ACTIVATION)
+    a, slope = activate(z, ACTIVATION)
     if ADDITIVE:
         dy, da = g, g
     else:

@@ -18,9 +18,9 @@ from tidegate.model.initialisation import Draw
 from tidegate.model.layers import Linear, RMSNorm
 from tidegate.model.observations import AttentionSample, sample_attention
 from tidegate.model.qk_clip import max_logits
-from tidegate.model.softmax import attend, attend_with_sink
+from tidegate_kernels.gated_attention import Documents, gated_attention
 
-__all__ = ["Attention", "AttentionConfig", "AttentionOutput", "Rotary", "document_mask", "rotary_table", "rotate"]
+__all__ = ["Attention", "AttentionConfig", "AttentionOutput", "Rotary", "rotary_table", "rotate"]
 
 
 class AttentionConfig(Config):
@@ -87,20 +87,6 @@ def rotate(x_BTHd: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BTHd.dtype)
 
 
-def document_mask(documents_BT: torch.Tensor) -> torch.Tensor:
-    """Who may attend to whom: earlier or equal positions of the same document.
-
-    Args:
-        documents_BT: (B, T) integer document ids.
-
-    Returns:
-        (B, 1, T, T) bool, True where query t may see key s.
-    """
-    length = documents_BT.shape[1]
-    same = documents_BT[:, None, :, None] == documents_BT[:, None, None, :]
-    return same & torch.ones(length, length, dtype=torch.bool, device=documents_BT.device).tril()
-
-
 class AttentionOutput(NamedTuple):
     y_BTD: torch.Tensor
     """To be added to the residual stream."""
@@ -146,7 +132,7 @@ class Attention(nn.Module):
         self,
         x_BTD: torch.Tensor,
         rotary: Rotary,
-        mask: torch.Tensor | None,
+        documents: Documents | None,
         observe: bool = False,
         heads: torch.Tensor | None = None,
     ) -> AttentionOutput:
@@ -155,7 +141,7 @@ class Attention(nn.Module):
         Args:
             x_BTD: (B, T, D), normalised.
             rotary: tables for T positions.
-            mask: `document_mask` of the batch, or None for plain causal attention.
+            documents: attention stays inside; None for plain causal attention.
             observe: return a sample for telemetry.
             heads: (..., H) factors of the heads, or None.
         """
@@ -171,16 +157,33 @@ class Attention(nn.Module):
             k, v = k[:, :, self.kv_of_head], v[:, :, self.kv_of_head]
         q, k = rotate(q, rotary), rotate(k, rotary)
         sink_H = self._sink(q)
-        y_BTHd = attend(q, k, v, mask) if sink_H is None else attend_with_sink(q, k, v, mask, sink_H)
-        y_BTHd = self._gated("sdpa_output", y_BTHd, x_BTD)
+        y_BTHd = self._attend(q, k, v, x_BTD, documents, sink_H)
         if heads is not None:
             y_BTHd = y_BTHd * heads.unsqueeze(-1).to(y_BTHd.dtype)
         out_BTD = self.wo(y_BTHd.flatten(-2))
         out_BTD = self._gated("dense_output", out_BTD.unsqueeze(-2), x_BTD).squeeze(-2)
         clips = self.config.qk_clip is not None and self.training and torch.is_grad_enabled()
-        max_logit_H = max_logits(q.detach(), k.detach(), mask) if clips else None
+        max_logit_H = max_logits(q.detach(), k.detach(), documents) if clips else None
         sample = sample_attention(x_BTD, q, k, sink_H, self.gate) if observe else None
         return AttentionOutput(out_BTD, sample, max_logit_H)
+
+    def _attend(
+        self,
+        q_BTHd: torch.Tensor,
+        k_BTGd: torch.Tensor,
+        v_BTGd: torch.Tensor,
+        x_BTD: torch.Tensor,
+        documents: Documents | None,
+        sink_H: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention and the gate behind it, together where one kernel does both."""
+        gate, scores, activation = self.gate, None, "identity"
+        if gate is not None and gate.config.multiplies_output:
+            scores, activation = gate.scores(x_BTD), gate.config.activation
+        y_BTHd = gated_attention(
+            q_BTHd, k_BTGd, v_BTGd, scores, activation=activation, documents=documents, sink_H=sink_H
+        )
+        return y_BTHd if scores is not None else self._gated("sdpa_output", y_BTHd, x_BTD)
 
     def _sink(self, q_BTHd: torch.Tensor) -> torch.Tensor | None:
         if self.config.softmax == "off_by_one":

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tidegate.config import Config
 from tidegate.model.activations import ActivationName
-from tidegate.model.attention import Attention, AttentionConfig, AttentionOutput, Rotary, document_mask, rotary_table
+from tidegate.model.attention import Attention, AttentionConfig, AttentionOutput, Rotary, rotary_table
 from tidegate.model.clock import STILL, Clock
 from tidegate.model.initialisation import Draw
 from tidegate.model.layers import Embedding, FeedForward, Linear
@@ -27,6 +27,7 @@ from tidegate.model.observations import AttentionObservations, AttentionSample, 
 from tidegate.model.routers import Router, RouterContext, RouterShape, Routing, ThorConfig
 from tidegate.model.unit_gates import UnitGates, UnitGatesConfig
 from tidegate.model.unit_gates.units import NO_MASKS, LayerMasks
+from tidegate_kernels.gated_attention import Documents
 from tidegate_kernels.linear_cross_entropy import linear_cross_entropy
 
 __all__ = [
@@ -149,7 +150,7 @@ class Block(nn.Module):
         """
         share = 1.0 if units.block is None else units.block.to(h_BTD.dtype)
         attended: AttentionOutput = self.attention(
-            self.attention_norm(h_BTD), rotary, context.mask, context.observe, units.heads
+            self.attention_norm(h_BTD), rotary, context.documents, context.observe, units.heads
         )
         seen = attended.sample, attended.max_logit_H
         h_BTD = h_BTD + share * attended.y_BTD
@@ -221,15 +222,15 @@ class Decoder(nn.Module):
             tokens_BT: (B, T) int64 inputs.
             labels_BT: (B, T) int64 next tokens.
             counted_BT: (B, T) bool; where False, neither the loss nor the routing statistics count the token.
-            documents_BT: (B, T) document ids; attention stays inside a document. None attends across.
+            documents_BT: (B, T) document ids, each a run of equal ones; attention stays inside. None attends across.
             sequences_B: (B,) int64 place of each sequence in the global batch, for draws; None counts from 0.
             clock: the optimizer step this pass belongs to; annealing and noise follow it in training mode.
             observe: compute what only telemetry wants.
         """
-        mask = None if documents_BT is None else document_mask(documents_BT)
+        documents = None if documents_BT is None else Documents(documents_BT)
         if sequences_B is None:
             sequences_B = torch.arange(tokens_BT.shape[0], device=tokens_BT.device)
-        context = RouterContext(counted_BT, tokens_BT, sequences_B, clock, mask, observe)
+        context = RouterContext(counted_BT, tokens_BT, sequences_B, clock, documents, observe)
         passed = self._run(context)
         stats = passed.stats
         router = self.config.ffn.router if isinstance(self.config.ffn, MoEConfig) else None
@@ -281,7 +282,7 @@ class Decoder(nn.Module):
         stats: list[RoutingStats] = []
         watch: AttentionWatch | None = None
         if context.observe:
-            watch = AttentionWatch(attention.gate, tokens_BT, context.mask)
+            watch = AttentionWatch(attention.gate, tokens_BT, context.documents)
         largest_logits: list[torch.Tensor] = []
         extremes: list[torch.Tensor] = []
         for block, layer_masks in zip(self.blocks, masks, strict=True):

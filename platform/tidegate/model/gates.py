@@ -52,6 +52,11 @@ class AttentionGate(Config):
         values = ACTIVATIONS[self.activation](scores_BTHs.float())
         return values.mean(dim=-2, keepdim=True) if self.heads == "shared" else values
 
+    @property
+    def multiplies_output(self) -> bool:
+        """Whether every head of the attention output is multiplied by its own gate: what is fused with attention."""
+        return (self.kind, self.heads, self.form) == ("sdpa_output", "specific", "multiplicative")
+
     @model_validator(mode="after")
     def _dense_output_has_no_heads(self) -> AttentionGate:
         if self.kind == "dense_output" and (self.granularity, self.heads) != ("elementwise", "specific"):

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from tidegate.model.gates import AttentionGate, Gate, GateConfig
+from tidegate_kernels.gated_attention import Documents
 
 __all__ = ["AttentionObservations", "AttentionSample", "AttentionWatch", "sample_attention", "sampled_positions"]
 
@@ -107,12 +108,12 @@ class AttentionWatch:
     Args:
         gate: of every layer.
         tokens_BT: of the batch, for its shape and device.
-        mask: (B, 1, T, T) bool, or None for causal attention.
+        documents: of the batch, or None for causal attention.
     """
 
-    def __init__(self, gate: GateConfig, tokens_BT: torch.Tensor, mask: torch.Tensor | None) -> None:
+    def __init__(self, gate: GateConfig, tokens_BT: torch.Tensor, documents: Documents | None) -> None:
         self._gate = gate
-        self._queries = _queries(tokens_BT[:MAX_SEQUENCES], mask)
+        self._queries = _queries(tokens_BT[:MAX_SEQUENCES], documents)
         self._pending: list[AttentionSample] = []
         self._seen: list[AttentionObservations] = []
 
@@ -155,16 +156,18 @@ class _Queries(NamedTuple):
     """() `first_token_uniform`."""
 
 
-def _queries(tokens_bT: torch.Tensor, mask: torch.Tensor | None) -> _Queries:
+def _queries(tokens_bT: torch.Tensor, documents: Documents | None) -> _Queries:
     (sequences, length), device = tokens_bT.shape, tokens_bT.device
     at_S = sampled_positions(length, device)
     num_later: torch.Tensor | int  # of all queries after the first, those that see their sequence's token 0
-    if mask is None:
-        visible_bST = (at_S[:, None] >= torch.arange(length, device=device)).expand(sequences, -1, -1)
+    place_T = torch.arange(length, device=device)
+    visible_bST = (place_T <= at_S[:, None]).expand(sequences, -1, -1)
+    if documents is None:
         num_later = sequences * (length - 1)
     else:
-        visible_bST = mask[:sequences, 0, at_S]
-        num_later = mask[:sequences, 0, 1:, 0].sum()
+        first_bT = documents.first_BT[:sequences]
+        visible_bST = visible_bST & (place_T >= first_bT[:, at_S, None])
+        num_later = (first_bT[:, 1:] == 0).sum()
     later_bS = (visible_bST[..., 0] & (at_S > 0)).float()  # queries of token 0's document: they may see it
     later_bS = later_bS / later_bS.sum()  # 0 / 0 is the NaN that is wanted
     # The own query of token 0 is one of the document's, however few of the others were sampled.

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import torch
 
+from tidegate_kernels.gated_attention import Documents
+
 __all__ = ["clip_factors", "max_logits"]
 
 _CHUNK = 512
@@ -20,7 +22,7 @@ _CHUNK = 512
 
 
 @torch.no_grad()
-def max_logits(q_BTHd: torch.Tensor, k_BTGd: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def max_logits(q_BTHd: torch.Tensor, k_BTGd: torch.Tensor, documents: Documents | None) -> torch.Tensor:
     """The largest logit of every head over all visible pairs, (H,) fp32.
 
     No fused kernel returns it, so this is a second product of queries and keys: half the FLOPs of the attention
@@ -30,7 +32,7 @@ def max_logits(q_BTHd: torch.Tensor, k_BTGd: torch.Tensor, mask: torch.Tensor | 
 
     Args:
         q_BTHd, k_BTGd: as the softmax sees them, rotated.
-        mask: (B, 1, T, T) bool, or None for causal attention.
+        documents: attention stays inside; None for causal attention.
     """
     T, H, d = q_BTHd.shape[1:]
     group = H // k_BTGd.shape[2]
@@ -41,10 +43,10 @@ def max_logits(q_BTHd: torch.Tensor, k_BTGd: torch.Tensor, mask: torch.Tensor | 
         # (B, G, group * queries, d): the heads of a group share their keys.
         q = q_BTHd[:, start:stop].unflatten(2, (-1, group)).permute(0, 2, 3, 1, 4).flatten(2, 3) * d**-0.5
         logits = (q @ k_BGdT[..., :stop]).unflatten(2, (group, -1)).flatten(1, 2)
-        if mask is None:
+        if documents is None:
             visible = torch.ones(stop - start, stop, dtype=torch.bool, device=q.device).tril(start)
         else:
-            visible = mask[:, :, start:stop, :stop]
+            visible = documents.mask[:, :, start:stop, :stop]
         chunk_H = logits.masked_fill_(~visible, -torch.inf).amax(dim=(0, 2, 3))
         largest_H = torch.maximum(largest_H, chunk_H.float())
     return largest_H

@@ -13,7 +13,8 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from tidegate.model.attention import Attention, AttentionConfig, Rotary, document_mask, rotary_table, rotate
+from tidegate.model.attention import Attention, AttentionConfig, Rotary, rotary_table, rotate
+from tidegate_kernels.gated_attention import Documents
 
 CPU = torch.device("cpu")
 THETA = 10_000.0
@@ -36,9 +37,9 @@ def attention(initialise: Callable[..., nn.Module]) -> Callable[..., Attention]:
 
 
 def attend(module: Attention, x_BTD: torch.Tensor, documents_BT: torch.Tensor | None = None) -> torch.Tensor:
-    mask = None if documents_BT is None else document_mask(documents_BT)
+    documents = None if documents_BT is None else Documents(documents_BT)
     table = rotary_table(x_BTD.shape[1], module.config.head_dim, module.config.rope_theta, CPU)
-    return module(x_BTD, table, mask)[0]
+    return module(x_BTD, table, documents)[0]
 
 
 def documents(length: int, batch: int = 2) -> torch.Tensor:
@@ -133,12 +134,6 @@ def test_one_document_is_plain_causal_attention(attention: Callable[..., Attenti
     module, x = attention(), torch.randn(2, 63, D)
     same = attend(module, x, torch.full((2, 63), 3))
     torch.testing.assert_close(same, attend(module, x), rtol=1e-5, atol=1e-6)
-
-
-def test_document_mask_by_hand() -> None:
-    mask = document_mask(torch.tensor([[4, 4, 1, 4]]))
-    assert mask.dtype == torch.bool
-    assert mask.int().tolist() == [[[[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [1, 1, 0, 1]]]]
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 2), (6, 2), (5, 1)])

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tidegate.model import observations
-from tidegate.model.attention import Attention, AttentionConfig, AttentionOutput, document_mask, rotary_table, rotate
+from tidegate.model.attention import Attention, AttentionConfig, AttentionOutput, rotary_table, rotate
 from tidegate.model.clock import Clock
 from tidegate.model.decoder import Decoder, ModelConfig, materialize
 from tidegate.model.initialisation import Draw
@@ -31,6 +31,7 @@ from tidegate.model.observations import (
 from tidegate.model.routers import RouterContext, RouterShape
 from tidegate.model.unit_gates.export import export
 from tidegate.train.telemetry import Observer
+from tidegate_kernels.gated_attention import Documents
 
 CPU = torch.device("cpu")
 D, H = 12, 4
@@ -51,10 +52,10 @@ def attention(initialise: Callable[..., nn.Module]) -> Callable[..., Attention]:
 
 def observe(module: Attention, x: torch.Tensor, ids: torch.Tensor | None) -> AttentionObservations:
     """One layer, watched alone."""
-    mask = None if ids is None else document_mask(ids)
-    output = module(x, rotary_table(x.shape[1], 6, 10_000.0, CPU), mask, observe=True)
+    packed = None if ids is None else Documents(ids)
+    output = module(x, rotary_table(x.shape[1], 6, 10_000.0, CPU), packed, observe=True)
     assert output.sample is not None
-    watch = AttentionWatch(module.config.gate, x[..., 0], mask)
+    watch = AttentionWatch(module.config.gate, x[..., 0], packed)
     watch.see(output.sample)
     seen = watch.read()
     assert all(field.dtype == torch.float32 and not field.requires_grad for field in seen)
@@ -201,9 +202,9 @@ def test_additive_gates_have_no_opening(attention: Callable[..., Attention]) -> 
     assert seen.entropy_H.isfinite().all()
 
 
-def hidden_states(model: Decoder, tokens: torch.Tensor, mask: torch.Tensor | None) -> list[torch.Tensor]:
+def hidden_states(model: Decoder, tokens: torch.Tensor, packed: Documents | None) -> list[torch.Tensor]:
     """What each block reads."""
-    context = RouterContext.alone(torch.ones_like(tokens, dtype=torch.bool))._replace(mask=mask)
+    context = RouterContext.alone(torch.ones_like(tokens, dtype=torch.bool))._replace(documents=packed)
     states = [model.embedding.weight[tokens]]
     for block in model.blocks:
         table = rotary_table(tokens.shape[1], block.attention.config.head_dim, 10_000.0, CPU)
@@ -233,7 +234,7 @@ def test_chunks_of_layers_are_layers_alone(
     tokens, labels = torch.randint(101, (2, 3, 63)).unbind()
     seen = model(tokens, labels, torch.ones(3, 63, dtype=torch.bool), documents(63, 3), observe=True).attention
     assert sizes == {1: [1] * 5, 2: [2, 2, 1], 5: [5]}[layers_at_once]
-    states = hidden_states(model, tokens, document_mask(documents(63, 3)))
+    states = hidden_states(model, tokens, Documents(documents(63, 3)))
     for layer, block in enumerate(model.blocks):
         alone = observe(block.attention, block.attention_norm(states[layer]), documents(63, 3))
         for name, one, stacked in zip(alone._fields[:6], alone, seen, strict=False):
@@ -372,7 +373,7 @@ def test_the_decoder_stacks_layers_and_observing_changes_nothing(
     assert torch.equal(plain.nll_B, seen.nll_B)
     gradients = [torch.autograd.grad(o.nll, list(model.parameters())) for o in (plain, seen)]
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
-    states = hidden_states(model, tokens, document_mask(ids))
+    states = hidden_states(model, tokens, Documents(ids))
     for layer, block in enumerate(model.blocks):
         alone = observe(block.attention, block.attention_norm(states[layer]), ids)
         for one, stacked in zip(alone[:6], seen.attention[:6], strict=True):

@@ -12,8 +12,9 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from tidegate.model.attention import Attention, AttentionConfig, document_mask, rotary_table
+from tidegate.model.attention import Attention, AttentionConfig, rotary_table
 from tidegate.model.qk_clip import clip_factors, max_logits
+from tidegate_kernels.gated_attention import Documents
 
 GROUPINGS = [(1, 1), (3, 3), (4, 2), (5, 1)]
 
@@ -24,12 +25,12 @@ GROUPINGS = [(1, 1), (3, 3), (4, 2), (5, 1)]
 def test_max_logits_are_those_of_visible_pairs(num_heads: int, num_kv_heads: int, packed: bool, length: int) -> None:
     q, k = torch.randn(2, length, num_heads, 6), torch.randn(2, length, num_kv_heads, 6)
     k[:, -1] *= 10  # a key that only the last query sees
-    mask = document_mask((torch.arange(length) // 9).expand(2, -1)) if packed else None
-    seen = torch.ones(length, length, dtype=torch.bool).tril() if mask is None else mask
+    documents = Documents((torch.arange(length) // 9).expand(2, -1)) if packed else None
+    seen = torch.ones(length, length, dtype=torch.bool).tril() if documents is None else documents.mask
     keys = k.repeat_interleave(num_heads // num_kv_heads, dim=2)
     logits = torch.einsum("bthd,bshd->bhts", q.double(), keys.double()) / 6**0.5
     expected = logits.masked_fill(~seen, -torch.inf).amax(dim=(0, 2, 3))
-    actual = max_logits(q, k, mask)
+    actual = max_logits(q, k, documents)
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
     assert length == 1 or (logits.amax(dim=(0, 2, 3)) > expected + 1).any(), "a mask that is left out shows"

@@ -18,6 +18,7 @@ from torch import nn
 from tidegate.model.clock import STILL, Clock
 from tidegate.model.initialisation import Draw
 from tidegate.model.layers import Fp32Buffers
+from tidegate_kernels.gated_attention import Documents
 
 __all__ = [
     "Capabilities",
@@ -83,8 +84,8 @@ class RouterContext(NamedTuple):
     sequences_B: torch.Tensor
     """(B,) int64, place of each sequence in the global batch: draws follow it, whatever rank holds it."""
     clock: Clock = STILL
-    mask: torch.Tensor | None = None
-    """Document mask of the attention, (B, 1, T, T) bool; None is plain causal."""
+    documents: Documents | None = None
+    """Attention stays inside; None is plain causal."""
     observe: bool = False
     """Compute what only telemetry wants."""
     log_experts: torch.Tensor | None = None

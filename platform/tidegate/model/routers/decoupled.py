@@ -73,7 +73,7 @@ class DecoupledRouter(Router):
         config = self.attention.config
         rotary = rotary_table(length, config.head_dim, config.rope_theta, x_ND.device)
         h_BTR = self.input(x_ND).unflatten(0, (-1, length))
-        h_BTR = h_BTR + self.attention(self.attention_norm(h_BTR), rotary, context.mask)[0]
+        h_BTR = h_BTR + self.attention(self.attention_norm(h_BTR), rotary, context.documents)[0]
         h_BTR = h_BTR + self.ffn(self.ffn_norm(h_BTR))
         logits_NE = nn.functional.linear(self.norm(h_BTR).flatten(0, 1).float(), self.weight.float())
         probs_NE = logits_NE.softmax(dim=-1)

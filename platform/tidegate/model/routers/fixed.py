@@ -115,9 +115,9 @@ class HashRouter(Router):
             return self._equal_routing(self.table_VK[tokens_BT.flatten()])
         before_BT = tokens_BT.roll(1, dims=1)
         before_BT[:, 0] = self.shape.vocab_size  # no id: the sequence begins
-        if context.mask is not None:  # nor where a document does
-            same_BT = context.mask[:, 0].diagonal(offset=-1, dim1=1, dim2=2)
-            before_BT[:, 1:] = before_BT[:, 1:].where(same_BT, self.shape.vocab_size)
+        if context.documents is not None:  # nor where a document does
+            begins_BT = context.documents.first_BT == torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+            before_BT = before_BT.masked_fill(begins_BT, self.shape.vocab_size)
         pairs_N = (before_BT * 0x9E3779B1 + tokens_BT).flatten() % _ROWS
         return self._equal_routing(self._hashed(pairs_N))
 

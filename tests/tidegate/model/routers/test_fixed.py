@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from tidegate.model.attention import document_mask
 from tidegate.model.clock import Clock
 from tidegate.model.decoder import Decoder, ModelConfig, materialize
 from tidegate.model.routers import Routing
 from tidegate.model.routers.fixed import HashConfig, RandomConfig, RoundRobinConfig, ThorConfig
+from tidegate_kernels.gated_attention import Documents
 
 VOCAB = 32_000
 
@@ -124,7 +124,7 @@ def test_a_bigram_does_not_cross_a_document(build: Callable[..., Any], context: 
     first, second = torch.randint(0, VOCAB, (1, 9)), torch.randint(0, VOCAB, (1, 11))
     alone = router(torch.zeros(11, 24), context(1, 11, tokens_BT=second)).experts_NS
     ids, documents = torch.cat([first, second], dim=1), torch.tensor([[0] * 9 + [1] * 11])
-    packed = router(torch.zeros(20, 24), context(1, 20, tokens_BT=ids, mask=document_mask(documents))).experts_NS
+    packed = router(torch.zeros(20, 24), context(1, 20, tokens_BT=ids, documents=Documents(documents))).experts_NS
     assert torch.equal(packed[9:], alone)
     one_text = router(torch.zeros(20, 24), context(1, 20, tokens_BT=ids)).experts_NS
     assert torch.equal(one_text[10:], alone[1:])
