@@ -15,7 +15,7 @@ from tidegate_kernels.choice import chosen
 from tidegate_kernels.poly_norm import poly_norm
 
 EPS = 1e-6
-SHAPES = [(1, 1), (63, 1000), (1000, 7), (3, 2049), (2, 16384), (0, 8)]
+SHAPES = [(1, 1), (9, 1000), (63, 7), (3, 2049), (2, 16384), (0, 8)]
 with_both_kernels = pytest.mark.usefixtures("kernels")
 in_every_shape = pytest.mark.parametrize(("N", "width"), SHAPES)
 with_and_without_weights = pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])
@@ -81,7 +81,7 @@ def run(op: Callable[..., torch.Tensor], i: Inputs, dtype: torch.dtype) -> Resul
 
 
 def assert_all_close(actual: Results, expected: Results) -> None:
-    # fp32 inside: relative roundings of 6e-8 of sums over up to 63,000 terms.
+    # fp32 inside: relative roundings of 6e-8 of sums over up to 16,384 terms.
     for name, one, other in zip(Results._fields, actual, expected, strict=True):
         atol = 1e-6 * max(1.0, float(other.abs().max())) * 10 if other.numel() else 0.0
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
@@ -107,7 +107,7 @@ def test_swapped_coefficients_are_noticed() -> None:
 @with_both_kernels
 @shared_or_not
 @with_and_without_weights
-@pytest.mark.parametrize(("N", "width"), [(63, 1000), (1000, 7)])
+@pytest.mark.parametrize(("N", "width"), [(9, 1000), (63, 7)])
 def test_bf16_error(N: int, width: int, shared: bool, weighted: bool) -> None:
     """At most twice the error of the same expression in bf16 PyTorch, for output and gradients."""
     i = inputs(N, width, shared, weighted)
@@ -121,12 +121,12 @@ def test_bf16_error(N: int, width: int, shared: bool, weighted: bool) -> None:
 
 @with_both_kernels
 def test_each_power_has_mean_square_one() -> None:
-    x = 3 * torch.randn(63, 1000)
+    x = 3 * torch.randn(9, 1000)
     for power in (1, 2, 3):
         c = torch.zeros(4)
         c[power] = 1
         out = poly_norm(x, c)
-        torch.testing.assert_close(out.square().mean(dim=-1), torch.ones(63), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(out.square().mean(dim=-1), torch.ones(9), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(poly_norm(-x, c), (-1) ** power * out, rtol=1e-5, atol=1e-5)
 
 

@@ -21,7 +21,7 @@ _TILE = 1024
 @triton.jit
 def _rstd(a, b, HALF: tl.constexpr, eps):
     """Of every row, from its two halves."""
-    return tl.rsqrt((tl.sum(a * a, axis=1, keep_dims=True) + tl.sum(b * b, axis=1, keep_dims=True)) / (2 * HALF) + eps)
+    return tl.rsqrt(tl.sum(a * a + b * b, axis=1, keep_dims=True) / (2 * HALF) + eps)
 
 
 @triton.jit
@@ -92,8 +92,7 @@ def _backward_heads(
             dweight_a += da * a
             dweight_b += db * b
             da, db = da * weight_a, db * weight_b
-            along = tl.sum(da * a, axis=1, keep_dims=True) + tl.sum(db * b, axis=1, keep_dims=True)
-            along = along / (2 * HALF)
+            along = tl.sum(da * a + db * b, axis=1, keep_dims=True) / (2 * HALF)
             da, db = rstd * (da - a * along), rstd * (db - b * along)
         dx_at = dx_ptr + t * dx_t + h * dx_h + i
         tl.store(dx_at, da.to(dx_ptr.dtype.element_ty), mask=there)

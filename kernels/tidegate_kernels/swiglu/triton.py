@@ -91,7 +91,8 @@ def _backward_kernel(
 
 def forward(gate_up_N2F: torch.Tensor, weights_N: torch.Tensor | None) -> torch.Tensor:
     """(N, F) of the two halves of one product; weights are contiguous fp32."""
-    return forward_apart(*gate_up_N2F.chunk(2, dim=1), weights_N)
+    gate_NF, up_NF = gate_up_N2F.chunk(2, dim=1)
+    return forward_apart(gate_NF, up_NF, weights_N)
 
 
 def forward_apart(gate_NF: torch.Tensor, up_NF: torch.Tensor, weights_N: torch.Tensor | None) -> torch.Tensor:
