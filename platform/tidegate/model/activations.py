@@ -19,6 +19,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from tidegate_kernels.poly_norm import poly_norm
+from tidegate_kernels.swiglu import swiglu
+
 __all__ = [
     "NUM_COEFFICIENTS",
     "ActivationName",
@@ -31,7 +34,6 @@ __all__ = [
 
 ActivationName = Literal["swiglu", "geglu", "relu2", "poly_norm", "poly_relu"]
 
-_RMS_EPS = 1e-6
 NUM_COEFFICIENTS = 4
 
 
@@ -73,21 +75,13 @@ def activate(
         Shape and dtype of `hidden_NF`.
     """
     if up_NF is not None:
-        return (F.silu(hidden_NF) if name == "swiglu" else F.gelu(hidden_NF)) * up_NF
+        return swiglu(hidden_NF, up_NF) if name == "swiglu" else F.gelu(hidden_NF) * up_NF
     if coefficients is None:
         return F.relu(hidden_NF).square()
-    # Cubes, and their squares in the norm: far out of what bf16 resolves.
+    if name == "poly_norm":
+        return poly_norm(hidden_NF, coefficients)
+    # Cubes: far out of what bf16 resolves.
     wide = torch.promote_types(hidden_NF.dtype, torch.float32)
     c0, c1, c2, c3 = (c.unsqueeze(-1) for c in coefficients.to(wide).unbind(-1))
-    x = hidden_NF.to(wide)
-    if name == "poly_relu":
-        x = F.relu(x)
-        out = c0 + x * (c1 + x * (c2 + x * c3))
-    else:
-        square = x.square()
-        out = c0 + c1 * _normalised(x) + c2 * _normalised(square) + c3 * _normalised(square * x)
-    return out.to(hidden_NF.dtype)
-
-
-def _normalised(x: torch.Tensor) -> torch.Tensor:
-    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + _RMS_EPS)
+    x = F.relu(hidden_NF.to(wide))
+    return (c0 + x * (c1 + x * (c2 + x * c3))).to(hidden_NF.dtype)

@@ -19,8 +19,9 @@ from tidegate.model.layers import Linear, RMSNorm
 from tidegate.model.observations import AttentionSample, sample_attention
 from tidegate.model.qk_clip import max_logits
 from tidegate_kernels.gated_attention import Documents, gated_attention
+from tidegate_kernels.qk_norm_rope import Rotated, qk_norm_rope
 
-__all__ = ["Attention", "AttentionConfig", "AttentionOutput", "Rotary", "rotary_table", "rotate"]
+__all__ = ["Attention", "AttentionConfig", "AttentionOutput", "Rotary", "rotary_table"]
 
 
 class AttentionConfig(Config):
@@ -80,13 +81,6 @@ def rotary_table(length: int, head_dim: int, theta: float, device: torch.device)
     return Rotary(angle.cos().float().to(device), angle.sin().float().to(device))
 
 
-def rotate(x_BTHd: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-    """Rotate the pairs (x_i, x_{i + d/2}) of every head, in fp32; shape and dtype are kept."""
-    cos, sin = rotary.cos_Td[:, None, :], rotary.sin_Td[:, None, :]
-    first, second = x_BTHd.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BTHd.dtype)
-
-
 class AttentionOutput(NamedTuple):
     y_BTD: torch.Tensor
     """To be added to the residual stream."""
@@ -109,7 +103,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: AttentionConfig, width: int, norm_eps: float, std: float, out_std: float) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.norm_eps = config, norm_eps
         H, G, d = config.num_heads, config.num_kv_heads, config.head_dim
         self.wq = Linear(width, H * d, std)
         self.wk = Linear(width, G * d, std)
@@ -149,13 +143,9 @@ class Attention(nn.Module):
         q = self.wq(x_BTD).unflatten(-1, (-1, d))
         k = self.wk(x_BTD).unflatten(-1, (-1, d))
         v = self._gated("value", self.wv(x_BTD).unflatten(-1, (-1, d)), x_BTD)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        # After QK-norm, not before: the norm would divide a head's scalar gate out again.
-        q, k = self._gated("query", q, x_BTD), self._gated("key", k, x_BTD)
+        q, k = self._positioned(q, k, x_BTD, rotary)
         if self.kv_of_head is not None:
             k, v = k[:, :, self.kv_of_head], v[:, :, self.kv_of_head]
-        q, k = rotate(q, rotary), rotate(k, rotary)
         sink_H = self._sink(q)
         y_BTHd = self._attend(q, k, v, x_BTD, documents, sink_H)
         if heads is not None:
@@ -184,6 +174,19 @@ class Attention(nn.Module):
             q_BTHd, k_BTGd, v_BTGd, scores, activation=activation, documents=documents, sink_H=sink_H
         )
         return y_BTHd if scores is not None else self._gated("sdpa_output", y_BTHd, x_BTD)
+
+    def _positioned(self, q_BTHd: torch.Tensor, k_BTGd: torch.Tensor, x_BTD: torch.Tensor, rotary: Rotary) -> Rotated:
+        """Queries and keys normalised, gated and rotated; without a gate of theirs in one pass."""
+        q, k = q_BTHd, k_BTGd
+        q_weight = k_weight = None
+        if self.q_norm is not None and self.k_norm is not None:
+            if self.gate is not None and self.gate.config.kind in ("query", "key"):
+                q, k = self.q_norm(q), self.k_norm(k)
+            else:
+                q_weight, k_weight = self.q_norm.weight, self.k_norm.weight
+        # After QK-norm, not before: the norm would divide a head's scalar gate out again.
+        q, k = self._gated("query", q, x_BTD), self._gated("key", k, x_BTD)
+        return qk_norm_rope(q, k, q_weight, k_weight, *rotary, self.norm_eps)
 
     def _sink(self, q_BTHd: torch.Tensor) -> torch.Tensor | None:
         if self.config.softmax == "off_by_one":

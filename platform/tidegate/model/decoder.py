@@ -148,15 +148,14 @@ class Block(nn.Module):
             routing: decided elsewhere.
             units: factors of the layer's gated units.
         """
-        share = 1.0 if units.block is None else units.block.to(h_BTD.dtype)
+        share = None if units.block is None else units.block.to(h_BTD.dtype)
         attended: AttentionOutput = self.attention(
             self.attention_norm(h_BTD), rotary, context.documents, context.observe, units.heads
         )
         seen = attended.sample, attended.max_logit_H
-        h_BTD = h_BTD + share * attended.y_BTD
-        x_BTD = self.ffn_norm(h_BTD)
+        x_BTD, h_BTD = self.ffn_norm.add(_shared(attended.y_BTD, share), h_BTD)
         if not isinstance(self.ffn, MoE):
-            return BlockOutput(h_BTD + share * self.ffn(x_BTD, units.channels), x_BTD, None, *seen)
+            return BlockOutput(h_BTD + _shared(self.ffn(x_BTD, units.channels), share), x_BTD, None, *seen)
         context = context._replace(log_experts=units.log_experts())
         if routing is None and source_BTD is not None:
             routing = self.ffn.route(source_BTD, context)
@@ -168,7 +167,12 @@ class Block(nn.Module):
                 z_sums_B=stats.z_sums_B * weight,
                 penalty_sums_B=stats.penalty_sums_B * weight,
             )
-        return BlockOutput(h_BTD + share * y_BTD, x_BTD, stats, *seen)
+        return BlockOutput(h_BTD + _shared(y_BTD, share), x_BTD, stats, *seen)
+
+
+def _shared(y_BTD: torch.Tensor, share: torch.Tensor | None) -> torch.Tensor:
+    """What a block adds, of which a unit gate lets a share through."""
+    return y_BTD if share is None else share * y_BTD
 
 
 class Decoder(nn.Module):

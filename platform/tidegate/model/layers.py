@@ -18,6 +18,7 @@ from tidegate.model.activations import (
     is_gated,
 )
 from tidegate.model.initialisation import Draw
+from tidegate_kernels.rms_norm import AddedNorm, add_rms_norm, rms_norm
 
 __all__ = ["Embedding", "FeedForward", "Fp32Buffers", "Linear", "RMSNorm"]
 
@@ -78,7 +79,11 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> AddedNorm:
+        """Add to the residual stream and normalise the sum, in one pass."""
+        return add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class FeedForward(nn.Module):

@@ -19,6 +19,7 @@ from tidegate.config import Variant
 from tidegate.model.initialisation import Draw
 from tidegate.model.layers import Linear, RMSNorm
 from tidegate_kernels.gated_output import gated_output
+from tidegate_kernels.rms_norm import AddedNorm
 
 __all__ = ["GatedNorm", "GatedNormConfig", "NormConfig", "PreAffineNorm", "PreAffineNormConfig", "RMSNormConfig"]
 
@@ -68,7 +69,13 @@ class GatedNorm(RMSNorm):
         self.w2 = Linear(rank, width, std)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = super().forward(x)
+        return self._gated(super().forward(x))
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> AddedNorm:
+        y, total = super().add(x, residual)
+        return AddedNorm(self._gated(y), total)
+
+    def _gated(self, y: torch.Tensor) -> torch.Tensor:
         scores = self.w2(nn.functional.silu(self.w1(y)))
         return gated_output(y, scores, activation="sigmoid", form="multiplicative", shared=False)
 
@@ -86,3 +93,7 @@ class PreAffineNorm(RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x * self.scale)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> AddedNorm:
+        total = residual + x
+        return AddedNorm(self(total), total)

@@ -13,8 +13,9 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from tidegate.model.attention import Attention, AttentionConfig, Rotary, rotary_table, rotate
+from tidegate.model.attention import Attention, AttentionConfig, Rotary, rotary_table
 from tidegate_kernels.gated_attention import Documents
+from tidegate_kernels.qk_norm_rope.reference import rotate
 
 CPU = torch.device("cpu")
 THETA = 10_000.0
@@ -174,7 +175,7 @@ def test_rotary_table(length: int, head_dim: int, theta: float) -> None:
 
 def test_rotation_keeps_the_norm() -> None:
     x = torch.randn(2, 1000, 3, 8)
-    turned = rotate(x, rotary_table(1000, 8, THETA, CPU))
+    turned = rotate(x, *rotary_table(1000, 8, THETA, CPU))
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1), rtol=1e-6, atol=1e-6)
     assert torch.equal(turned[:, 0], x[:, 0])
     assert (turned[:, 1:] - x[:, 1:]).abs().amax(dim=(0, 2, 3)).min() > 0.1
@@ -186,7 +187,7 @@ def test_rotated_products_depend_on_the_distance_only(shift: int) -> None:
     near = rotary_table(500, 8, THETA, CPU)
     far = Rotary(*(table[shift : shift + 500] for table in rotary_table(1000, 8, THETA, CPU)))
     products = [
-        torch.einsum("bthd,bshd->bhts", rotate(q, table).double(), rotate(k, table).double()) for table in (near, far)
+        torch.einsum("bthd,bshd->bhts", rotate(q, *table).double(), rotate(k, *table).double()) for table in (near, far)
     ]
     torch.testing.assert_close(products[0], products[1], rtol=1e-5, atol=1e-5)
 
@@ -194,7 +195,7 @@ def test_rotated_products_depend_on_the_distance_only(shift: int) -> None:
 def test_rotation_is_fp32_inside() -> None:
     x = torch.randn(1, 63, 3, 8).bfloat16()
     table = rotary_table(63, 8, THETA, CPU)
-    turned, exact = rotate(x, table), rotate(x.double(), table)
+    turned, exact = rotate(x, *table), rotate(x.double(), *table)
     assert turned.dtype == torch.bfloat16
     assert ((turned.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-6).all()  # one rounding, at the end
 

@@ -20,6 +20,7 @@ from tidegate.model.decoder import Decoder, ModelConfig, materialize
 from tidegate.model.initialisation import Draw
 from tidegate.model.moe import Experts, MoE, MoEConfig
 from tidegate.model.routers import RouterContext
+from tidegate_kernels.choice import chosen
 
 CPU = torch.device("cpu")
 HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
@@ -197,6 +198,20 @@ def test_every_variant_trains(changes: dict[str, Any], length: int, model_config
                 parameter -= 0.01 / norm * parameter.grad
         after = model(tokens, labels, counted).nll / counted.sum()
     assert after < loss
+
+
+@pytest.mark.parametrize("variant", ["moe", "dense", "no_qk_norm", "key", "gated_norm", "pre_affine", "poly_norm"])
+def test_kernels_compute_the_same(variant: str, model_config: MakeConfig) -> None:
+    """Losses and gradients of the Triton kernels are those of the reference."""
+    model = build(model_config(init_std=0.2, **VARIANTS[variant]))
+    inputs = batch(17)
+    results = []
+    for kernels in ("reference", "triton"):
+        with chosen(kernels):
+            nll = model(*inputs).nll
+            results.append((nll, *torch.autograd.grad(nll, list(model.parameters()))))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from tidegate.model.norms import GatedNorm, NormConfig, PreAffineNorm
+from tidegate_kernels.choice import Kernels, chosen
 
 KINDS: dict[str, dict[str, Any]] = {"gated": {"kind": "gated", "rank": 3}, "pre_affine": {"kind": "pre_affine"}}
 MakeNorm = Callable[[str], nn.Module]
@@ -22,7 +23,7 @@ MakeNorm = Callable[[str], nn.Module]
 @pytest.fixture
 def norm(initialise: Callable[..., nn.Module]) -> MakeNorm:
     def make(kind: str) -> nn.Module:
-        module = TypeAdapter(NormConfig).validate_python(KINDS[kind]).build(7, 1e-6, 0.5)
+        module = TypeAdapter(NormConfig).validate_python(KINDS.get(kind, {"kind": kind})).build(7, 1e-6, 0.5)
         return initialise(module)
 
     return make
@@ -71,6 +72,24 @@ def test_bf16_error(kind: str, norm: MakeNorm) -> None:
         for dtype in (torch.float64, torch.bfloat16)
     )
     assert (out.double() - truth).norm() <= 2 * (plain.double() - truth).norm()
+
+
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+@pytest.mark.parametrize("kind", ["rms", *KINDS])
+def test_the_norm_of_a_sum_is_that_of_what_was_added(kind: str, kernels: Kernels, norm: MakeNorm) -> None:
+    module = norm(kind)
+    x, residual, g, g_total = (torch.randn(63, 7) for _ in range(4))
+    leaves = [x.requires_grad_(), residual.requires_grad_(), *module.parameters()]
+    total = residual + x
+    expected = module(total)
+    gradients = torch.autograd.grad((expected, total), leaves, (g, g_total))
+    with chosen(kernels):
+        added = module.add(x, residual)
+        actual = torch.autograd.grad(tuple(added), leaves, (g, g_total))
+    assert torch.equal(added.total, total)
+    torch.testing.assert_close(added.normalised, expected, rtol=1e-5, atol=1e-6)
+    for one, other in zip(actual, gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_how_they_start(norm: MakeNorm) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tidegate.model import observations
-from tidegate.model.attention import Attention, AttentionConfig, AttentionOutput, rotary_table, rotate
+from tidegate.model.attention import Attention, AttentionConfig, AttentionOutput, rotary_table
 from tidegate.model.clock import Clock
 from tidegate.model.decoder import Decoder, ModelConfig, materialize
 from tidegate.model.initialisation import Draw
@@ -32,6 +32,7 @@ from tidegate.model.routers import RouterContext, RouterShape
 from tidegate.model.unit_gates.export import export
 from tidegate.train.telemetry import Observer
 from tidegate_kernels.gated_attention import Documents
+from tidegate_kernels.qk_norm_rope.reference import rotate
 
 CPU = torch.device("cpu")
 D, H = 12, 4
@@ -69,7 +70,7 @@ def probabilities(module: Attention, x: torch.Tensor, ids: torch.Tensor | None) 
     q, k = (x @ module.wq.weight.T).view(B, T, H, 6), (x @ module.wk.weight.T).view(B, T, 2, 6)
     if module.q_norm is not None and module.k_norm is not None:
         q, k = module.q_norm(q), module.k_norm(k)
-    q, k = rotate(q, table).double(), rotate(k, table).double().repeat_interleave(2, dim=2)
+    q, k = rotate(q, *table).double(), rotate(k, *table).double().repeat_interleave(2, dim=2)
     logits = torch.einsum("bthd,bshd->bhts", q, k) / 6**0.5
     for b in range(B):
         for t in range(T):

@@ -32,7 +32,7 @@ def run(model: Decoder) -> tuple[list[Routing], list[torch.Tensor], Any]:
     routings: list[Routing] = []
     inputs: list[torch.Tensor] = []
     hooks = [block.ffn.router.register_forward_hook(lambda m, a, out: routings.append(out)) for block in model.blocks]
-    hooks += [block.ffn_norm.register_forward_hook(lambda m, a, out: inputs.append(out)) for block in model.blocks]
+    hooks += [block.ffn.register_forward_pre_hook(lambda m, a: inputs.append(a[0])) for block in model.blocks]
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 101, (3, 10), generator=generator)
     output = model(tokens[:, :-1], tokens[:, 1:], torch.ones(3, 9, dtype=torch.bool), clock=Clock(1, 1, 0))
