@@ -1,0 +1,257 @@
+"""`router_topk` in one launch and a small sum forward, and one launch backward; logits and experts are saved.
+
+A tile is (J, BLOCK_T, C): the experts of a row are J runs of C, at most 128, so that a row stays in one warp and no
+reduction over experts leaves it. A program takes some tokens of one sequence and writes its sums; a second kernel adds
+them in a fixed order, so results do not differ from run to run.
+
+Letters: N = B T rows, B sequences, T tokens, E experts, K chosen experts, J C experts with padding, P programs a
+sequence.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+from tidegate_kernels.router_topk.reference import TINY
+
+__all__ = ["backward", "forward"]
+
+_TILE = 2048
+"""Logits at a time."""
+_FEWEST_ROWS = 32
+"""Rows a program at least: its sums, two numbers an expert, are then a sixteenth of its logits."""
+
+_LOW = tl.constexpr(-3.0e38)  # biased score of a closed expert, below all others
+_TAKEN = tl.constexpr(float("-inf"))  # below even that: chosen already, or padding
+_TINY = tl.constexpr(TINY)
+
+
+@triton.jit
+def _row_max(x):
+    return tl.max(tl.max(x, axis=0, keep_dims=True), axis=2, keep_dims=True)
+
+
+@triton.jit
+def _row_min(x):
+    return tl.min(tl.min(x, axis=0, keep_dims=True), axis=2, keep_dims=True)
+
+
+@triton.jit
+def _row_sum(x):
+    return tl.sum(tl.sum(x, axis=0, keep_dims=True), axis=2, keep_dims=True)
+
+
+@triton.jit
+def _sigmoid(z):
+    e = tl.exp(-tl.abs(z))  # not exp(-z), which overflows
+    return tl.where(z < 0, e, 1.0) / (1 + e)
+
+
+@triton.jit
+def _score(z, softmax, SCORE: tl.constexpr):
+    if SCORE == "softmax":
+        return softmax
+    if SCORE == "sigmoid":
+        return _sigmoid(z)
+    # softplus(z) = max(z, 0) + log1p(e), and log1p(e) = 2 atanh(e / (2 + e)), exact also where e is small.
+    e = tl.exp(-tl.abs(z))
+    t = e / (2 + e)
+    u = t * t
+    series = 1 / 9 + u * (1 / 11 + u * (1 / 13 + u / 15))
+    series = 1 + u * (1 / 3 + u * (1 / 5 + u * (1 / 7 + u * series)))
+    return tl.sqrt(tl.where(z > 0, z, 0.0) + 2 * t * series + _TINY)
+
+
+@triton.jit
+def _forward_kernel(
+    logits_ptr, bias_ptr, counted_ptr, weights_ptr, experts_ptr, sums_ptr,
+    T, tokens, scale,
+    E: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr, RENORMALIZE: tl.constexpr,
+    BLOCK_T: tl.constexpr, J: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    part, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    expert = tl.arange(0, J)[:, None, None] * C + tl.arange(0, C)[None, None, :]
+    inside = expert < E
+    bias = tl.load(bias_ptr + expert, mask=inside, other=0.0)
+    counts, probs = tl.zeros((J, BLOCK_T, C), tl.float32), tl.zeros((J, BLOCK_T, C), tl.float32)
+    squares = tl.zeros((1, BLOCK_T, 1), tl.float32)
+    for start in range(0, tokens, BLOCK_T):
+        t = part * tokens + start + tl.arange(0, BLOCK_T)[None, :, None]
+        there, row = t < T, b * T + t
+        z = tl.load(logits_ptr + row * E + expert, mask=there & inside, other=0.0)
+        z = tl.where(inside, z, float("-inf"))
+        top = _row_max(z)
+        softmax = tl.exp(z - top)
+        total = _row_sum(softmax)
+        score = tl.where(inside, _score(z, softmax * (1 / total), SCORE), 0.0)
+
+        biased = score + bias
+        biased = tl.where((z > float("-inf")) & (biased > _LOW), biased, _LOW)  # also NaN
+        rest = tl.where(inside, biased, _TAKEN)
+        for _ in range(K):
+            rest = tl.where(rest == _row_max(rest), _TAKEN, rest)
+        chosen = inside & (rest == _TAKEN)
+        if tl.max(_row_sum(chosen.to(tl.int32))) > K:  # equal ones went together: one by one, the lowest expert first
+            rest = tl.where(inside, biased, _TAKEN)
+            for _ in range(K):
+                best = _row_min(tl.where(rest == _row_max(rest), expert, J * C))
+                rest = tl.where(expert == best, _TAKEN, rest)
+            chosen = inside & (rest == _TAKEN)
+
+        factor = scale
+        if RENORMALIZE:
+            factor = scale / (_row_sum(tl.where(chosen, score, 0.0)) + _TINY)
+        one = chosen.to(tl.int32)
+        place = tl.cumsum(one, axis=2) - 1
+        if J > 1:
+            run = tl.sum(one, axis=2, keep_dims=True)
+            place += tl.cumsum(run, axis=0) - run
+        tl.store(experts_ptr + row * K + place, expert.to(tl.int64), mask=there & chosen)
+        tl.store(weights_ptr + row * K + place, score * factor, mask=there & chosen)
+
+        counted = tl.load(counted_ptr + row, mask=there, other=0).to(tl.float32)
+        counts += one * counted
+        if SCORE == "softmax":
+            probs += score * counted
+        else:
+            probs += score * (counted / (_row_sum(score) + _TINY))
+        lse = top + tl.log(total)
+        squares += lse * lse * counted
+    sums_ptr += (b * tl.num_programs(0) + part) * (2 * E + 1)
+    tl.store(sums_ptr + expert, tl.sum(counts, axis=1, keep_dims=True), mask=inside)
+    tl.store(sums_ptr + E + expert, tl.sum(probs, axis=1, keep_dims=True), mask=inside)
+    tl.store(sums_ptr + 2 * E, tl.sum(squares))
+
+
+@triton.jit
+def _sum_kernel(sums_ptr, counts_ptr, probs_ptr, z_ptr, P, E, BLOCK_P: tl.constexpr, BLOCK_X: tl.constexpr):
+    b = tl.program_id(1).to(tl.int64)
+    x = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
+    width = 2 * E + 1
+    total = tl.zeros((BLOCK_X,), tl.float32)
+    for start in range(0, P, BLOCK_P):
+        part = start + tl.arange(0, BLOCK_P)[:, None]
+        at = sums_ptr + (b * P + part) * width + x[None, :]
+        total += tl.sum(tl.load(at, mask=(part < P) & (x < width)[None, :], other=0.0), axis=0)
+    tl.store(counts_ptr + b * E + x, total, mask=x < E)
+    tl.store(probs_ptr + b * E + x - E, total, mask=(x >= E) & (x < 2 * E))
+    tl.store(z_ptr + b + x - 2 * E, total, mask=x == 2 * E)
+
+
+@triton.jit
+def _backward_kernel(
+    dweights_ptr, dprobs_ptr, dz_ptr, logits_ptr, experts_ptr, counted_ptr, dlogits_ptr,
+    T, scale,
+    E: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr, RENORMALIZE: tl.constexpr,
+    BLOCK_T: tl.constexpr, J: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(1).to(tl.int64)
+    expert = tl.arange(0, J)[:, None, None] * C + tl.arange(0, C)[None, None, :]
+    inside = expert < E
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[None, :, None]
+    there, row = t < T, b * T + t
+    z = tl.load(logits_ptr + row * E + expert, mask=there & inside, other=0.0)
+    z = tl.where(inside, z, float("-inf"))
+    counted = tl.load(counted_ptr + row, mask=there, other=0).to(tl.float32)
+    top = _row_max(z)
+    softmax = tl.exp(z - top)
+    total = _row_sum(softmax)
+    softmax *= 1 / total
+    score = tl.where(inside, _score(z, softmax, SCORE), 0.0)
+
+    # By the weights of the chosen ones.
+    chosen, g = expert < 0, tl.zeros((J, BLOCK_T, C), tl.float32)
+    for k in tl.static_range(K):
+        hit = expert == tl.load(experts_ptr + row * K + k, mask=there, other=0).to(tl.int32)
+        g = tl.where(hit, tl.load(dweights_ptr + row * K + k, mask=there, other=0.0), g)
+        chosen = chosen | hit
+    g *= scale
+    if RENORMALIZE:
+        share = 1 / (_row_sum(tl.where(chosen, score, 0.0)) + _TINY)
+        g = (g - _row_sum(g * score) * share) * share
+    dscore = tl.where(chosen, g, 0.0)
+
+    # By the probabilities, of all.
+    dprob = tl.load(dprobs_ptr + b * E + expert, mask=inside, other=0.0) * counted
+    if SCORE != "softmax":
+        share = 1 / (_row_sum(score) + _TINY)
+        dprob = (dprob - _row_sum(dprob * score) * share) * share
+    dscore += dprob
+
+    if SCORE == "softmax":
+        dlogits = score * (dscore - _row_sum(dscore * score))
+    elif SCORE == "sigmoid":
+        dlogits = dscore * score * (1 - score)
+    else:
+        dlogits = dscore * _sigmoid(z) / (2 * tl.where(inside, score, 1.0))
+    dlogits += softmax * (2 * (top + tl.log(total)) * counted * tl.load(dz_ptr + b))
+    tl.store(dlogits_ptr + row * E + expert, dlogits, mask=there & inside)
+
+
+def _tile(E: int) -> dict[str, int]:
+    """How experts and rows are cut: 32 rows at a time of 64 experts, 4 of 512."""
+    C = min(128, triton.next_power_of_2(E))
+    J = triton.next_power_of_2(triton.cdiv(E, C))
+    return {"BLOCK_T": min(64, max(4, _TILE // (J * C))), "J": J, "C": C, "num_warps": 4}
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def forward(
+    logits_NE: torch.Tensor,
+    bias_E: torch.Tensor,
+    counted_BT: torch.Tensor,
+    top_k: int,
+    score: str,
+    renormalize: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    (N, E), (B, T) = logits_NE.shape, counted_BT.shape
+    experts_NK = logits_NE.new_empty(N, top_k, dtype=torch.int64)
+    weights_NK, counts_BE, prob_sums_BE, z_sums_B = map(logits_NE.new_empty, ((N, top_k), (B, E), (B, E), (B,)))
+    tile = _tile(E)
+    # Four programs a multiprocessor, of whole tiles.
+    tokens = max(_FEWEST_ROWS, triton.cdiv(N, 4 * _multiprocessors(logits_NE.device)))
+    tokens = triton.cdiv(tokens, tile["BLOCK_T"]) * tile["BLOCK_T"]
+    programs = triton.cdiv(T, tokens)
+    sums = logits_NE.new_empty(B, programs, 2 * E + 1)
+    if N:
+        _forward_kernel[(programs, B)](
+            logits_NE.contiguous(), bias_E.contiguous(), counted_BT.contiguous(), weights_NK, experts_NK, sums,
+            T, tokens, scale, E=E, K=top_k, SCORE=score, RENORMALIZE=renormalize, **tile,
+        )  # fmt: skip
+    if B:
+        _sum_kernel[(triton.cdiv(2 * E + 1, 32), B)](
+            sums, counts_BE, prob_sums_BE, z_sums_B, programs, E, BLOCK_P=128, BLOCK_X=32, num_warps=4
+        )
+    return weights_NK, experts_NK, counts_BE, prob_sums_BE, z_sums_B
+
+
+def backward(
+    dweights_NK: torch.Tensor,
+    dprob_sums_BE: torch.Tensor,
+    dz_sums_B: torch.Tensor,
+    logits_NE: torch.Tensor,
+    experts_NK: torch.Tensor,
+    counted_BT: torch.Tensor,
+    score: str,
+    renormalize: bool,
+    scale: float,
+) -> torch.Tensor:
+    (N, E), (B, T) = logits_NE.shape, counted_BT.shape
+    dlogits_NE = logits_NE.new_empty(N, E)
+    if N:
+        tile = _tile(E)
+        _backward_kernel[(triton.cdiv(T, tile["BLOCK_T"]), B)](
+            dweights_NK.contiguous(), dprob_sums_BE.contiguous(), dz_sums_B.contiguous(), logits_NE.contiguous(),
+            experts_NK, counted_BT.contiguous(), dlogits_NE,
+            T, scale, E=E, K=experts_NK.shape[1], SCORE=score, RENORMALIZE=renormalize, **tile,
+        )  # fmt: skip
+    return dlogits_NE
