@@ -20,16 +20,20 @@ _MOST_BLOCKS = 4096
 
 def ep_unpack(rows_AD: torch.Tensor, counts_Re: torch.Tensor) -> torch.Tensor:
     """Rows by (source rank, expert) to rows by (expert, source rank); see the reference for arguments."""
-    if not takes_triton(rows_AD, fits=counts_Re.numel() <= _MOST_BLOCKS):
+    if not takes_triton(rows_AD, fits=_fits(rows_AD, counts_Re)):
         return reference.ep_unpack(rows_AD, counts_Re)
     return _swap_blocks(rows_AD, counts_Re)
 
 
 def ep_pack(rows_AD: torch.Tensor, counts_Re: torch.Tensor) -> torch.Tensor:
     """The inverse of `ep_unpack`, and its gradient."""
-    if not takes_triton(rows_AD, fits=counts_Re.numel() <= _MOST_BLOCKS):
+    if not takes_triton(rows_AD, fits=_fits(rows_AD, counts_Re)):
         return reference.ep_pack(rows_AD, counts_Re)
     return _swap_blocks(rows_AD, counts_Re.t())
+
+
+def _fits(rows_AD: torch.Tensor, counts_Re: torch.Tensor) -> bool:
+    return counts_Re.numel() <= _MOST_BLOCKS and rows_AD.shape[0] < 2**31
 
 
 @torch.library.custom_op("tidegate::swap_blocks", mutates_args=())

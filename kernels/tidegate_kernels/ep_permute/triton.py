@@ -22,19 +22,21 @@ def _swap_kernel(
     # All blocks in the order of the output: (q, p).
     block = tl.arange(0, BLOCK_S)[None, :]
     p, q = block % P, block // P
-    count = tl.load(counts_ptr + p * counts_p + q * counts_q, mask=block < P * Q, other=0)
+    # Row numbers fit into 32 bits, and the search wants few registers; addresses do not fit.
+    count = tl.load(counts_ptr + p * counts_p + q * counts_q, mask=block < P * Q, other=0).to(tl.int32)
     end = tl.cumsum(count, axis=1)
-    row = tl.program_id(0).to(tl.int64) * BLOCK_A + tl.arange(0, BLOCK_A)[:, None]
+    row = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)[:, None]
     mine = tl.sum((end <= row).to(tl.int32), axis=1, keep_dims=True)  # the block of each row: how many end before it
     before = tl.sum(tl.where(block < mine, count, 0), axis=1, keep_dims=True)
     mine_in_source = (mine % P) * Q + mine // P
     before_in_source = tl.sum(tl.where(p * Q + q < mine_in_source, count, 0), axis=1, keep_dims=True)
-    source = before_in_source + row - before
+    source = (before_in_source + row - before).to(tl.int64)
     there = (mine < P * Q) & (source < A)  # also where the counts are wrong
+    out_ptr += row.to(tl.int64) * D
     for start in range(0, D, BLOCK_D):
         column = start + tl.arange(0, BLOCK_D)[None, :]
         value = tl.load(rows_ptr + source * ROW_STRIDE + column, mask=there & (column < D), other=0.0)
-        tl.store(out_ptr + row * D + column, value, mask=(row < A) & (column < D))
+        tl.store(out_ptr + column, value, mask=(row < A) & (column < D))
 
 
 def swap_blocks(rows_AD: torch.Tensor, counts_PQ: torch.Tensor) -> torch.Tensor:
