@@ -31,8 +31,7 @@ def router_topk(
 ) -> RoutedTopK:
     """Choose, weigh and count experts; see the reference for arguments and sources.
 
-    Of experts with equal biased scores the kernel takes the lowest, the reference any. The kernel returns a row's
-    experts in ascending order, the reference by falling biased score.
+    Of experts with equal biased scores the kernel takes the lowest, the reference any.
     """
     E = logits_NE.shape[1]
     fits = logits_NE.dtype == torch.float32 and E <= _MOST_EXPERTS and top_k <= min(E, _MOST_CHOSEN)

@@ -21,7 +21,7 @@ class RoutedTopK(NamedTuple):
     weights_NK: torch.Tensor
     """(N, K) fp32, the factors of the chosen experts; carries gradient."""
     experts_NK: torch.Tensor
-    """(N, K) int64, distinct, in any order."""
+    """(N, K) int64, distinct, by falling biased score."""
     counts_BE: torch.Tensor
     """(B, E) fp32, how often each expert was chosen by the counted tokens of a sequence; no gradient."""
     prob_sums_BE: torch.Tensor

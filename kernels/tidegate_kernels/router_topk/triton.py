@@ -25,8 +25,8 @@ _TILE = 2048
 _FEWEST_ROWS = 32
 """Rows a program at least: its sums, two numbers an expert, are then a sixteenth of its logits."""
 
-_LOW = tl.constexpr(-3.0e38)  # biased score of a closed expert, below all others
-_TAKEN = tl.constexpr(float("-inf"))  # below even that: chosen already, or padding
+_CLOSED = tl.constexpr(1 - 2**31)  # key of an expert that is not there, below that of any score
+_TAKEN = tl.constexpr(-(2**31))  # below even that: chosen already, or padding
 _TINY = tl.constexpr(TINY)
 
 
@@ -43,6 +43,13 @@ def _row_min(x):
 @triton.jit
 def _row_sum(x):
     return tl.sum(tl.sum(x, axis=0, keep_dims=True), axis=2, keep_dims=True)
+
+
+@triton.jit
+def _experts(J: tl.constexpr, BLOCK_T: tl.constexpr, C: tl.constexpr):
+    """(J, BLOCK_T, C) numbers of experts; the same for all rows, but of a whole tile's layout."""
+    expert = tl.arange(0, J)[:, None, None] * C + tl.arange(0, C)[None, None, :]
+    return tl.broadcast_to(expert, (J, BLOCK_T, C))
 
 
 @triton.jit
@@ -71,17 +78,22 @@ def _forward_kernel(
     logits_ptr, bias_ptr, counted_ptr, weights_ptr, experts_ptr, sums_ptr,
     T, tokens, scale,
     E: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr, RENORMALIZE: tl.constexpr,
-    BLOCK_T: tl.constexpr, J: tl.constexpr, C: tl.constexpr,
+    BLOCK_T: tl.constexpr, J: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     part, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    expert = tl.arange(0, J)[:, None, None] * C + tl.arange(0, C)[None, None, :]
+    expert = _experts(J, BLOCK_T, C)
     inside = expert < E
-    bias = tl.load(bias_ptr + expert, mask=inside, other=0.0)
+    slot = tl.arange(0, BLOCK_K)[None, None, :]
+    first = b * T + part * tokens
+    logits_ptr += first * E
+    counted_ptr += first
+    weights_ptr += first * K
+    experts_ptr += first * K
     counts, probs = tl.zeros((J, BLOCK_T, C), tl.float32), tl.zeros((J, BLOCK_T, C), tl.float32)
     squares = tl.zeros((1, BLOCK_T, 1), tl.float32)
     for start in range(0, tokens, BLOCK_T):
-        t = part * tokens + start + tl.arange(0, BLOCK_T)[None, :, None]
-        there, row = t < T, b * T + t
+        row = start + tl.arange(0, BLOCK_T)[None, :, None]  # of this program: int32 addresses take half the registers
+        there = row < T - part * tokens
         z = tl.load(logits_ptr + row * E + expert, mask=there & inside, other=0.0)
         z = tl.where(inside, z, float("-inf"))
         top = _row_max(z)
@@ -89,41 +101,39 @@ def _forward_kernel(
         total = _row_sum(softmax)
         score = tl.where(inside, _score(z, softmax * (1 / total), SCORE), 0.0)
 
-        biased = score + bias
-        biased = tl.where((z > float("-inf")) & (biased > _LOW), biased, _LOW)  # also NaN
-        rest = tl.where(inside, biased, _TAKEN)
-        for _ in range(K):
-            rest = tl.where(rest == _row_max(rest), _TAKEN, rest)
-        chosen = inside & (rest == _TAKEN)
-        if tl.max(_row_sum(chosen.to(tl.int32))) > K:  # equal ones went together: one by one, the lowest expert first
-            rest = tl.where(inside, biased, _TAKEN)
-            for _ in range(K):
-                best = _row_min(tl.where(rest == _row_max(rest), expert, J * C))
-                rest = tl.where(expert == best, _TAKEN, rest)
-            chosen = inside & (rest == _TAKEN)
-
-        factor = scale
-        if RENORMALIZE:
-            factor = scale / (_row_sum(tl.where(chosen, score, 0.0)) + _TINY)
-        one = chosen.to(tl.int32)
-        place = tl.cumsum(one, axis=2) - 1
-        if J > 1:
-            run = tl.sum(one, axis=2, keep_dims=True)
-            place += tl.cumsum(run, axis=0) - run
-        tl.store(experts_ptr + row * K + place, expert.to(tl.int64), mask=there & chosen)
-        tl.store(weights_ptr + row * K + place, score * factor, mask=there & chosen)
-
         counted = tl.load(counted_ptr + row, mask=there, other=0).to(tl.float32)
-        counts += one * counted
         if SCORE == "softmax":
             probs += score * counted
         else:
             probs += score * (counted / (_row_sum(score) + _TINY))
         lse = top + tl.log(total)
         squares += lse * lse * counted
+
+        # Keys that order as the biased scores do, but as integers, which a warp reduces in one instruction.
+        biased = score + tl.load(bias_ptr + expert, mask=inside, other=0.0)
+        bits = biased.to(tl.int32, bitcast=True)
+        key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        open_ = (z > float("-inf")) & (biased == biased)  # closed is -inf, and NaN
+        rest = tl.where(inside, tl.where(open_, key, _CLOSED), _TAKEN)
+        picked = tl.zeros((1, BLOCK_T, BLOCK_K), tl.int32)
+        for k in range(K):
+            best = _row_min(tl.where(rest == _row_max(rest), expert, E))  # of equal ones the lowest
+            rest = tl.where(expert == best, _TAKEN, rest)
+            picked = tl.where(slot == k, best, picked)
+        counts += tl.where(inside & (rest == _TAKEN), counted, 0.0)
+
+        used = there & (slot < K)
+        z_picked = tl.load(logits_ptr + row * E + picked, mask=used, other=0.0)
+        weight = _score(z_picked, tl.exp(z_picked - top) * (1 / total), SCORE)
+        if RENORMALIZE:
+            weight *= 1 / (tl.sum(tl.where(slot < K, weight, 0.0), axis=2, keep_dims=True) + _TINY)
+        tl.store(weights_ptr + row * K + slot, weight * scale, mask=used)
+        tl.store(experts_ptr + row * K + slot, picked.to(tl.int64), mask=used)
+
     sums_ptr += (b * tl.num_programs(0) + part) * (2 * E + 1)
-    tl.store(sums_ptr + expert, tl.sum(counts, axis=1, keep_dims=True), mask=inside)
-    tl.store(sums_ptr + E + expert, tl.sum(probs, axis=1, keep_dims=True), mask=inside)
+    expert = tl.arange(0, J)[:, None, None] * C + tl.arange(0, C)[None, None, :]
+    tl.store(sums_ptr + expert, tl.sum(counts, axis=1, keep_dims=True), mask=expert < E)
+    tl.store(sums_ptr + E + expert, tl.sum(probs, axis=1, keep_dims=True), mask=expert < E)
     tl.store(sums_ptr + 2 * E, tl.sum(squares))
 
 
@@ -150,7 +160,7 @@ def _backward_kernel(
     BLOCK_T: tl.constexpr, J: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
-    expert = tl.arange(0, J)[:, None, None] * C + tl.arange(0, C)[None, None, :]
+    expert = _experts(J, BLOCK_T, C)
     inside = expert < E
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[None, :, None]
     there, row = t < T, b * T + t
@@ -217,6 +227,8 @@ def forward(
     experts_NK = logits_NE.new_empty(N, top_k, dtype=torch.int64)
     weights_NK, counts_BE, prob_sums_BE, z_sums_B = map(logits_NE.new_empty, ((N, top_k), (B, E), (B, E), (B,)))
     tile = _tile(E)
+    # Four programs a multiprocessor fit at 128 registers a thread, which 512 experts and fewer want hardly more than.
+    registers = 128 if tile["J"] * tile["C"] <= 512 else None
     # Four programs a multiprocessor, of whole tiles.
     tokens = max(_FEWEST_ROWS, triton.cdiv(N, 4 * _multiprocessors(logits_NE.device)))
     tokens = triton.cdiv(tokens, tile["BLOCK_T"]) * tile["BLOCK_T"]
@@ -225,7 +237,9 @@ def forward(
     if N:
         _forward_kernel[(programs, B)](
             logits_NE.contiguous(), bias_E.contiguous(), counted_BT.contiguous(), weights_NK, experts_NK, sums,
-            T, tokens, scale, E=E, K=top_k, SCORE=score, RENORMALIZE=renormalize, **tile,
+            T, tokens, scale,
+            E=E, K=top_k, SCORE=score, RENORMALIZE=renormalize, BLOCK_K=triton.next_power_of_2(top_k),
+            maxnreg=registers, **tile,
         )  # fmt: skip
     if B:
         _sum_kernel[(triton.cdiv(2 * E + 1, 32), B)](
