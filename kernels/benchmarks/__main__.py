@@ -19,6 +19,7 @@ def main() -> None:
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(OPS)}; all by default")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the JSON files")
     parser.add_argument("--repeats", type=int, default=20, help="timed runs of which the median is taken")
+    parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="leave out a peer, by its name")
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.ops) - set(OPS))
     if unknown:
@@ -31,7 +32,7 @@ def main() -> None:
         results: list[Result] = []
         try:
             for case in importlib.import_module(f"benchmarks.{op}").cases():
-                rows = run_case(case, repeats=arguments.repeats)
+                rows = run_case(case, repeats=arguments.repeats, skip=arguments.skip)
                 _print(rows)
                 results += rows
         except Exception as error:  # the others can still be measured

@@ -150,13 +150,15 @@ def check(ours: Implementation, plain: Implementation, inputs: Tensors, *, allow
     return ratios
 
 
-def run_case(case: Case, *, repeats: int = 20) -> list[Result]:
+def run_case(case: Case, *, repeats: int = 20, skip: Sequence[str] = ()) -> list[Result]:
     """Check ours, then time every implementation; one that raises is recorded with its error."""
     plain = case.implementations["reference"]
     ours = next(iter(case.implementations))
     checked = check(case.implementations[ours], plain, case.inputs())
     results = []
     for name, function in case.implementations.items():
+        if any(part in name for part in skip):
+            continue
         result = Result(
             case.op, case.shape, name, case.floor.ms, case.floor.bytes, case.floor.flops, case.target,
             checked=checked if name == ours else {},

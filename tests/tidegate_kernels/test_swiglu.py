@@ -1,4 +1,4 @@
-"""swiglu and swiglu_packed against their formulas in fp64.
+"""swiglu against its formulas in fp64.
 
 Letters: N rows, F hidden width.
 """
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from tidegate_kernels.choice import chosen, interpreted
-from tidegate_kernels.swiglu import swiglu, swiglu_packed
+from tidegate_kernels.swiglu import swiglu
 
 SHAPES = [(1, 1), (63, 1000), (1000, 7), (3, 4097), (0, 8)]
 with_both_kernels = pytest.mark.usefixtures("kernels")
@@ -53,10 +53,6 @@ def by_formula(i: Inputs) -> Results:
     )
 
 
-def packed(gate: torch.Tensor, up: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    return swiglu_packed(torch.cat([gate, up], dim=-1), weights)
-
-
 def in_pytorch(gate: torch.Tensor, up: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
     activated = F.silu(gate) * up
     return activated if weights is None else activated * weights.to(activated.dtype).unsqueeze(-1)
@@ -76,23 +72,18 @@ def assert_all_close(actual: Results, expected: Results) -> None:
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=5e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
-with_both_forms = pytest.mark.parametrize("op", [swiglu, packed])
-
-
 @with_both_kernels
-@with_both_forms
 @with_and_without_weights
 @in_every_shape
-def test_values_and_gradients(op: Callable[..., torch.Tensor], weighted: bool, N: int, width: int) -> None:
+def test_values_and_gradients(weighted: bool, N: int, width: int) -> None:
     i = inputs(N, width, weighted)
-    assert_all_close(run(op, i, torch.float32), by_formula(i))
+    assert_all_close(run(swiglu, i, torch.float32), by_formula(i))
 
 
 @with_both_kernels
-@with_both_forms
-def test_a_wrong_gate_is_noticed(op: Callable[..., torch.Tensor]) -> None:
+def test_a_wrong_gate_is_noticed() -> None:
     i = inputs(63, 7, weighted=True)
-    actual = run(op, i, torch.float32)
+    actual = run(swiglu, i, torch.float32)
     with pytest.raises(AssertionError):
         assert_all_close(actual, by_formula(i._replace(gate=i.up, up=i.gate)))
     gelu = F.gelu(i.gate) * i.up * i.weights.unsqueeze(-1)
@@ -100,13 +91,12 @@ def test_a_wrong_gate_is_noticed(op: Callable[..., torch.Tensor]) -> None:
 
 
 @with_both_kernels
-@with_both_forms
 @with_and_without_weights
 @pytest.mark.parametrize(("N", "width"), [(63, 1000), (1000, 7)])
-def test_bf16_error(op: Callable[..., torch.Tensor], weighted: bool, N: int, width: int) -> None:
+def test_bf16_error(weighted: bool, N: int, width: int) -> None:
     """At most twice the error of the same expression in bf16 PyTorch, for output and gradients."""
     i = inputs(N, width, weighted)
-    truth, actual, plain = by_formula(i), run(op, i, torch.bfloat16), run(in_pytorch, i, torch.bfloat16)
+    truth, actual, plain = by_formula(i), run(swiglu, i, torch.bfloat16), run(in_pytorch, i, torch.bfloat16)
     for name, one, other, exact in zip(Results._fields, actual, plain, truth, strict=True):
         error, allowed = ((t.double() - exact).square().mean().sqrt() for t in (one, other))
         # Where PyTorch happens to be exact, half a bf16 step of the largest value is still fine.
@@ -136,8 +126,6 @@ def test_views() -> None:
     out.sum().backward()
     expected.sum().backward()
     torch.testing.assert_close(one.grad, other.grad)
-    again = swiglu_packed(wide[..., 2:12], weights)
-    torch.testing.assert_close(again, swiglu(wide[..., 2:7], wide[..., 7:12], weights))
 
 
 @pytest.mark.skipif(not interpreted(), reason="kernels run on the CPU in the interpreter only")
@@ -149,43 +137,40 @@ def test_the_backward_leaves_the_activation_again(weighted: bool, N: int, width:
     i = inputs(N, width, weighted)
     truth = by_formula(i)
     weights = None if i.weights is None else i.weights.float()
-    gate_up = torch.cat([i.gate, i.up], dim=-1).float()
-    dgate_up, activated, dweights = triton.backward(i.g.float(), gate_up, weights)
-    assert torch.equal(activated, triton.forward(gate_up, weights))
+    gate, up = i.gate.float(), i.up.float()
+    dgate, dup, activated, dweights = triton.backward(i.g.float(), gate, up, weights, activated=True)
+    assert torch.equal(activated, triton.forward(gate, up, weights))
     assert (dweights is None) == (not weighted)
-    results = Results(activated, *dgate_up.chunk(2, dim=-1), torch.zeros(N) if dweights is None else dweights)
+    results = Results(activated, dgate, dup, torch.zeros(N) if dweights is None else dweights)
     assert_all_close(results, truth)
 
 
 @with_both_kernels
-@with_both_forms
-def test_inputs_are_left_alone(op: Callable[..., torch.Tensor]) -> None:
+def test_inputs_are_left_alone() -> None:
     gate, up, weights, g = (t.float() for t in inputs(63, 7, weighted=True))
     kept = [t.clone() for t in (gate, up, weights, g)]
     leaves = [t.requires_grad_() for t in (gate, up, weights)]
-    torch.autograd.grad(op(*leaves), leaves, g)
+    torch.autograd.grad(swiglu(*leaves), leaves, g)
     for one, other in zip((gate, up, weights, g), kept, strict=True):
         assert torch.equal(one, other)
 
 
 @with_both_kernels
-@with_both_forms
 @with_and_without_weights
-def test_compiles_in_one_graph(op: Callable[..., torch.Tensor], weighted: bool) -> None:
+def test_compiles_in_one_graph(weighted: bool) -> None:
     i = inputs(63, 7, weighted)
-    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
-    for actual, expected in zip(run(compiled, i, torch.float32), run(op, i, torch.float32), strict=True):
+    compiled = torch.compile(swiglu, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(run(compiled, i, torch.float32), run(swiglu, i, torch.float32), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
 @with_and_without_weights
-@pytest.mark.parametrize("halves", [False, True])
-def test_registered_operation(halves: bool, weighted: bool) -> None:
+def test_registered_operation(weighted: bool) -> None:
     """Schema, fake and autograd registration agree with what the kernels do."""
     i = inputs(3, 6, weighted)
     gate, up = (t.float().requires_grad_() for t in i[:2])
     weights = None if i.weights is None else i.weights.float().requires_grad_()
-    torch.library.opcheck(torch.ops.tidegate.swiglu.default, (gate, None if halves else up, weights))
+    torch.library.opcheck(torch.ops.tidegate.swiglu.default, (gate, up, weights))
 
 
 def test_no_silent_fallback() -> None:

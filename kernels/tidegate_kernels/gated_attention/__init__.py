@@ -17,6 +17,7 @@ from tidegate_kernels.choice import takes_triton
 from tidegate_kernels.gated_attention import sdpa
 from tidegate_kernels.gated_attention.documents import Documents
 from tidegate_kernels.gated_output import gated_output
+from tidegate_kernels.tiles import unit_stride
 
 __all__ = ["Documents", "gated_attention", "sdpa"]
 
@@ -49,8 +50,8 @@ def gated_attention(
     Source: gated attention (arXiv 2505.06708), Eq. 5; FlashAttention-2 (arXiv 2307.08691).
     """
     if documents is not None and takes_triton(q_BTHd, fits=q_BTHd.shape[-1] <= _WIDEST):
-        q, k, v = (_unit_stride(x) for x in (q_BTHd, k_BTGd, v_BTGd))
-        scores = None if scores_BTHs is None else _unit_stride(scores_BTHs)
+        q, k, v = (unit_stride(x) for x in (q_BTHd, k_BTGd, v_BTGd))
+        scores = None if scores_BTHs is None else unit_stride(scores_BTHs)
         return _gated_attention(q, k, v, scores, activation, documents.first_BT, documents.end_BT, sink_H)[0]
     mask = None if documents is None else documents.mask
     if sink_H is None:
@@ -60,10 +61,6 @@ def gated_attention(
     if scores_BTHs is None:
         return y_BTHd
     return gated_output(y_BTHd, scores_BTHs, activation=activation, form="multiplicative", shared=False)
-
-
-def _unit_stride(x: torch.Tensor) -> torch.Tensor:
-    return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
 
 
 @torch.library.custom_op("tidegate::gated_attention", mutates_args=())
@@ -121,7 +118,7 @@ def _gated_attention_backward(
 
     spans = None if first_BT is None or end_BT is None else triton.Spans(first_BT, end_BT)
     gate = None if scores_BTHs is None else triton.Gate(scores_BTHs, activation)
-    gradients = triton.backward(_unit_stride(g_BTHd), q_BTHd, k_BTGd, v_BTGd, y_BTHd, lse_BHT, spans, gate)
+    gradients = triton.backward(unit_stride(g_BTHd), q_BTHd, k_BTGd, v_BTGd, y_BTHd, lse_BHT, spans, gate)
     dscores = q_BTHd.new_empty(0) if gradients.dscores is None else gradients.dscores
     dsink = q_BTHd.new_empty(0)
     if sink_H is not None:

@@ -11,6 +11,7 @@ import torch
 
 from tidegate_kernels.choice import takes_triton
 from tidegate_kernels.moe_dispatch import reference
+from tidegate_kernels.tiles import unit_stride
 
 __all__ = ["Slots", "combine", "fan_out", "place"]
 
@@ -56,7 +57,7 @@ def fan_out(x_ND: torch.Tensor, slots: Slots) -> torch.Tensor:
     arguments = slots.slot_A, slots.starts_N1, slots.per_row
     if not takes_triton(x_ND):
         return reference.fan_out(x_ND, *arguments)
-    return _fan_out(_unit_rows(x_ND), *arguments)
+    return _fan_out(unit_stride(x_ND), *arguments)
 
 
 def combine(y_AD: torch.Tensor, weights_A: torch.Tensor, slots: Slots) -> torch.Tensor:
@@ -76,10 +77,6 @@ def combine(y_AD: torch.Tensor, weights_A: torch.Tensor, slots: Slots) -> torch.
 def _sorts(expert_A: torch.Tensor) -> bool:
     """Ids have no float dtype to decide by: their device does."""
     return takes_triton(expert_A.new_empty(0, dtype=torch.float32))
-
-
-def _unit_rows(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _num_rows(slot_A: torch.Tensor, starts_N1: torch.Tensor | None, per_row: int) -> int:
@@ -162,7 +159,7 @@ def _combine_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from tidegate_kernels.moe_dispatch import triton
 
-    return triton.combine_backward(_unit_rows(g_ND), y_AD, slot_A, starts_N1, per_row, weights_A)
+    return triton.combine_backward(unit_stride(g_ND), y_AD, slot_A, starts_N1, per_row, weights_A)
 
 
 @_combine_backward.register_fake

@@ -17,6 +17,7 @@ from tidegate_kernels.choice import takes_triton
 from tidegate_kernels.grouped_mm import outer_by_group, rows_by_group
 from tidegate_kernels.moe_dispatch import Slots
 from tidegate_kernels.moe_experts import reference
+from tidegate_kernels.tiles import unit_stride
 
 __all__ = ["moe_experts", "sorted_experts"]
 
@@ -43,7 +44,7 @@ def moe_experts(
     indices = slots.slot_A, slots.ends_E, slots.starts_N1, slots.per_row
     if not takes_triton(x_ND):
         return reference.moe_experts(x_ND, weights_A, *indices, w1_EFD, w3_EFD, w2_EDF)
-    return _moe_experts(_unit_rows(x_ND), weights_A, *indices, w1_EFD, w3_EFD, w2_EDF)[0]
+    return _moe_experts(unit_stride(x_ND), weights_A, *indices, w1_EFD, w3_EFD, w2_EDF)[0]
 
 
 def sorted_experts(
@@ -53,10 +54,6 @@ def sorted_experts(
     if not takes_triton(rows_AD):
         return reference.sorted_experts(rows_AD, ends_E, w1_EFD, w3_EFD, w2_EDF)
     return _moe_experts(rows_AD.contiguous(), None, None, ends_E, None, 1, w1_EFD, w3_EFD, w2_EDF)[0]
-
-
-def _unit_rows(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @torch.library.custom_op("tidegate::moe_experts", mutates_args=())
@@ -73,7 +70,7 @@ def _moe_experts(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output, gate and up products. Without slots, rows are sorted by expert already and come back so."""
     from tidegate_kernels.moe_dispatch import triton as dispatch
-    from tidegate_kernels.moe_experts import triton
+    from tidegate_kernels.swiglu import triton as swiglu
 
     rows_AD, sorted_A = x_ND, weights_A
     if slot_A is not None:
@@ -81,7 +78,7 @@ def _moe_experts(
     gate_AF = rows_by_group(rows_AD, w1_EFD.transpose(1, 2), ends_E)
     up_AF = rows_by_group(rows_AD, w3_EFD.transpose(1, 2), ends_E)
     del rows_AD
-    act_AF = triton.swiglu(gate_AF, up_AF, sorted_A)
+    act_AF = swiglu.forward(gate_AF, up_AF, sorted_A)
     outputs_AD = rows_by_group(act_AF, w2_EDF.transpose(1, 2), ends_E)
     if slot_A is None:
         return outputs_AD, gate_AF, up_AF
@@ -123,16 +120,17 @@ def _moe_experts_backward(
     """Gradients of x, weights (empty without), w1, w3, w2."""
     from tidegate_kernels.moe_dispatch import triton as dispatch
     from tidegate_kernels.moe_experts import triton
+    from tidegate_kernels.swiglu import triton as swiglu
 
     g_AD, sorted_A = g_ND, None
     if slot_A is not None:
         g_AD, sorted_A = dispatch.fan_out(g_ND, slot_A, starts_N1, per_row, weights_A)
     dact_AF = rows_by_group(g_AD, w2_EDF, ends_E)
-    gradients = triton.swiglu_backward(dact_AF, gate_AF, up_AF, sorted_A)
+    dgate_AF, dup_AF, act_AF, dsorted_A = swiglu.backward(dact_AF, gate_AF, up_AF, sorted_A, activated=True)
+    assert act_AF is not None
     del dact_AF
-    dw2 = outer_by_group(g_AD, gradients.act_AF, ends_E)
-    del g_AD
-    dgate_AF, dup_AF = gradients.dgate_AF, gradients.dup_AF
+    dw2 = outer_by_group(g_AD, act_AF, ends_E)
+    del g_AD, act_AF
     rows_AD = x_ND if slot_A is None else dispatch.fan_out(x_ND, slot_A, starts_N1, per_row)[0]
     dw1, dw3 = outer_by_group(dgate_AF, rows_AD, ends_E), outer_by_group(dup_AF, rows_AD, ends_E)
     del rows_AD
@@ -143,8 +141,8 @@ def _moe_experts_backward(
     dweights = x_ND.new_empty(0, dtype=torch.float32)
     if slot_A is not None:
         dx = dispatch.combine(dx, slot_A, starts_N1, per_row, x_ND.shape[0])
-        assert gradients.dweight_A is not None
-        dweights = gradients.dweight_A.index_select(0, slot_A)
+        assert dsorted_A is not None
+        dweights = dsorted_A.index_select(0, slot_A)
     return dx, dweights, dw1, dw3, dw2
 
 

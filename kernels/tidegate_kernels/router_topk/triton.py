@@ -10,13 +10,12 @@ sequence.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 
 from tidegate_kernels.router_topk.reference import TINY
+from tidegate_kernels.tiles import num_processors
 
 __all__ = ["backward", "forward"]
 
@@ -209,11 +208,6 @@ def _tile(E: int) -> dict[str, int]:
     return {"BLOCK_T": min(64, max(4, _TILE // (J * C))), "J": J, "C": C, "num_warps": 4}
 
 
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
 def forward(
     logits_NE: torch.Tensor,
     bias_E: torch.Tensor,
@@ -230,7 +224,7 @@ def forward(
     # Four programs a multiprocessor fit at 128 registers a thread, which 512 experts and fewer want hardly more than.
     registers = 128 if tile["J"] * tile["C"] <= 512 else None
     # Four programs a multiprocessor, of whole tiles.
-    tokens = max(_FEWEST_ROWS, triton.cdiv(N, 4 * _multiprocessors(logits_NE.device)))
+    tokens = max(_FEWEST_ROWS, triton.cdiv(N, 4 * num_processors(logits_NE.device)))
     tokens = triton.cdiv(tokens, tile["BLOCK_T"]) * tile["BLOCK_T"]
     programs = triton.cdiv(T, tokens)
     sums = logits_NE.new_empty(B, programs, 2 * E + 1)

@@ -13,7 +13,7 @@ from tidegate_kernels.choice import takes_triton
 from tidegate_kernels.swiglu import reference
 from tidegate_kernels.tiles import rows, unit_stride
 
-__all__ = ["swiglu", "swiglu_packed"]
+__all__ = ["swiglu"]
 
 
 def swiglu(gate_NF: torch.Tensor, up_NF: torch.Tensor, weights_N: torch.Tensor | None = None) -> torch.Tensor:
@@ -25,14 +25,6 @@ def swiglu(gate_NF: torch.Tensor, up_NF: torch.Tensor, weights_N: torch.Tensor |
     return out.view(gate_NF.shape)
 
 
-def swiglu_packed(gate_up_N2F: torch.Tensor, weights_N: torch.Tensor | None = None) -> torch.Tensor:
-    """Activate the halves of one product; the gradients of both are written as the halves of one tensor."""
-    if not takes_triton(gate_up_N2F, fits=_fits(weights_N)):
-        return reference.swiglu_packed(gate_up_N2F, weights_N)
-    out: torch.Tensor = _swiglu(rows(gate_up_N2F), None, _flat(weights_N))
-    return out.view(*gate_up_N2F.shape[:-1], out.shape[1])
-
-
 def _fits(weights_N: torch.Tensor | None) -> bool:
     return weights_N is None or weights_N.dtype == torch.float32
 
@@ -42,39 +34,33 @@ def _flat(weights_N: torch.Tensor | None) -> torch.Tensor | None:
 
 
 @torch.library.custom_op("tidegate::swiglu", mutates_args=())
-def _swiglu(gate: torch.Tensor, up: torch.Tensor | None, weights_N: torch.Tensor | None) -> torch.Tensor:
-    """Without `up`, `gate` is (N, 2 F) with both."""
+def _swiglu(gate_NF: torch.Tensor, up_NF: torch.Tensor, weights_N: torch.Tensor | None) -> torch.Tensor:
     from tidegate_kernels.swiglu import triton
 
-    return triton.forward(gate, weights_N) if up is None else triton.forward_apart(gate, up, weights_N)
+    return triton.forward(gate_NF, up_NF, weights_N)
 
 
 @_swiglu.register_fake
-def _(gate: torch.Tensor, up: torch.Tensor | None, weights_N: torch.Tensor | None) -> torch.Tensor:
-    return gate.new_empty(gate.shape[0], gate.shape[1] // (2 if up is None else 1))
+def _(gate_NF: torch.Tensor, up_NF: torch.Tensor, weights_N: torch.Tensor | None) -> torch.Tensor:
+    return gate_NF.new_empty(gate_NF.shape)
 
 
 @torch.library.custom_op("tidegate::swiglu_backward", mutates_args=())
 def _swiglu_backward(
-    g_NF: torch.Tensor, gate: torch.Tensor, up: torch.Tensor | None, weights_N: torch.Tensor | None
+    g_NF: torch.Tensor, gate_NF: torch.Tensor, up_NF: torch.Tensor, weights_N: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of the three; (0,) of what is None."""
+    """Gradients of the three; that of the weights is (0,) without them."""
     from tidegate_kernels.swiglu import triton
 
-    g = unit_stride(g_NF)
-    if up is None:
-        dgate, _, dweights = triton.backward(g, gate, weights_N, activated=False)
-        dup = g.new_empty(0)
-    else:
-        dgate, dup, dweights = triton.backward_apart(g, gate, up, weights_N)
-    return dgate, dup, g.new_empty(0) if dweights is None else dweights
+    dgate, dup, _, dweights = triton.backward(unit_stride(g_NF), gate_NF, up_NF, weights_N, activated=False)
+    return dgate, dup, g_NF.new_empty(0) if dweights is None else dweights
 
 
 @_swiglu_backward.register_fake
 def _(
-    g_NF: torch.Tensor, gate: torch.Tensor, up: torch.Tensor | None, weights_N: torch.Tensor | None
+    g_NF: torch.Tensor, gate_NF: torch.Tensor, up_NF: torch.Tensor, weights_N: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dgate, dup = (g_NF.new_empty(0 if x is None else x.shape) for x in (gate, up))
+    dgate, dup = (g_NF.new_empty(x.shape) for x in (gate_NF, up_NF))
     return dgate, dup, g_NF.new_empty(0) if weights_N is None else torch.empty_like(weights_N)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-__all__ = ["swiglu", "swiglu_packed"]
+__all__ = ["swiglu"]
 
 
 def swiglu(gate_NF: torch.Tensor, up_NF: torch.Tensor, weights_N: torch.Tensor | None = None) -> torch.Tensor:
@@ -25,9 +25,3 @@ def swiglu(gate_NF: torch.Tensor, up_NF: torch.Tensor, weights_N: torch.Tensor |
     """
     activated_NF = F.silu(gate_NF) * up_NF
     return activated_NF if weights_N is None else (activated_NF * weights_N.unsqueeze(-1)).to(gate_NF.dtype)
-
-
-def swiglu_packed(gate_up_N2F: torch.Tensor, weights_N: torch.Tensor | None = None) -> torch.Tensor:
-    """`swiglu` of the two halves of one (..., 2 F) product, the gate first; (..., F)."""
-    gate_NF, up_NF = gate_up_N2F.chunk(2, dim=-1)
-    return swiglu(gate_NF, up_NF, weights_N)

@@ -16,14 +16,15 @@ import triton.language as tl
 
 from tidegate_kernels.tiles import row_tile
 
-__all__ = ["Gradients", "backward", "backward_apart", "forward", "forward_apart"]
+__all__ = ["Gradients", "backward", "forward"]
 
 _PIECE = 4096
 """Columns of a row at a time."""
 
 
 class Gradients(NamedTuple):
-    dgate_up_N2F: torch.Tensor
+    dgate_NF: torch.Tensor
+    dup_NF: torch.Tensor
     activated_NF: torch.Tensor | None
     """`w silu(gate) up`, the forward's result; None unless asked for."""
     dweights_N: torch.Tensor | None
@@ -89,14 +90,8 @@ def _backward_kernel(
         tl.store(dweights_ptr + n, dweights, mask=n < N)
 
 
-def forward(gate_up_N2F: torch.Tensor, weights_N: torch.Tensor | None) -> torch.Tensor:
-    """(N, F) of the two halves of one product; weights are contiguous fp32."""
-    gate_NF, up_NF = gate_up_N2F.chunk(2, dim=1)
-    return forward_apart(gate_NF, up_NF, weights_N)
-
-
-def forward_apart(gate_NF: torch.Tensor, up_NF: torch.Tensor, weights_N: torch.Tensor | None) -> torch.Tensor:
-    """The same of two tensors, whose rows may lie apart."""
+def forward(gate_NF: torch.Tensor, up_NF: torch.Tensor, weights_N: torch.Tensor | None) -> torch.Tensor:
+    """(N, F); rows of gate and up may lie apart, weights are contiguous fp32."""
     N, F = gate_NF.shape
     out_NF = torch.empty_like(gate_NF, memory_format=torch.contiguous_format)
     if out_NF.numel():
@@ -109,42 +104,25 @@ def forward_apart(gate_NF: torch.Tensor, up_NF: torch.Tensor, weights_N: torch.T
 
 
 def backward(
-    g_NF: torch.Tensor, gate_up_N2F: torch.Tensor, weights_N: torch.Tensor | None, *, activated: bool = True
-) -> Gradients:
-    """Gradients of `forward`, of gate and up as the halves of one tensor, and the activation again if wanted."""
-    dgate_up_N2F = torch.empty_like(gate_up_N2F, memory_format=torch.contiguous_format)
-    activated_NF = torch.empty_like(g_NF, memory_format=torch.contiguous_format) if activated else None
-    gate, up, dgate, dup = (*gate_up_N2F.chunk(2, dim=1), *dgate_up_N2F.chunk(2, dim=1))
-    return Gradients(dgate_up_N2F, activated_NF, _backward(g_NF, gate, up, weights_N, dgate, dup, activated_NF))
-
-
-def backward_apart(
-    g_NF: torch.Tensor, gate_NF: torch.Tensor, up_NF: torch.Tensor, weights_N: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Gradients of `forward_apart`: of gate, up and weights."""
-    dgate, dup = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate_NF, up_NF))
-    return dgate, dup, _backward(g_NF, gate_NF, up_NF, weights_N, dgate, dup, None)
-
-
-def _backward(
     g_NF: torch.Tensor,
     gate_NF: torch.Tensor,
     up_NF: torch.Tensor,
     weights_N: torch.Tensor | None,
-    dgate_NF: torch.Tensor,
-    dup_NF: torch.Tensor,
-    activated_NF: torch.Tensor | None,
-) -> torch.Tensor | None:
-    """Fill the gradients of gate and up, and the activation; return that of the weights."""
+    *,
+    activated: bool,
+) -> Gradients:
+    """Gradients of `forward`, and its result again if wanted."""
     N, F = gate_NF.shape
+    dgate, dup = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate_NF, up_NF))
+    activated_NF = torch.empty_like(g_NF, memory_format=torch.contiguous_format) if activated else None
     new = torch.empty_like if gate_NF.numel() else torch.zeros_like
     dweights_N = None if weights_N is None else new(weights_N)
     if gate_NF.numel():
         tile = row_tile(min(F, _PIECE))
         _backward_kernel[(triton.cdiv(N, tile.rows),)](
-            g_NF, gate_NF, up_NF, weights_N, dgate_NF, dup_NF, activated_NF, dweights_N, N, F,
-            *(x.stride(0) for x in (g_NF, gate_NF, up_NF, dgate_NF, dup_NF)),
-            WEIGHTED=weights_N is not None, ACTIVATED=activated_NF is not None,
+            g_NF, gate_NF, up_NF, weights_N, dgate, dup, activated_NF, dweights_N, N, F,
+            *(x.stride(0) for x in (g_NF, gate_NF, up_NF, dgate, dup)),
+            WEIGHTED=weights_N is not None, ACTIVATED=activated,
             BLOCK_N=tile.rows, BLOCK_F=tile.columns, num_warps=tile.warps,
         )  # fmt: skip
-    return dweights_N
+    return Gradients(dgate, dup, activated_NF, dweights_N)

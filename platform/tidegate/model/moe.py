@@ -24,7 +24,7 @@ from tidegate.model.dispatch import Dispatch, plan
 from tidegate.model.initialisation import Draw
 from tidegate.model.layers import FeedForward, Linear
 from tidegate.model.routers import Router, RouterConfig, RouterContext, RouterShape, Routing, SoftmaxTopKConfig
-from tidegate.model.routers.base import Capabilities
+from tidegate.model.routers.base import Capabilities, RoutingSums
 from tidegate.model.routers.top_k import TopKConfig
 from tidegate.model.unit_gates.units import NO_MASKS, LayerMasks
 from tidegate_kernels.grouped_mm import grouped_mm
@@ -329,28 +329,34 @@ def routing_stats(
 ) -> RoutingStats:
     """Sum a layer's routing over each sequence, leaving out the tokens that do not count."""
     counted = context.counted_BT.float()
-    B, T = counted.shape
+    sums = routing.sums or _sums(routing, counted, capabilities)
+    penalty_sums_B = torch.zeros_like(sums.z_sums_B)
+    if routing.penalty_N is not None:
+        penalty_sums_B = (routing.penalty_N.view_as(counted) * counted).sum(dim=1)
+    signals_B3 = _signals(routing, counted, capabilities.normalized) if context.observe else None
+    return RoutingStats(*sums, penalty_sums_B, routing.balance_weight, routing.observed, signals_B3)
+
+
+def _sums(routing: Routing, counted_BT: torch.Tensor, capabilities: Capabilities) -> RoutingSums:
+    assert routing.probs_NE is not None
+    B, T = counted_BT.shape
     E, S = routing.probs_NE.shape[1], routing.experts_NS.shape[1]
-    used_BS = counted.repeat_interleave(S, dim=1)
+    used_BS = counted_BT.repeat_interleave(S, dim=1)
     if routing.chosen_NS is not None:
         used_BS = used_BS * routing.chosen_NS.reshape(B, T * S)
-    counts_BE = counted.new_zeros(B, E).scatter_add_(1, routing.experts_NS.reshape(B, T * S), used_BS)
-    prob_sums_BE = (routing.probs_NE.view(B, T, E) * counted.unsqueeze(-1)).sum(dim=1)
-    z_sums_B = penalty_sums_B = counted.new_zeros(B)
+    counts_BE = counted_BT.new_zeros(B, E).scatter_add_(1, routing.experts_NS.reshape(B, T * S), used_BS)
+    prob_sums_BE = (routing.probs_NE.view(B, T, E) * counted_BT.unsqueeze(-1)).sum(dim=1)
+    z_sums_B = counted_BT.new_zeros(B)
     if capabilities.z_loss:
         z_BT = routing.logits_NE.logsumexp(dim=-1).square().view(B, T)
-        z_sums_B = (z_BT * counted).sum(dim=1)
-    if routing.penalty_N is not None:
-        penalty_sums_B = (routing.penalty_N.view(B, T) * counted).sum(dim=1)
-    signals_B3 = _signals(routing, counted, capabilities.normalized) if context.observe else None
-    return RoutingStats(
-        counts_BE, prob_sums_BE, z_sums_B, penalty_sums_B, routing.balance_weight, routing.observed, signals_B3
-    )
+        z_sums_B = (z_BT * counted_BT).sum(dim=1)
+    return RoutingSums(counts_BE, prob_sums_BE, z_sums_B)
 
 
 @torch.no_grad()
 def _signals(routing: Routing, counted_BT: torch.Tensor, normalized: bool) -> torch.Tensor:
     """`RoutingStats.signals_B3`. ReLU routing's gates are normalised first, so that they have an entropy."""
+    assert routing.probs_NE is not None
     probs_NE = routing.probs_NE
     if not normalized:
         probs_NE = probs_NE / probs_NE.sum(dim=-1, keepdim=True).clamp(min=1e-20)

@@ -28,6 +28,7 @@ __all__ = [
     "RouterContext",
     "RouterShape",
     "Routing",
+    "RoutingSums",
 ]
 
 
@@ -106,6 +107,14 @@ class RouterContext(NamedTuple):
         return (self.sequences_B[:, None] * length + places).flatten()
 
 
+class RoutingSums(NamedTuple):
+    """Sums over the counted tokens of each sequence, as in `RoutingStats`."""
+
+    counts_BE: torch.Tensor
+    prob_sums_BE: torch.Tensor
+    z_sums_B: torch.Tensor
+
+
 class Routing(NamedTuple):
     """One layer's decision for N rows, all maths in fp32."""
 
@@ -113,8 +122,9 @@ class Routing(NamedTuple):
     """(N, S) int64, distinct experts of each row; S is K unless the router is ragged, then E."""
     weights_NS: torch.Tensor
     """(N, S) fp32, the factor of each expert's output; carries gradient."""
-    probs_NE: torch.Tensor
-    """(N, E) fp32, the P of the balance loss; carries gradient. Rows sum to 1, except for ReLU routing."""
+    probs_NE: torch.Tensor | None
+    """(N, E) fp32, the P of the balance loss; carries gradient. Rows sum to 1, except for ReLU routing. With `sums`,
+    only for telemetry: without gradient, and None if nobody observes."""
     logits_NE: torch.Tensor
     """(N, E) fp32, before the score function: what the z-loss sees; carries gradient."""
     chosen_NS: torch.Tensor | None = None
@@ -125,6 +135,8 @@ class Routing(NamedTuple):
     """fp32 sums over counted rows that `Router.update` wants, any shape; no gradient."""
     balance_weight: torch.Tensor | None = None
     """() fp32, replaces `balance.loss_weight` for this layer."""
+    sums: RoutingSums | None = None
+    """What the statistics want, where one kernel made it together with the choice."""
 
 
 class RoutedStep(NamedTuple):

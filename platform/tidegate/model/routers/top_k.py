@@ -9,11 +9,9 @@ Letters: N rows, D width, E experts, K chosen experts, G groups, H histogram bin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
@@ -26,8 +24,12 @@ from tidegate.model.routers.base import (
     RouterContext,
     RouterShape,
     Routing,
+    RoutingSums,
 )
 from tidegate.model.routers.quantile import histogram, quantile
+from tidegate_kernels.choice import takes_triton
+from tidegate_kernels.router_topk import SCORES, router_topk
+from tidegate_kernels.router_topk.reference import TINY
 
 __all__ = [
     "GroupsConfig",
@@ -39,7 +41,6 @@ __all__ = [
     "TopKRouter",
 ]
 
-_TINY = 1e-20  # keeps a row of scores that all underflow from dividing by zero
 _SHARP = 1000.0  # bins of margins are even below 1/1000 (1024 of them: 1.5e-5 wide) and grow with the margin above
 
 
@@ -100,7 +101,7 @@ class SoftmaxTopKConfig(TopKConfig):
     source: ClassVar[str] = "Shazeer et al. 2017, arXiv 1701.06538; statistics: arXiv 2309.13850"
 
     def build(self, shape: RouterShape) -> TopKRouter:
-        return TopKRouter(self, shape, _softmax)
+        return TopKRouter(self, shape, "softmax")
 
 
 class SigmoidTopKConfig(TopKConfig):
@@ -111,7 +112,7 @@ class SigmoidTopKConfig(TopKConfig):
     """Factor of the normalised weights (routed scaling; 2.5 in DeepSeek-V3)."""
 
     def build(self, shape: RouterShape) -> TopKRouter:
-        return TopKRouter(self, shape, torch.sigmoid, scale=self.scale)
+        return TopKRouter(self, shape, "sigmoid", scale=self.scale)
 
 
 class SqrtSoftplusTopKConfig(TopKConfig):
@@ -122,16 +123,7 @@ class SqrtSoftplusTopKConfig(TopKConfig):
     """Factor of the normalised weights (2.5 in DeepSeek-V4)."""
 
     def build(self, shape: RouterShape) -> TopKRouter:
-        return TopKRouter(self, shape, _sqrt_softplus, scale=self.scale)
-
-
-def _softmax(logits_NE: torch.Tensor) -> torch.Tensor:
-    return logits_NE.softmax(dim=-1)
-
-
-def _sqrt_softplus(logits_NE: torch.Tensor) -> torch.Tensor:
-    # The gradient of sqrt at an underflowed 0 is infinite.
-    return (F.softplus(logits_NE) + _TINY).sqrt()
+        return TopKRouter(self, shape, "sqrt_softplus", scale=self.scale)
 
 
 class TopKRouter(LearnedRouter):
@@ -143,7 +135,7 @@ class TopKRouter(LearnedRouter):
     Args:
         config: groups and quantile balancing.
         shape: what it is built for.
-        score: (N, E) logits to (N, E) positive scores.
+        score: a key of `SCORES`.
         scale: factor of the weights.
     """
 
@@ -153,7 +145,7 @@ class TopKRouter(LearnedRouter):
         self,
         config: TopKConfig,
         shape: RouterShape,
-        score: Callable[[torch.Tensor], torch.Tensor],
+        score: str,
         scale: float = 1.0,
     ) -> None:
         super().__init__(shape)
@@ -166,21 +158,42 @@ class TopKRouter(LearnedRouter):
 
     def forward(self, x_ND: torch.Tensor, context: RouterContext) -> Routing:
         logits_NE = self.logits(x_ND)
-        if context.log_experts is not None:
+        if context.log_experts is None and self.config.groups is None and self.config.quantile is None:
+            if takes_triton(logits_NE):
+                return self._in_one_pass(logits_NE, context)
+        elif context.log_experts is not None:
             logits_NE = logits_NE + context.log_experts
-        scores_NE = self.score(logits_NE)
+        scores_NE = SCORES[self.score](logits_NE)
         experts_NK = self.select(scores_NE, context.log_experts)
         weights_NK = scores_NE.gather(1, experts_NK)
         if self.config.renormalize:
-            weights_NK = weights_NK / (weights_NK.sum(dim=-1, keepdim=True) + _TINY)
-        # The balance loss wants a distribution; without this division it hardly balances independent scores. (A
-        # softmax is one already; dividing it by its sum again would change its last bits.)
-        softmax = self.score is _softmax
-        probs_NE = scores_NE if softmax else scores_NE / (scores_NE.sum(dim=-1, keepdim=True) + _TINY)
-        routing = Routing(experts_NK, self.scale * weights_NK, probs_NE, logits_NE)
+            weights_NK = weights_NK / (weights_NK.sum(dim=-1, keepdim=True) + TINY)
+        routing = Routing(experts_NK, self.scale * weights_NK, self._probs(scores_NE), logits_NE)
         if self.config.quantile is not None and self.training:
             return routing._replace(observed=self._margins(scores_NE, context.counted_BT.flatten()))
         return routing
+
+    def _in_one_pass(self, logits_NE: torch.Tensor, context: RouterContext) -> Routing:
+        """The same with its statistics, and without the scores."""
+        routed = router_topk(
+            logits_NE,
+            self.expert_bias,
+            context.counted_BT,
+            top_k=self.top_k,
+            score=self.score,
+            renormalize=self.config.renormalize,
+            scale=self.scale,
+        )
+        probs_NE = self._probs(SCORES[self.score](logits_NE.detach())) if context.observe else None
+        sums = RoutingSums(routed.counts_BE, routed.prob_sums_BE, routed.z_sums_B)
+        return Routing(routed.experts_NK, routed.weights_NK, probs_NE, logits_NE, sums=sums)
+
+    def _probs(self, scores_NE: torch.Tensor) -> torch.Tensor:
+        """The balance loss wants a distribution; without this division it hardly balances independent scores.
+
+        A softmax is one already; dividing it by its sum again would change its last bits.
+        """
+        return scores_NE if self.score == "softmax" else scores_NE / (scores_NE.sum(dim=-1, keepdim=True) + TINY)
 
     def select(self, scores_NE: torch.Tensor, log_experts: torch.Tensor | None = None) -> torch.Tensor:
         """(N, K) experts with the largest biased scores."""
