@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the JSON files")
     parser.add_argument("--repeats", type=int, default=20, help="timed runs of which the median is taken")
     parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="leave out a peer, by its name")
+    parser.add_argument("--commit", help="what is measured, where the checkout has no git history")
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.ops) - set(OPS))
     if unknown:
@@ -35,11 +36,10 @@ def main() -> None:
                 rows = run_case(case, repeats=arguments.repeats, skip=arguments.skip)
                 _print(rows)
                 results += rows
+                write(arguments.out, op, results, arguments.commit)  # what is measured is not lost with what is not
         except Exception as error:  # the others can still be measured
             failed.append(op)
             print(f"{op}: FAILED {type(error).__name__}: {error}", flush=True)
-        if results:
-            write(arguments.out, op, results)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 

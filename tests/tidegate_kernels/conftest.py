@@ -1,5 +1,7 @@
-"""Every test gets the same random numbers. On a CPU uninitialised memory is poisoned and Triton is interpreted; on a machine
-with a GPU the same tests run there, compiled."""
+"""Every test gets the same random numbers.
+
+On a CPU uninitialised memory is poisoned and Triton is interpreted; on a machine with a GPU the same tests run there.
+"""
 
 from collections.abc import Iterator
 
