@@ -64,8 +64,9 @@ def _save(ctx: Any, inputs: tuple[torch.Tensor | None, ...], output: torch.Tenso
 
 
 def _differentiate(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    dx, dcoefficients, dweights = _poly_norm_backward(g, *ctx.saved_tensors)
-    return dx, dcoefficients, None if ctx.saved_tensors[2] is None else dweights
+    saved = ctx.saved_tensors  # once: checkpointing lets go of what it gave
+    dx, dcoefficients, dweights = _poly_norm_backward(g, *saved)
+    return dx, dcoefficients, None if saved[2] is None else dweights
 
 
 _poly_norm.register_autograd(_differentiate, setup_context=_save)

@@ -119,8 +119,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
 
 
 def _differentiate(ctx: Any, gq: torch.Tensor, gk: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    q_weight = ctx.saved_tensors[2]
-    dq, dk, dweights_2d = _qk_norm_rope_backward(gq, gk, *ctx.saved_tensors, ctx.eps)
+    saved = ctx.saved_tensors  # once: checkpointing lets go of what it gave
+    q_weight = saved[2]
+    dq, dk, dweights_2d = _qk_norm_rope_backward(gq, gk, *saved, ctx.eps)
     if q_weight is None:
         return dq, dk, None, None, None, None, None
     dq_weight, dk_weight = dweights_2d.to(q_weight.dtype).unbind(0)

@@ -69,8 +69,9 @@ def _save(ctx: Any, inputs: tuple[torch.Tensor | None, ...], output: torch.Tenso
 
 
 def _differentiate(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    gradients = _swiglu_backward(g, *ctx.saved_tensors)
-    return tuple(None if x is None else gradient for x, gradient in zip(ctx.saved_tensors, gradients, strict=True))
+    saved = ctx.saved_tensors  # once: checkpointing lets go of what it gave
+    gradients = _swiglu_backward(g, *saved)
+    return tuple(None if x is None else gradient for x, gradient in zip(saved, gradients, strict=True))
 
 
 _swiglu.register_autograd(_differentiate, setup_context=_save)

@@ -19,6 +19,7 @@ CONFIG: dict[str, Any] = {
     "ffn": {"kind": "moe", "num_experts": 5, "top_k": 2, "expert_dim": 16, "shared": {"num": 1}},
 }
 EXPERTS = {"place", "moe_experts"}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # the interpreter's
 ALWAYS = {"rms_norm", "linear_cross_entropy"}
 CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "default": ({}, {"router_topk", "gated_attention", "qk_norm_rope", *EXPERTS}),
@@ -66,10 +67,10 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(model: Decoder, kernels: Kernels) -> tuple[DecoderOutput, dict[str, torch.Tensor], set[str]]:
-    tokens = torch.arange(2 * 64).view(2, 64) * 7 % 99
-    counted = torch.ones(2, 63, dtype=torch.bool)
+    tokens = torch.arange(2 * 64, device=DEVICE).view(2, 64) * 7 % 99
+    counted = torch.ones(2, 63, dtype=torch.bool, device=DEVICE)
     counted[0, 40:] = False
-    documents = torch.arange(63).div(20, rounding_mode="floor").expand(2, -1)
+    documents = torch.arange(63, device=DEVICE).div(20, rounding_mode="floor").expand(2, -1)
     model.zero_grad()
     with chosen(kernels), Operations() as operations:
         output = model(tokens[:, :-1], tokens[:, 1:], counted, documents)
@@ -85,7 +86,7 @@ def run(model: Decoder, kernels: Kernels) -> tuple[DecoderOutput, dict[str, torc
 @pytest.mark.parametrize(("changes", "operations"), CASES.values(), ids=CASES.keys())
 def test_both_kernels_agree(changes: dict[str, Any], operations: set[str]) -> None:
     config = ModelConfig.model_validate(merged(CONFIG, changes))
-    model = materialize(lambda: Decoder(config), torch.device("cpu"), 0)
+    model = materialize(lambda: Decoder(config), DEVICE, 0)
     plain, expected, none = run(model, "reference")
     ours, actual, seen = run(model, "triton")
     assert not none, "the reference runs no kernel"

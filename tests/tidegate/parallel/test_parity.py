@@ -23,6 +23,7 @@ from tidegate.model.moe import MoEConfig, SharedExpertsConfig
 from tidegate.model.norms import GatedNormConfig
 from tidegate.parallel import collectives
 from tidegate.parallel.config import ParallelConfig
+from tidegate_kernels.choice import Kernels, chosen
 
 SEQUENCES, LENGTH, VOCAB = 16, 33, 97
 MODEL = ModelConfig(
@@ -119,9 +120,10 @@ def reduced_gradients(
 
 
 def gradients_at(
-    cuts: list[tuple[int, int]], balance: BalanceConfig, model: ModelConfig = MODEL
+    cuts: list[tuple[int, int]], balance: BalanceConfig, model: ModelConfig = MODEL, kernels: Kernels = "auto"
 ) -> list[dict[str, torch.Tensor]]:
-    return [reduced_gradients(balance, accumulation, expert, model) for accumulation, expert in cuts]
+    with chosen(kernels):
+        return [reduced_gradients(balance, accumulation, expert, model) for accumulation, expert in cuts]
 
 
 def exact_gradients(balance: BalanceConfig, config: ModelConfig = MODEL) -> dict[str, torch.Tensor]:
@@ -156,9 +158,18 @@ GRADIENT_TOLERANCE = 2e-5
 def test_gradients_of_a_global_batch_are_those_of_one_process(
     on_ranks: Any, world_size: int, model: ModelConfig
 ) -> None:
-    truth = exact_gradients(EXACT, model)
     cuts = [(accumulation, expert) for accumulation in (1, 2, 4) for expert in sorted({1, min(2, world_size)})]
-    for results in zip(*on_ranks(world_size, gradients_at, cuts, EXACT, model), strict=True):
+    assert_exact(on_ranks(world_size, gradients_at, cuts, EXACT, model), exact_gradients(EXACT, model))
+
+
+@pytest.mark.parametrize("model", [MODEL, UNUSUAL])
+def test_triton_kernels_have_the_same_gradients(on_ranks: Any, model: ModelConfig) -> None:
+    """In the interpreter, with experts spread over two ranks and activations recomputed."""
+    assert_exact(on_ranks(2, gradients_at, [(2, 2)], EXACT, model, "triton"), exact_gradients(EXACT, model))
+
+
+def assert_exact(by_rank: list[list[dict[str, torch.Tensor]]], truth: dict[str, torch.Tensor]) -> None:
+    for results in zip(*by_rank, strict=True):
         for rank, gradients in enumerate(results):
             assert gradients.keys() == truth.keys()
             for name, gradient in gradients.items():
