@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-__all__ = ["Kernels", "choose", "chosen", "describe", "interpreted", "takes_triton"]
+__all__ = ["Kernels", "choose", "chosen", "interpreted", "takes_triton"]
 
 Kernels = Literal["auto", "triton", "reference"]
 """`auto`: Triton for bf16 and fp32 on CUDA, else the reference."""
@@ -50,14 +50,6 @@ def chosen(kernels: Kernels) -> Iterator[None]:
         yield
     finally:
         choose(before)
-
-
-def describe(device: torch.device) -> str:
-    """What the choice means for a device, for the log."""
-    if _choice == "reference" or (_choice == "auto" and device.type != "cuda"):
-        return f"reference (kernels={_choice}, {device.type})"
-    how = "interpreter" if device.type != "cuda" else torch.cuda.get_device_name(device)
-    return f"triton (kernels={_choice}, {how})"
 
 
 def takes_triton(x: torch.Tensor, *, fits: bool = True) -> bool:

@@ -15,6 +15,9 @@ app = typer.Typer(
     help="Pretrain mixture-of-experts language models with gated attention.",
 )
 
+kernels = typer.Typer(no_args_is_help=True, help="Show or measure the block sizes that the Triton kernels take.")
+app.add_typer(kernels, name="kernels")
+
 JobFile = Annotated[Path, typer.Argument(help="YAML job file", show_default=False)]
 Overrides = Annotated[
     list[str], typer.Option("--set", help="Override one field, as a.b=value; repeatable", show_default=False)
@@ -105,6 +108,27 @@ def ui(
     from tidegate.track import serve_ui
 
     raise typer.Exit(serve_ui(state_dir or default_state_dir(), host, port))
+
+
+@kernels.command(name="tune")
+def tune_kernels(
+    kernel: Annotated[list[str], typer.Option(help="Only this one; repeatable", show_default=False)] = [],  # noqa: B006
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write [default: what kernels read on this device]", show_default=False)
+    ] = None,
+) -> None:
+    """Measure block sizes on this machine's CUDA device; minutes a kernel."""
+    from tidegate.launch.kernels import tune_kernels
+
+    tune_kernels(kernel, out)
+
+
+@kernels.command(name="show")
+def show_kernels() -> None:
+    """Print which file of block sizes is in use, and its entries."""
+    from tidegate.launch.kernels import show_kernels
+
+    show_kernels()
 
 
 def _state(state_dir: Path | None):  # type: ignore[no-untyped-def]

@@ -124,7 +124,7 @@ def test_help_answers_at_once():
 def test_help_names_every_command(tidegate):
     shown = tidegate("--help")
     assert shown.status == 0
-    for command in ("train", "show", "schema", "tokenize", "doctor", "ui"):
+    for command in ("train", "show", "schema", "tokenize", "doctor", "kernels", "ui"):
         assert f" {command} " in shown.out
         assert tidegate(command, "--help").status == 0
 
@@ -237,6 +237,27 @@ def test_tokenize_and_doctor_run(folder, tidegate):
     ended = tidegate("doctor", "--state-dir", "state")
     assert ended.status == 1
     assert "FAIL" in ended.out
+
+
+def test_kernels_show_names_the_file_and_its_entries(tidegate, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    ended = tidegate("kernels", "show")
+    assert ended.status == 0
+    assert ended.out.splitlines()[0].endswith("default.json")
+    assert "moe_experts.two_products\n  all  64 x 128 x 64, 4 warps, 3 stages\n" in ended.out
+
+
+def test_kernels_tune_needs_a_device_and_a_kernel_that_is_there(tidegate, monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for arguments, expected in (
+        ([], "tuning needs a CUDA device, this machine has none"),
+        (["--kernel", "swiglu"], "kernel swiglu: unknown, one of gated_attention.forward, "),
+    ):
+        ended = tidegate("kernels", "tune", "--out", str(tmp_path / "new.json"), *arguments)
+        assert (ended.status, ended.out) == (2, "")
+        assert ended.err.startswith(f"tidegate: {expected}")
+        assert len(ended.err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
 
 
 # --- known to fail before anything starts --------------------------------------------------------------------

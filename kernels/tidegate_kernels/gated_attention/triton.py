@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from tidegate_kernels.gated_output.triton import activate
+from tidegate_kernels.tuning import Blocks, attention_size, blocks_of
 
 __all__ = ["Gate", "Spans", "backward", "forward"]
 
@@ -247,38 +248,16 @@ def _queries_kernel(
     )
 
 
-class _Blocks(NamedTuple):
-    m: int
-    n: int
-    warps: int
-    stages: int
-
-
-def _blocks(d: int, wide: bool, kind: str) -> _Blocks:
-    """Tiles that fit registers and shared memory of an H100; kernels/LOG.md has what was tried."""
-    if wide:  # fp32 has no tensor cores here, and twice the bytes
-        return _Blocks(32, 32, 4, 1)
-    if d <= 64:
-        return {"forward": _Blocks(128, 64, 4, 3), "keys": _Blocks(64, 128, 8, 2), "queries": _Blocks(128, 64, 8, 2)}[
-            kind
-        ]
-    if d <= 128:
-        return {"forward": _Blocks(128, 64, 8, 3), "keys": _Blocks(64, 128, 8, 2), "queries": _Blocks(128, 64, 8, 2)}[
-            kind
-        ]
-    return _Blocks(64, 32, 8, 1)
-
-
 def _constants(
-    q_BTHd: torch.Tensor, k_BTGd: torch.Tensor, documents: bool, blocks: _Blocks
+    q_BTHd: torch.Tensor, k_BTGd: torch.Tensor, documents: bool, blocks: Blocks
 ) -> dict[str, int | str | bool]:
     precision = "ieee" if q_BTHd.dtype == torch.float32 else "tf32"
     return {
         "GROUP": q_BTHd.shape[2] // k_BTGd.shape[2],
         "HEAD": q_BTHd.shape[3],
         "DOCUMENTS": documents,
-        "BLOCK_M": blocks.m,
-        "BLOCK_N": blocks.n,
+        "BLOCK_M": blocks.block[0],
+        "BLOCK_N": blocks.block[1],
         "BLOCK_d": max(16, triton.next_power_of_2(q_BTHd.shape[3])),
         "PRECISION": precision if q_BTHd.is_cuda else "wide",
         "num_warps": blocks.warps,
@@ -297,16 +276,20 @@ def forward(
     spans: Spans | None,
     sink_H: torch.Tensor | None,
     gate: Gate | None,
+    blocks: Blocks | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ungated output, gated output (the same tensor without a gate), log-sum-exp (B, H, T) in fp32, sink included."""
+    """Ungated output, gated output (the same tensor without a gate), log-sum-exp (B, H, T) in fp32, sink included.
+
+    Blocks are the tuned ones unless they are given.
+    """
     B, T, H, d = q_BTHd.shape
     y = torch.empty_like(q_BTHd, memory_format=torch.contiguous_format)
     out = y if gate is None else torch.empty_like(y)
     lse_BHT = torch.empty(B, H, T, dtype=torch.float32, device=y.device)
-    blocks = _blocks(d, q_BTHd.dtype == torch.float32, "forward")
+    blocks = blocks or blocks_of("gated_attention.forward", attention_size(d, q_BTHd.dtype), q_BTHd.device)
     scores = None if gate is None else gate.scores_BTHs
     if y.numel():
-        _forward_kernel[(triton.cdiv(T, blocks.m), B * H)](
+        _forward_kernel[(triton.cdiv(T, blocks.block[0]), B * H)](
             q_BTHd, k_BTGd, v_BTGd, scores, None if spans is None else spans.first_BT, sink_H, y, out, lse_BHT,
             T, H, d**-0.5, *_strides(q_BTHd, k_BTGd, v_BTGd, scores, y),
             SINK=sink_H is not None, ACTIVATION="" if gate is None else gate.activation,
@@ -334,7 +317,10 @@ def backward(
     lse_BHT: torch.Tensor,
     spans: Spans | None,
     gate: Gate | None,
+    keys: Blocks | None = None,
+    queries: Blocks | None = None,
 ) -> Gradients:
+    """Blocks of the two kernels are the tuned ones unless they are given."""
     B, T, H, d = q_BTHd.shape
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_BTHd, k_BTGd, v_BTGd))
     sums_BHT = torch.empty_like(lse_BHT)
@@ -343,7 +329,7 @@ def backward(
     dy = g_BTHd if gate is None else torch.empty_like(y_BTHd)
     if not q_BTHd.numel():
         return Gradients(dq, dk, dv, dscores, sums_BHT)
-    wide, documents = q_BTHd.dtype == torch.float32, spans is not None
+    documents, size = spans is not None, attention_size(d, q_BTHd.dtype)
     first, end = (None, None) if spans is None else spans
     block_d = max(16, triton.next_power_of_2(d))
     rows = max(1, 4096 // block_d)
@@ -353,13 +339,13 @@ def backward(
         HEADWISE=scores is not None and scores.shape[3] == 1, BLOCK_M=rows, BLOCK_d=block_d, num_warps=4,
     )  # fmt: skip
     shared = q_BTHd, k_BTGd, v_BTGd, dy
-    blocks = _blocks(d, wide, "keys")
-    _keys_kernel[(triton.cdiv(T, blocks.n), B * k_BTGd.shape[2])](
+    blocks = keys or blocks_of("gated_attention.keys", size, q_BTHd.device)
+    _keys_kernel[(triton.cdiv(T, blocks.block[1]), B * k_BTGd.shape[2])](
         *shared, first, end, lse_BHT, sums_BHT, dk, dv, T, H, d**-0.5, *_strides(*shared, dk),
         **_constants(q_BTHd, k_BTGd, documents, blocks),
     )  # fmt: skip
-    blocks = _blocks(d, wide, "queries")
-    _queries_kernel[(triton.cdiv(T, blocks.m), B * H)](
+    blocks = queries or blocks_of("gated_attention.queries", size, q_BTHd.device)
+    _queries_kernel[(triton.cdiv(T, blocks.block[0]), B * H)](
         *shared, first, lse_BHT, sums_BHT, dq, T, H, d**-0.5, *_strides(*shared, dq),
         **_constants(q_BTHd, k_BTGd, documents, blocks),
     )  # fmt: skip

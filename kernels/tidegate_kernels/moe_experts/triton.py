@@ -1,6 +1,6 @@
 """One product of the routed feed-forward that the library has not.
 
-Letters: A rows sorted by expert, E experts, K and N sides of a matrix, t tiles of 128 rows.
+Letters: A rows sorted by expert, E experts, K and N sides of a matrix, t tiles of m rows.
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tidegate_kernels.tiles import num_processors
+from tidegate_kernels.tuning import Blocks, blocks_of
 
 __all__ = ["two_products"]
-
-_TILE_M, _TILE_N, _TILE_K = 128, 256, 64
-"""Of `two_products`: two warpgroups hold 128 x 256 sums in registers, three stages of tiles fill shared memory."""
 
 
 @triton.jit
@@ -48,31 +46,39 @@ def _two_products_kernel(
 
 
 def two_products(
-    a_AK: torch.Tensor, b_EKN: torch.Tensor, a2_AK: torch.Tensor, b2_EKN: torch.Tensor, ends_E: torch.Tensor
+    a_AK: torch.Tensor,
+    b_EKN: torch.Tensor,
+    a2_AK: torch.Tensor,
+    b2_EKN: torch.Tensor,
+    ends_E: torch.Tensor,
+    blocks: Blocks | None = None,
 ) -> torch.Tensor:
     """(A, N) `a b + a2 b2`, each row with its expert's matrices: one accumulator where two products take two passes.
 
-    bf16 only; K and N are multiples of 8, as TMA wants rows of whole 16 bytes.
+    bf16 only; K and N are multiples of 8, as TMA wants rows of whole 16 bytes. Blocks are the tuned ones
+    unless they are given.
     """
     A, K = a_AK.shape
     E, _, N = b_EKN.shape
     out = torch.empty(A, N, dtype=a_AK.dtype, device=a_AK.device)
     if A == 0:
         return out
+    blocks = blocks or blocks_of("moe_experts.two_products", "all", out.device)
+    m, n, k = blocks.block
     starts_E = torch.cat([ends_E.new_zeros(1), ends_E[:-1]])
-    tiles_E = (ends_E - starts_E + _TILE_M - 1) // _TILE_M
+    tiles_E = (ends_E - starts_E + m - 1) // m
     after_E = tiles_E.cumsum(0, dtype=torch.int32)
-    t = torch.arange(triton.cdiv(A, _TILE_M) + E, device=out.device, dtype=torch.int32)
+    t = torch.arange(triton.cdiv(A, m) + E, device=out.device, dtype=torch.int32)
     expert_t = torch.searchsorted(after_E, t, right=True, out_int32=True).clamp_(max=E - 1)
-    first_t = starts_E[expert_t] + (t - (after_E - tiles_E)[expert_t]) * _TILE_M
+    first_t = starts_E[expert_t] + (t - (after_E - tiles_E)[expert_t]) * m
     programs = num_processors(out.device)
     descriptors = [
         TensorDescriptor.from_tensor(x, block)
         for rows, matrices in ((a_AK, b_EKN), (a2_AK, b2_EKN))
-        for x, block in ((rows, [_TILE_M, _TILE_K]), (matrices.flatten(0, 1), [_TILE_K, _TILE_N]))
+        for x, block in ((rows, [m, k]), (matrices.flatten(0, 1), [k, n]))
     ]
     _two_products_kernel[(programs,)](
         *descriptors, out, expert_t, first_t, ends_E[expert_t], after_E[-1:], N, K, programs,
-        BLOCK_M=_TILE_M, BLOCK_N=_TILE_N, BLOCK_K=_TILE_K, WIDE=not out.is_cuda, num_stages=3, num_warps=8,
+        BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, WIDE=not out.is_cuda, num_stages=blocks.stages, num_warps=blocks.warps,
     )  # fmt: skip
     return out
