@@ -52,7 +52,8 @@ def gated_attention(
     if documents is not None and takes_triton(q_BTHd, fits=q_BTHd.shape[-1] <= _WIDEST):
         q, k, v = (unit_stride(x) for x in (q_BTHd, k_BTGd, v_BTGd))
         scores = None if scores_BTHs is None else unit_stride(scores_BTHs)
-        return _gated_attention(q, k, v, scores, activation, documents.first_BT, documents.end_BT, sink_H)[0]
+        sink = None if sink_H is None else sink_H.contiguous()
+        return _gated_attention(q, k, v, scores, activation, documents.first_BT, documents.end_BT, sink)[0]
     mask = None if documents is None else documents.mask
     if sink_H is None:
         y_BTHd = sdpa.attend(q_BTHd, k_BTGd, v_BTGd, mask)

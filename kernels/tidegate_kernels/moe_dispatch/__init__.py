@@ -46,7 +46,7 @@ def place(expert_A: torch.Tensor, num_experts: int, *, per_row: int, starts_N1: 
         starts_N1: (N + 1,) int64 where they are not all K.
     """
     if num_experts <= _MOST_EXPERTS and _sorts(expert_A):
-        slot_A, ends_E = _place(expert_A, num_experts)
+        slot_A, ends_E = _place(expert_A.contiguous(), num_experts)
     else:
         slot_A, ends_E = reference.place(expert_A, num_experts)
     return Slots(slot_A, ends_E, starts_N1, per_row)
@@ -71,7 +71,7 @@ def combine(y_AD: torch.Tensor, weights_A: torch.Tensor, slots: Slots) -> torch.
     arguments = slots.slot_A, slots.starts_N1, slots.per_row
     if not takes_triton(y_AD):
         return reference.combine(y_AD, weights_A, *arguments)
-    return _combine(y_AD.contiguous(), weights_A, *arguments)
+    return _combine(y_AD.contiguous(), weights_A.contiguous(), *arguments)
 
 
 def _sorts(expert_A: torch.Tensor) -> bool:

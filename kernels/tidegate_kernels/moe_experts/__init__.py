@@ -44,7 +44,7 @@ def moe_experts(
     indices = slots.slot_A, slots.ends_E, slots.starts_N1, slots.per_row
     if not takes_triton(x_ND):
         return reference.moe_experts(x_ND, weights_A, *indices, w1_EFD, w3_EFD, w2_EDF)
-    return _moe_experts(unit_stride(x_ND), weights_A, *indices, w1_EFD, w3_EFD, w2_EDF)[0]
+    return _moe_experts(unit_stride(x_ND), weights_A.contiguous(), *indices, w1_EFD, w3_EFD, w2_EDF)[0]
 
 
 def sorted_experts(

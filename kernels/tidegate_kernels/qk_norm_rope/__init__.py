@@ -44,7 +44,8 @@ def qk_norm_rope(
     if not takes_triton(q_BTHd, fits=fits):
         return reference.qk_norm_rope(q_BTHd, k_BTGd, q_weight_d, k_weight_d, cos_Td, sin_Td, eps)
     q, k = unit_stride(q_BTHd), unit_stride(k_BTGd)
-    return Rotated(*_qk_norm_rope(q, k, q_weight_d, k_weight_d, cos_Td.contiguous(), sin_Td.contiguous(), eps))
+    weights = (None if x is None else x.contiguous() for x in (q_weight_d, k_weight_d))
+    return Rotated(*_qk_norm_rope(q, k, *weights, cos_Td.contiguous(), sin_Td.contiguous(), eps))
 
 
 def _empty(x: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tenso
     """Normalise over the last axis; see `reference.rms_norm` for arguments, result and source."""
     if not takes_triton(x, fits=_fits(x, weight_D)):
         return reference.rms_norm(x, weight_D, eps)
-    out, _ = _rms_norm(rows(x), None, weight_D, eps)
+    out, _ = _rms_norm(rows(x), None, weight_D.contiguous(), eps)
     return out.view(x.shape)
 
 
@@ -30,7 +30,7 @@ def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight_D: torch.Tensor
     alike = x.shape == residual.shape and x.dtype == residual.dtype
     if not takes_triton(x, fits=alike and _fits(x, weight_D)):
         return reference.add_rms_norm(x, residual, weight_D, eps)
-    normalised, total = _rms_norm(rows(x), rows(residual), weight_D, eps)
+    normalised, total = _rms_norm(rows(x), rows(residual), weight_D.contiguous(), eps)
     return AddedNorm(normalised.view(x.shape), total.view(x.shape))
 
 
