@@ -144,3 +144,18 @@ def test_compiles_in_one_graph() -> None:
         one, other = (run(op, case, torch.float32, Documents(ids)) for op in (compiled, gated_attention))
     for actual, expected in zip(one, other, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_keep_the_dtype_of_their_input() -> None:
+    """bf16 queries with fp32 scores and sink, also where a compiler plans the backward pass."""
+    case, documents = inputs(17, 16), Documents(IDS["short"](17))
+    q, k, v = (x.bfloat16() for x in (case.q, case.k, case.v))
+    assert case.scores is not None
+    assert case.sink is not None
+    scores, sink = case.scores.float(), case.sink.float()
+    forward = (q, k, v, scores, "sigmoid", documents.first_BT, documents.end_BT, sink)
+    _, y, lse = torch.ops.tidegate.gated_attention(*forward)
+    arguments = (y, q, k, v, y, lse, *forward[3:])
+    torch.library.opcheck(
+        torch.ops.tidegate.gated_attention_backward.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )

@@ -143,7 +143,7 @@ def _(
     sink_H: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     dq, dk, dv = (x.new_empty(x.shape) for x in (q_BTHd, k_BTGd, v_BTGd))
-    dscores = q_BTHd.new_empty(0 if scores_BTHs is None else scores_BTHs.shape)
+    dscores = q_BTHd.new_empty(0) if scores_BTHs is None else scores_BTHs.new_empty(scores_BTHs.shape)
     return dq, dk, dv, dscores, q_BTHd.new_empty(0) if sink_H is None else torch.empty_like(sink_H)
 
 
