@@ -10,10 +10,12 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["WIDEST", "RowTile", "num_processors", "row_tile", "rows", "unit_stride"]
+__all__ = ["MOST_PROGRAMS", "WIDEST", "RowTile", "num_processors", "row_tile", "rows", "unit_stride"]
 
 WIDEST = 16384
 """Columns of the widest row that is held in registers whole, 32 numbers a thread."""
+MOST_PROGRAMS = 65535
+"""That CUDA takes along the second axis of a grid; 2**31 - 1 along the first."""
 
 
 class RowTile(NamedTuple):

@@ -17,7 +17,7 @@ from tidegate_kernels.choice import takes_triton
 from tidegate_kernels.gated_attention import sdpa
 from tidegate_kernels.gated_attention.documents import Documents
 from tidegate_kernels.gated_output import gated_output
-from tidegate_kernels.tiles import unit_stride
+from tidegate_kernels.tiles import MOST_PROGRAMS, unit_stride
 
 __all__ = ["Documents", "gated_attention", "sdpa"]
 
@@ -49,7 +49,8 @@ def gated_attention(
 
     Source: gated attention (arXiv 2505.06708), Eq. 5; FlashAttention-2 (arXiv 2307.08691).
     """
-    if documents is not None and takes_triton(q_BTHd, fits=q_BTHd.shape[-1] <= _WIDEST):
+    B, _, H, d = q_BTHd.shape
+    if documents is not None and takes_triton(q_BTHd, fits=d <= _WIDEST and B * H <= MOST_PROGRAMS):
         q, k, v = (unit_stride(x) for x in (q_BTHd, k_BTGd, v_BTGd))
         scores = None if scores_BTHs is None else unit_stride(scores_BTHs)
         sink = None if sink_H is None else sink_H.contiguous()

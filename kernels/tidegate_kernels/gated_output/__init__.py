@@ -12,11 +12,9 @@ import torch
 from tidegate_kernels.choice import takes_triton
 from tidegate_kernels.gated_output import reference
 from tidegate_kernels.gated_output.reference import ACTIVATIONS
+from tidegate_kernels.tiles import MOST_PROGRAMS, WIDEST
 
 __all__ = ["ACTIVATIONS", "gated_output"]
-
-_WIDEST = 16384
-"""Largest d that the kernel takes: a row is one tile."""
 
 
 def gated_output(
@@ -26,7 +24,8 @@ def gated_output(
 
     Shared scores are activated and averaged by the reference, then applied by the kernel.
     """
-    if not takes_triton(y_BTHd, fits=y_BTHd.shape[-1] <= _WIDEST):
+    fits = y_BTHd.shape[-1] <= WIDEST and y_BTHd.shape[:-3].numel() <= MOST_PROGRAMS
+    if not takes_triton(y_BTHd, fits=fits):
         return reference.gated_output(y_BTHd, scores_BTHs, activation=activation, form=form, shared=shared)
     if shared:
         mean = ACTIVATIONS[activation](scores_BTHs.float()).mean(dim=-2, keepdim=True)

@@ -1,7 +1,7 @@
 """`gated_output` in one pass forward and one backward; nothing but the inputs is saved.
 
-A program takes a block of tokens of one head, so no index is divided. Scores may be any view with a unit last stride:
-a slice of the fused projection is read where it lies.
+A program takes a block of tokens of one head, so no index of an element is divided. Scores may be any view with a unit
+last stride: a slice of the fused projection is read where it lies.
 
 Letters: B batch, T tokens, H heads, d head width.
 """
@@ -35,13 +35,13 @@ def activate(z, ACTIVATION: tl.constexpr):
 @triton.jit
 def _forward_kernel(
     y_ptr, z_ptr, out_ptr,
-    T, d: tl.constexpr,
+    T, H, d: tl.constexpr,
     y_b, y_t, y_h, z_b, z_t, z_h, out_b, out_t, out_h,
     ACTIVATION: tl.constexpr, ADDITIVE: tl.constexpr, HEADWISE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_d: tl.constexpr,
 ):  # fmt: skip
-    h, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
-    t = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
+    h, b = (tl.program_id(0) % H).to(tl.int64), tl.program_id(1).to(tl.int64)
+    t = (tl.program_id(0) // H).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     i = tl.arange(0, BLOCK_d)[None, :]
     there = (t < T) & (i < d)
     y = tl.load(y_ptr + b * y_b + t * y_t + h * y_h + i, mask=there, other=0.0).to(tl.float32)
@@ -57,13 +57,13 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     g_ptr, y_ptr, z_ptr, dy_ptr, dz_ptr,
-    T, d: tl.constexpr,
+    T, H, d: tl.constexpr,
     g_b, g_t, g_h, y_b, y_t, y_h, z_b, z_t, z_h, dy_b, dy_t, dy_h, dz_b, dz_t, dz_h,
     ACTIVATION: tl.constexpr, ADDITIVE: tl.constexpr, HEADWISE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_d: tl.constexpr,
 ):  # fmt: skip
-    h, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
-    t = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
+    h, b = (tl.program_id(0) % H).to(tl.int64), tl.program_id(1).to(tl.int64)
+    t = (tl.program_id(0) // H).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     i = tl.arange(0, BLOCK_d)[None, :]
     there = (t < T) & (i < d)
     g = tl.load(g_ptr + b * g_b + t * g_t + h * g_h + i, mask=there, other=0.0).to(tl.float32)
@@ -91,12 +91,13 @@ def _strides(*tensors: torch.Tensor) -> list[int]:
     return [stride for tensor in tensors for stride in tensor.stride()[:3]]
 
 
-def _launch(y_BTHd: torch.Tensor) -> tuple[tuple[int, int, int], dict[str, int]]:
+def _launch(y_BTHd: torch.Tensor) -> tuple[tuple[int, int], dict[str, int]]:
     B, T, H, d = y_BTHd.shape
     block_d = triton.next_power_of_2(d)
     block_t = max(1, min(_TILE // block_d, triton.next_power_of_2(T)))
     warps = 4 if block_d * block_t <= _TILE else 8
-    return (H, triton.cdiv(T, block_t), B), {"BLOCK_T": block_t, "BLOCK_d": block_d, "num_warps": warps}
+    # Tokens are not an axis of their own: CUDA takes no more than 65,535 programs along any but the first.
+    return (H * triton.cdiv(T, block_t), B), {"BLOCK_T": block_t, "BLOCK_d": block_d, "num_warps": warps}
 
 
 def forward(y_BTHd: torch.Tensor, scores_BTHs: torch.Tensor, activation: str, additive: bool) -> torch.Tensor:
@@ -104,7 +105,7 @@ def forward(y_BTHd: torch.Tensor, scores_BTHs: torch.Tensor, activation: str, ad
     if y_BTHd.numel():
         grid, blocks = _launch(y_BTHd)
         _forward_kernel[grid](
-            y_BTHd, scores_BTHs, out, y_BTHd.shape[1], y_BTHd.shape[3], *_strides(y_BTHd, scores_BTHs, out),
+            y_BTHd, scores_BTHs, out, *y_BTHd.shape[1:], *_strides(y_BTHd, scores_BTHs, out),
             ACTIVATION=activation, ADDITIVE=additive, HEADWISE=scores_BTHs.shape[3] == 1, **blocks,
         )  # fmt: skip
     return out
@@ -118,7 +119,7 @@ def backward(
     if y_BTHd.numel():
         grid, blocks = _launch(y_BTHd)
         _backward_kernel[grid](
-            g_BTHd, y_BTHd, scores_BTHs, dy, dz, y_BTHd.shape[1], y_BTHd.shape[3],
+            g_BTHd, y_BTHd, scores_BTHs, dy, dz, *y_BTHd.shape[1:],
             *_strides(g_BTHd, y_BTHd, scores_BTHs, dy, dz),
             ACTIVATION=activation, ADDITIVE=additive, HEADWISE=scores_BTHs.shape[3] == 1, **blocks,
         )  # fmt: skip

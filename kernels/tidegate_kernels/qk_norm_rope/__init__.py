@@ -12,7 +12,7 @@ import torch
 from tidegate_kernels.choice import takes_triton
 from tidegate_kernels.qk_norm_rope import reference
 from tidegate_kernels.qk_norm_rope.reference import Rotated
-from tidegate_kernels.tiles import unit_stride
+from tidegate_kernels.tiles import MOST_PROGRAMS, unit_stride
 
 __all__ = ["Rotated", "qk_norm_rope"]
 
@@ -40,7 +40,8 @@ def qk_norm_rope(
         missing = "q_weight_d" if q_weight_d is None else "k_weight_d"
         raise ValueError(f"{missing}=None, but the other is a tensor: give both, or none for rotation only")
     dtypes = {x.dtype for x in (q_BTHd, k_BTGd, q_weight_d, k_weight_d) if x is not None}
-    fits = len(dtypes) == 1 and cos_Td.dtype == torch.float32 and q_BTHd.shape[-1] <= _WIDEST
+    fits = len(dtypes) == 1 and cos_Td.dtype == torch.float32
+    fits = fits and q_BTHd.shape[-1] <= _WIDEST and q_BTHd.shape[0] <= MOST_PROGRAMS
     if not takes_triton(q_BTHd, fits=fits):
         return reference.qk_norm_rope(q_BTHd, k_BTGd, q_weight_d, k_weight_d, cos_Td, sin_Td, eps)
     q, k = unit_stride(q_BTHd), unit_stride(k_BTGd)

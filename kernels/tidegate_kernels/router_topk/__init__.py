@@ -12,6 +12,7 @@ import torch
 from tidegate_kernels.choice import takes_triton
 from tidegate_kernels.router_topk import reference
 from tidegate_kernels.router_topk.reference import SCORES, RoutedTopK
+from tidegate_kernels.tiles import MOST_PROGRAMS
 
 __all__ = ["SCORES", "RoutedTopK", "router_topk"]
 
@@ -35,6 +36,7 @@ def router_topk(
     """
     E = logits_NE.shape[1]
     fits = logits_NE.dtype == torch.float32 and E <= _MOST_EXPERTS and top_k <= min(E, _MOST_CHOSEN)
+    fits = fits and counted_BT.shape[0] <= MOST_PROGRAMS
     if not takes_triton(logits_NE, fits=fits):
         return reference.router_topk(
             logits_NE, bias_E, counted_BT, top_k=top_k, score=score, renormalize=renormalize, scale=scale
