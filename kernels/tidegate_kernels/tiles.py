@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["MOST_PROGRAMS", "WIDEST", "RowTile", "num_processors", "row_tile", "rows", "unit_stride"]
+__all__ = ["MOST_PROGRAMS", "WIDEST", "RowTile", "num_processors", "row_tile", "rows", "strides", "unit_stride"]
 
 WIDEST = 16384
 """Columns of the widest row that is held in registers whole, 32 numbers a thread."""
@@ -46,6 +46,11 @@ def num_processors(device: torch.device) -> int:
 def unit_stride(x: torch.Tensor) -> torch.Tensor:
     """The tensor itself if its last axis is dense, else a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def strides(*tensors: torch.Tensor | None) -> list[int]:
+    """Of all axes but the last of tensors with four; zeros for one that is not there."""
+    return [stride for x in tensors for stride in ((0, 0, 0) if x is None else x.stride()[:3])]
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from tidegate_kernels.tiles import unit_stride
+
 __all__ = ["swap_blocks"]
 
 
@@ -44,7 +46,7 @@ def swap_blocks(rows_AD: torch.Tensor, counts_PQ: torch.Tensor) -> torch.Tensor:
     P, Q = counts_PQ.shape
     out = rows_AD.new_empty(A, D)
     if out.numel():
-        rows_AD = rows_AD if rows_AD.stride(1) == 1 else rows_AD.contiguous()
+        rows_AD = unit_stride(rows_AD)
         # Tiles of 8,192 elements, to copy and to search; a search costs little beside 16 rows.
         blocks = triton.next_power_of_2(P * Q)
         block_a = max(1, min(16, 8192 // blocks))

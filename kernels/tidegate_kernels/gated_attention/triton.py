@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from tidegate_kernels.gated_output.triton import activate
+from tidegate_kernels.tiles import strides
 from tidegate_kernels.tuning import Blocks, attention_size, blocks_of
 
 __all__ = ["Gate", "Spans", "backward", "forward"]
@@ -265,10 +266,6 @@ def _constants(
     }
 
 
-def _strides(*tensors: torch.Tensor | None) -> list[int]:
-    return [stride for x in tensors for stride in ((0, 0, 0) if x is None else x.stride()[:3])]
-
-
 def forward(
     q_BTHd: torch.Tensor,
     k_BTGd: torch.Tensor,
@@ -291,7 +288,7 @@ def forward(
     if y.numel():
         _forward_kernel[(triton.cdiv(T, blocks.block[0]), B * H)](
             q_BTHd, k_BTGd, v_BTGd, scores, None if spans is None else spans.first_BT, sink_H, y, out, lse_BHT,
-            T, H, d**-0.5, *_strides(q_BTHd, k_BTGd, v_BTGd, scores, y),
+            T, H, d**-0.5, *strides(q_BTHd, k_BTGd, v_BTGd, scores, y),
             SINK=sink_H is not None, ACTIVATION="" if gate is None else gate.activation,
             HEADWISE=scores is not None and scores.shape[3] == 1,
             **_constants(q_BTHd, k_BTGd, spans is not None, blocks),
@@ -334,19 +331,19 @@ def backward(
     block_d = max(16, triton.next_power_of_2(d))
     rows = max(1, 4096 // block_d)
     _through_gate_kernel[(triton.cdiv(T, rows), B * H)](
-        g_BTHd, y_BTHd, scores, dy, dscores, sums_BHT, T, H, *_strides(g_BTHd, y_BTHd, scores, dscores),
+        g_BTHd, y_BTHd, scores, dy, dscores, sums_BHT, T, H, *strides(g_BTHd, y_BTHd, scores, dscores),
         HEAD=d, ACTIVATION="" if gate is None else gate.activation,
         HEADWISE=scores is not None and scores.shape[3] == 1, BLOCK_M=rows, BLOCK_d=block_d, num_warps=4,
     )  # fmt: skip
     shared = q_BTHd, k_BTGd, v_BTGd, dy
     blocks = keys or blocks_of("gated_attention.keys", size, q_BTHd.device)
     _keys_kernel[(triton.cdiv(T, blocks.block[1]), B * k_BTGd.shape[2])](
-        *shared, first, end, lse_BHT, sums_BHT, dk, dv, T, H, d**-0.5, *_strides(*shared, dk),
+        *shared, first, end, lse_BHT, sums_BHT, dk, dv, T, H, d**-0.5, *strides(*shared, dk),
         **_constants(q_BTHd, k_BTGd, documents, blocks),
     )  # fmt: skip
     blocks = queries or blocks_of("gated_attention.queries", size, q_BTHd.device)
     _queries_kernel[(triton.cdiv(T, blocks.block[0]), B * H)](
-        *shared, first, lse_BHT, sums_BHT, dq, T, H, d**-0.5, *_strides(*shared, dq),
+        *shared, first, lse_BHT, sums_BHT, dq, T, H, d**-0.5, *strides(*shared, dq),
         **_constants(q_BTHd, k_BTGd, documents, blocks),
     )  # fmt: skip
     return Gradients(dq, dk, dv, dscores, sums_BHT)

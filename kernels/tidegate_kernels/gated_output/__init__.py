@@ -12,7 +12,7 @@ import torch
 from tidegate_kernels.choice import takes_triton
 from tidegate_kernels.gated_output import reference
 from tidegate_kernels.gated_output.reference import ACTIVATIONS
-from tidegate_kernels.tiles import MOST_PROGRAMS, WIDEST
+from tidegate_kernels.tiles import MOST_PROGRAMS, WIDEST, unit_stride
 
 __all__ = ["ACTIVATIONS", "gated_output"]
 
@@ -37,7 +37,7 @@ def gated_output(
 def _four_axes(x: torch.Tensor) -> torch.Tensor:
     """(B, T, H, d) with a unit last stride."""
     x = x[(None,) * (4 - x.ndim)] if x.ndim < 4 else x.flatten(0, x.ndim - 4)
-    return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
+    return unit_stride(x)
 
 
 @torch.library.custom_op("tidegate::gated_output", mutates_args=())
@@ -58,8 +58,7 @@ def _gated_output_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from tidegate_kernels.gated_output import triton
 
-    g = g_BTHd if g_BTHd.stride(-1) == 1 else g_BTHd.contiguous()
-    return triton.backward(g, y_BTHd, scores_BTHs, activation, additive)
+    return triton.backward(unit_stride(g_BTHd), y_BTHd, scores_BTHs, activation, additive)
 
 
 @_gated_output_backward.register_fake

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from tidegate_kernels.tiles import strides
+
 __all__ = ["activate", "backward", "forward"]
 
 _TILE = 4096
@@ -87,10 +89,6 @@ def _backward_kernel(
         tl.store(dz_at + i, (da * slope).to(dz_ptr.dtype.element_ty), mask=there)
 
 
-def _strides(*tensors: torch.Tensor) -> list[int]:
-    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
-
-
 def _launch(y_BTHd: torch.Tensor) -> tuple[tuple[int, int], dict[str, int]]:
     B, T, H, d = y_BTHd.shape
     block_d = triton.next_power_of_2(d)
@@ -105,7 +103,7 @@ def forward(y_BTHd: torch.Tensor, scores_BTHs: torch.Tensor, activation: str, ad
     if y_BTHd.numel():
         grid, blocks = _launch(y_BTHd)
         _forward_kernel[grid](
-            y_BTHd, scores_BTHs, out, *y_BTHd.shape[1:], *_strides(y_BTHd, scores_BTHs, out),
+            y_BTHd, scores_BTHs, out, *y_BTHd.shape[1:], *strides(y_BTHd, scores_BTHs, out),
             ACTIVATION=activation, ADDITIVE=additive, HEADWISE=scores_BTHs.shape[3] == 1, **blocks,
         )  # fmt: skip
     return out
@@ -120,7 +118,7 @@ def backward(
         grid, blocks = _launch(y_BTHd)
         _backward_kernel[grid](
             g_BTHd, y_BTHd, scores_BTHs, dy, dz, *y_BTHd.shape[1:],
-            *_strides(g_BTHd, y_BTHd, scores_BTHs, dy, dz),
+            *strides(g_BTHd, y_BTHd, scores_BTHs, dy, dz),
             ACTIVATION=activation, ADDITIVE=additive, HEADWISE=scores_BTHs.shape[3] == 1, **blocks,
         )  # fmt: skip
     return dy, dz

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from tidegate_kernels.tiles import strides
+
 __all__ = ["backward", "forward"]
 
 _TILE = 1024
@@ -126,10 +128,6 @@ def _backward_kernel(
     )  # fmt: skip
 
 
-def _strides(*tensors: torch.Tensor) -> list[int]:
-    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
-
-
 def _launch(q_BTHd: torch.Tensor) -> tuple[tuple[int, int], dict[str, int]]:
     B, T, _, d = q_BTHd.shape
     half = triton.next_power_of_2(d // 2)
@@ -152,7 +150,7 @@ def forward(
         grid, blocks = _launch(q_BTHd)
         _forward_kernel[grid](
             q_BTHd, k_BTGd, q_weight_d, k_weight_d, cos_Td, sin_Td, q_out, k_out,
-            q_BTHd.shape[1], q_BTHd.shape[2], k_BTGd.shape[2], eps, *_strides(q_BTHd, k_BTGd, q_out, k_out),
+            q_BTHd.shape[1], q_BTHd.shape[2], k_BTGd.shape[2], eps, *strides(q_BTHd, k_BTGd, q_out, k_out),
             NORM=q_weight_d is not None, **blocks,
         )  # fmt: skip
     return q_out, k_out
@@ -178,7 +176,7 @@ def backward(
     partial_P2d = dq.new_empty(grid[0] * grid[1], 2 if norm else 0, d, dtype=torch.float32)
     _backward_kernel[grid](
         gq_BTHd, gk_BTGd, q_BTHd, k_BTGd, q_weight_d, k_weight_d, cos_Td, sin_Td, dq, dk, partial_P2d,
-        q_BTHd.shape[1], q_BTHd.shape[2], k_BTGd.shape[2], eps, *_strides(gq_BTHd, gk_BTGd, q_BTHd, k_BTGd, dq, dk),
+        q_BTHd.shape[1], q_BTHd.shape[2], k_BTGd.shape[2], eps, *strides(gq_BTHd, gk_BTGd, q_BTHd, k_BTGd, dq, dk),
         NORM=norm, **blocks,
     )  # fmt: skip
     return dq, dk, partial_P2d.sum(dim=0)

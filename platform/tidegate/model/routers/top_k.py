@@ -158,11 +158,10 @@ class TopKRouter(LearnedRouter):
 
     def forward(self, x_ND: torch.Tensor, context: RouterContext) -> Routing:
         logits_NE = self.logits(x_ND)
-        if context.log_experts is None and self.config.groups is None and self.config.quantile is None:
-            if takes_triton(logits_NE):
-                return self._in_one_pass(logits_NE, context)
-        elif context.log_experts is not None:
+        if context.log_experts is not None:
             logits_NE = logits_NE + context.log_experts
+        elif self.config.groups is None and self.config.quantile is None and takes_triton(logits_NE):
+            return self._in_one_pass(logits_NE, context)
         scores_NE = SCORES[self.score](logits_NE)
         experts_NK = self.select(scores_NE, context.log_experts)
         weights_NK = scores_NE.gather(1, experts_NK)
