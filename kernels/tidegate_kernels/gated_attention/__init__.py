@@ -1,8 +1,8 @@
 """Causal attention with its output gate, inside documents, with an optional sink.
 
 Two paths: cuDNN's (or torch's fastest) attention with `gated_output` behind it, and our flash attention with the gate
-in its epilogue, which skips the blocks of other documents. Measured on one H100 (kernels/README.md), the first is
-faster without documents and the second with them; so it is chosen.
+in its epilogue, which skips the blocks of other documents. The first is taken without documents, where it was measured
+faster on an H100 (kernels/README.md); the second with them, for the blocks it skips, which is not measured yet.
 
 Letters: B batch, T tokens, H query heads, G key/value heads, d head width, s score width (d or 1).
 """

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tidegate_kernels.gated_output.triton import activate
 from tidegate_kernels.tiles import row_tile
 
 __all__ = ["Gradients", "backward", "forward"]
@@ -31,14 +32,6 @@ class Gradients(NamedTuple):
     """fp32; None without weights."""
 
 
-@triton.jit
-def _silu(z):
-    """Value and slope."""
-    e = tl.exp(-tl.abs(z))  # not exp(-z), which overflows
-    s = tl.where(z < 0, e, 1.0) / (1 + e)
-    return z * s, s + z * s * (1 - s)
-
-
 @triton.jit(do_not_specialize=["N"])
 def _forward_kernel(
     gate_ptr, up_ptr, weights_ptr, out_ptr, N, F: tl.constexpr, gate_n, up_n,
@@ -52,7 +45,7 @@ def _forward_kernel(
         there = (n < N) & (i < F)
         gate = tl.load(gate_ptr + n * gate_n + i, mask=there, other=0.0).to(tl.float32)
         up = tl.load(up_ptr + n * up_n + i, mask=there, other=0.0).to(tl.float32)
-        out, _ = _silu(gate)
+        out, _ = activate(gate, "silu")
         out *= up
         if WEIGHTED:
             out *= weights
@@ -75,7 +68,7 @@ def _backward_kernel(
         g = tl.load(g_ptr + n * g_n + i, mask=there, other=0.0).to(tl.float32)
         gate = tl.load(gate_ptr + n * gate_n + i, mask=there, other=0.0).to(tl.float32)
         up = tl.load(up_ptr + n * up_n + i, mask=there, other=0.0).to(tl.float32)
-        silu, slope = _silu(gate)
+        silu, slope = activate(gate, "silu")
         if WEIGHTED:
             dweights += tl.sum(g * silu * up, axis=1, keep_dims=True)
             g *= weights
