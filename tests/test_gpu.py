@@ -20,8 +20,6 @@ from tidegate_kernels.grouped_mm import reference as grouped_mm_reference
 
 pytestmark = [
     pytest.mark.gpu,
-    # The backward thread's first product makes its context, and torch says so.
-    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA context"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 

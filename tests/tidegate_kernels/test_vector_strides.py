@@ -18,16 +18,16 @@ from tidegate_kernels.qk_norm_rope import qk_norm_rope
 from tidegate_kernels.rms_norm import add_rms_norm, rms_norm
 
 N, D, E, F, H = 7, 8, 3, 16, 4
-EXPERTS = torch.tensor([2, 0, 1, 1, 2, 0, 0])
+EXPERTS = [2, 0, 1, 1, 2, 0, 0]
 
 
 def _combined(weights_N: torch.Tensor) -> torch.Tensor:
-    return combine(_numbers(N, D), weights_N, place(EXPERTS, E, per_row=1))
+    return combine(_numbers(N, D), weights_N, place(torch.tensor(EXPERTS), E, per_row=1))
 
 
 def _through_experts(weights_N: torch.Tensor) -> torch.Tensor:
     w1, w3, w2 = _numbers(E, F, D), _numbers(E, F, D), _numbers(E, D, F)
-    return moe_experts(_numbers(N, D), weights_N, place(EXPERTS, E, per_row=1), w1, w3, w2)
+    return moe_experts(_numbers(N, D), weights_N, place(torch.tensor(EXPERTS), E, per_row=1), w1, w3, w2)
 
 
 def _attended(sink_H: torch.Tensor) -> torch.Tensor:
@@ -72,5 +72,6 @@ def test_vectors_of_any_stride(
 
 
 def test_experts_of_any_stride(kernels: Kernels) -> None:
-    apart = torch.stack([EXPERTS, EXPERTS.flip(0)], dim=1)[:, 0]
-    assert torch.equal(place(apart, E, per_row=1).slot_A, place(EXPERTS, E, per_row=1).slot_A)
+    dense = torch.tensor(EXPERTS)
+    apart = torch.stack([dense, dense.flip(0)], dim=1)[:, 0]
+    assert torch.equal(place(apart, E, per_row=1).slot_A, place(dense, E, per_row=1).slot_A)
