@@ -26,14 +26,14 @@ class RowTile(NamedTuple):
     warps: int
 
 
-def row_tile(width: int, elements: int = 4096) -> RowTile:
-    """A tile of whole rows of about `elements` numbers, at least one row.
+def row_tile(width: int) -> RowTile:
+    """A tile of whole rows of about 4,096 numbers, at least one row.
 
     16 numbers a thread are two 16-byte accesses to each bf16 tensor, enough in flight, and leave registers for four
     such tensors in fp32. 16 warps hold the widest row.
     """
     columns = 1 << max(width - 1, 0).bit_length()
-    rows = max(1, elements // columns)
+    rows = max(1, 4096 // columns)
     return RowTile(rows, columns, min(16, max(1, rows * columns // 512)))
 
 

@@ -48,7 +48,7 @@ def swap_blocks(rows_AD: torch.Tensor, counts_PQ: torch.Tensor) -> torch.Tensor:
     if out.numel():
         rows_AD = unit_stride(rows_AD)
         # Tiles of 8,192 elements, to copy and to search; a search costs little beside 16 rows.
-        blocks = max(2, triton.next_power_of_2(P * Q))  # a scan of one element does not compile (Triton 3.6)
+        blocks = max(16, triton.next_power_of_2(P * Q))  # Triton 3.6 does not compile a scan of one or two
         block_a = max(1, min(16, 8192 // blocks))
         block_d = min(triton.next_power_of_2(D), 8192 // block_a)
         _swap_kernel[(triton.cdiv(A, block_a),)](

@@ -101,7 +101,7 @@ def backward(
     dx_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
     if not x_ND.numel():
         return dx_ND, torch.zeros_like(weight_D)
-    tile = row_tile(D, 2048)
+    tile = row_tile(D)
     programs = min(triton.cdiv(N, tile.rows), _WARPS_A_PROCESSOR // tile.warps * num_processors(x_ND.device))
     partial_PD = torch.empty(programs, D, dtype=torch.float32, device=x_ND.device)
     g_total = g_ND if g_total_ND is None else g_total_ND
