@@ -25,6 +25,7 @@ from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_gr
 from deepspeed.utils import logger as deepspeed_logger
 
 from tidegate.parallel.expert import ExpertParallelMoE, tag_parameters
+from tidegate.parallel.flat_gradients import FlatGradients
 from tidegate.parallel.master_weights import scale_rows
 
 __all__ = ["Engine"]
@@ -67,9 +68,7 @@ class Engine:
         moe = partial(ExpertParallelMoE, expert_size=parallel.expert, expert_rank=expert_rank)
         model = materialize(lambda: Decoder(model_config, moe, recompute), self.device, seed)
         tag_parameters(model)
-        optimizer = torch.optim.AdamW(
-            _parameter_groups(model, weight_decay), lr=0.0, betas=betas, eps=eps, fused=self.device.type == "cuda"
-        )
+        optimizer = torch.optim.AdamW(_parameter_groups(model, weight_decay), lr=0.0, betas=betas, eps=eps, fused=True)
         _quiet_and_uncompiled(self.device)
         # Sums of bf16 gradients over micro-batches and ranks lose digits with every term; DeepSpeed sums in fp32 from
         # ZeRO 1 on.
@@ -88,6 +87,8 @@ class Engine:
                 **(fp32_sums if precision == "bf16" and parallel.zero_stage > 0 else {}),
             },
         )
+        if precision == "bf16" and parallel.zero_stage == 1:
+            FlatGradients.take_over(self._engine.optimizer)
         self._clip = gradient_clip
         self._own_norm: torch.Tensor | None = None
         self._clips_itself = parallel.zero_stage == 0

@@ -72,3 +72,26 @@ def test_expert_checkpoints_hold_three_tensors_by_name() -> None:
 
     for function in (DeepSpeedEngine._get_non_moe_state_dict, DeepSpeedEngine._save_moe_checkpoint):
         assert "('w1', 'w2', 'w3')" in inspect.getsource(function), HINT + "model/moe.py keeps an unused w3 for it"
+
+
+def test_bf16_training_at_zero_1_is_the_optimizer_whose_gradient_path_is_replaced() -> None:
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    from tidegate.parallel.flat_gradients import FlatGradients
+
+    for name in ("step", "zero_grad", "backward_prologue", "backward_epilogue", "update_lp_params"):
+        assert name in vars(BF16_Optimizer), HINT + f"BF16_Optimizer has no {name}"
+    source = inspect.getsource(BF16_Optimizer)
+    for name in (
+        "bf16_groups",
+        "real_dp_process_group",
+        "fp32_groups_flat_partition",
+        "fp32_groups_gradients",
+        "fp32_groups_gradients_flat",
+        "fp32_groups_gradient_flat_partition",
+    ):
+        assert f"self.{name} = " in source, HINT + f"BF16_Optimizer keeps no {name}; see flat_gradients.py"
+    assert "reduce_gradients" in vars(FlatGradients)
+    engine = inspect.getsource(DeepSpeedEngine)
+    assert "self.optimizer.reduce_gradients(" in engine, HINT + "the engine no longer lets ZeRO 1 reduce for itself"

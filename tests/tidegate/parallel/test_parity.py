@@ -6,10 +6,11 @@ process without engine that sees the whole batch; the truth of training is the e
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -467,3 +468,72 @@ def test_bf16_gradients_are_summed_in_fp32(on_ranks: Any, zero_stage: int) -> No
     """128 equal micro-batches have the gradient of one; sums in bf16 would be off by several tenths of a percent."""
     ((once, often),) = on_ranks(1, norms_of_repeated_micro_batches, [1, 128], zero_stage)
     assert often == pytest.approx(once, rel=1e-4)
+
+
+class AfterBadStep(NamedTuple):
+    norms: list[float]
+    losses: list[float]
+    untouched: bool
+    """Weights, moments and step counts were the same after the bad step as before."""
+
+
+def step_with_bad_gradients(layouts: list[tuple[int, int]]) -> list[AfterBadStep]:
+    """Three steps in bf16 at ZeRO 1, the second with an infinite gradient on the last rank only."""
+    from tidegate.train.step import train_step
+
+    results = []
+    for expert, accumulation in layouts:
+        engine = engine_for(ParallelConfig(expert=expert, zero_stage=1), accumulation, "bf16", clip=0.3)
+        engine.set_learning_rate(0.01)
+        balancer = Balancer(EXACT, collectives.all_reduce, collectives.world_size(), accumulation)
+        norms, losses, snapshots = [], [], []
+        for step in range(3):
+            bad = step == 1 and collectives.rank() == collectives.world_size() - 1
+            weight = engine.model.blocks[0].attention.wq.weight
+            spoil = weight.register_hook(lambda g: g * torch.inf) if bad else None
+            result = train_step(engine, balancer, part_of(step, accumulation), clock_at(step), isolate=True)
+            if spoil is not None:
+                spoil.remove()
+            loss = result.losses.nll
+            collectives.all_reduce(loss)
+            losses.append(float(loss))
+            norms.append(float(engine.gradient_norm()))
+            inner = engine._engine.optimizer
+            states = [v for state in inner.optimizer.state.values() for v in state.values()]
+            snapshots.append([t.detach().clone() for t in (*states, *inner.fp32_groups_flat_partition)])
+        untouched = all(map(torch.equal, snapshots[0], snapshots[1]))
+        changed = not all(map(torch.equal, snapshots[1], snapshots[2]))
+        results.append(AfterBadStep(norms, losses, untouched and changed))
+    return results
+
+
+def test_a_step_with_infinite_gradients_changes_nothing_on_any_rank(on_ranks: Any) -> None:
+    for rank in on_ranks(2, step_with_bad_gradients, [(1, 2), (2, 1)]):
+        for result in rank:
+            assert result.untouched
+            assert not math.isfinite(result.norms[1])
+            assert math.isfinite(result.norms[0] + result.norms[2] + sum(result.losses))
+
+
+def norms_and_weights(zero_stages: list[int]) -> list[tuple[float, dict[str, torch.Tensor]]]:
+    from tidegate.train.step import train_step
+
+    found = []
+    for zero_stage in zero_stages:
+        engine = engine_for(ParallelConfig(expert=2, zero_stage=zero_stage), 2, "bf16", clip=0.05)
+        engine.set_learning_rate(0.01)
+        balancer = Balancer(EXACT, collectives.all_reduce, collectives.world_size(), 2)
+        for step in range(3):
+            train_step(engine, balancer, part_of(step, 2), clock_at(step), isolate=True)
+        weights = {name: p.detach().float().clone() for name, p in engine.model.named_parameters()}
+        found.append((float(engine.gradient_norm()), weights))
+    return found
+
+
+def test_clipped_bf16_steps_are_those_of_deepspeeds_own_path(on_ranks: Any) -> None:
+    """ZeRO 1 takes our path from gradient to optimizer, ZeRO 2 takes DeepSpeed's; EP 2 x DP 2."""
+    for (norm, weights), (other_norm, others) in on_ranks(4, norms_and_weights, [1, 2]):
+        assert norm == pytest.approx(other_norm, rel=1e-3)
+        for name, weight in weights.items():
+            apart = (weight - others[name]).abs().mean() / weight.abs().mean()
+            assert apart < 2e-3, name

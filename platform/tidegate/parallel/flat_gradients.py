@@ -1,0 +1,107 @@
+"""bf16 training at ZeRO 1 without DeepSpeed's passes over gradients that nobody needs.
+
+`BF16_Optimizer` of DeepSpeed 0.19 already keeps fp32 gradients flat, a buffer for each parameter group. What it does to
+them costs a third of a large model's step: the bf16 gradients of a micro-batch stay, are zeroed, are added to by
+autograd, cast to new fp32 tensors and added; the sums are concatenated, all-reduced and copied back, whole on every
+rank; norms and the clip are passes of their own, and the host waits for them. `FlatGradients` takes over its hot path:
+
+- a gradient is added to its sum, in one pass, as soon as autograd has it, and let go;
+- sums are reduce-scattered in place: a rank receives the part whose weights it updates;
+- one norm a group; the average over ranks and the clip are a factor inside the fused AdamW, and so is the decision to
+  skip a step whose gradients are not finite. The host waits for nothing.
+
+State, checkpoints and the layout of everything stay DeepSpeed's.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+from tidegate_kernels.gradient_sum import add_gradient
+
+__all__ = ["FlatGradients"]
+
+
+class FlatGradients(BF16_Optimizer):
+    """`BF16_Optimizer` with another path from a gradient to the optimizer; made from one by `take_over`."""
+
+    _started: list[set[int]]
+    """Of each group, which parameters have a gradient in this step."""
+    _average_over: int
+    """Ranks whose gradients the reduction sums."""
+
+    @classmethod
+    def take_over(cls, optimizer: Any) -> None:
+        """Turn DeepSpeed's optimizer, fresh from `deepspeed.initialize`, into this one."""
+        assert type(optimizer) is BF16_Optimizer, type(optimizer)
+        assert optimizer.grad_acc_dtype == torch.float32, optimizer.grad_acc_dtype
+        optimizer.__class__ = cls
+        optimizer._started = [set() for _ in optimizer.bf16_groups]
+        optimizer._average_over = dist.get_world_size(optimizer.dp_process_group)
+        for group, parameters in enumerate(optimizer.bf16_groups):
+            for index, parameter in enumerate(parameters):
+                parameter.register_post_accumulate_grad_hook(partial(optimizer._add, group, index))
+
+    @torch.no_grad()
+    def _add(self, group: int, index: int, parameter: torch.Tensor) -> None:
+        """Add a micro-batch's gradient to its sum and let it go."""
+        assert parameter.grad is not None
+        started = self._started[group]
+        total = self.fp32_groups_gradients[group][index]
+        add_gradient(total, parameter.grad.reshape(-1), first=index not in started)
+        started.add(index)
+        parameter.grad = None
+
+    def backward_prologue(self) -> None:
+        pass
+
+    def backward_epilogue(self, *args: Any, **keywords: Any) -> None:
+        pass
+
+    @torch.no_grad()
+    def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
+        """Sum over ranks; the engine calls it after the last micro-batch of a step."""
+        assert not pipeline_parallel
+        for group, gradients in enumerate(self.fp32_groups_gradients):
+            for index, total in enumerate(gradients):
+                if index not in self._started[group]:
+                    total.zero_()
+            self._started[group].clear()
+            ranks = self.real_dp_process_group[group]
+            if dist.get_world_size(ranks) > 1:
+                flat, mine = self.fp32_groups_gradients_flat[group], self.fp32_groups_gradient_flat_partition[group]
+                dist.reduce_scatter_tensor(mine, flat, group=ranks)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Clip, AdamW on this rank's part of the fp32 weights, and the bf16 weights from all parts."""
+        norm = self._norm()
+        self._global_grad_norm = norm
+        scale = torch.full_like(norm, self._average_over)
+        if self.clip_grad > 0:
+            scale = scale * ((norm + 1e-6) / self.clip_grad).clamp(min=1.0)
+        # The fused AdamW divides gradients by the one, and does nothing, not even count a step, if the other is 1.
+        self.optimizer.grad_scale = scale
+        self.optimizer.found_inf = norm.isfinite().logical_not().float()
+        parts = zip(self.fp32_groups_flat_partition, self.fp32_groups_gradient_flat_partition, strict=True)
+        for weights, gradients in parts:
+            weights.grad = gradients
+        self.optimizer.step()
+        self._lazy_init_hp_params_optimizer_state()
+        self.update_lp_params()
+
+    def _norm(self) -> torch.Tensor:
+        """() of the averaged gradients of all parameters, each counted once: it lies on one rank."""
+        norms = torch.stack([torch.linalg.vector_norm(part) for part in self.fp32_groups_gradient_flat_partition])
+        square = norms.square().sum()
+        if self._average_over > 1:
+            dist.all_reduce(square, group=self.dp_process_group)
+        return square.sqrt() / self._average_over
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Nothing to do: a gradient goes when it is added, and the first of a step overwrites its sum."""
