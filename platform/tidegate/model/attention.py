@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import nn
 
@@ -81,6 +82,16 @@ def rotary_table(length: int, head_dim: int, theta: float, device: torch.device)
     return Rotary(angle.cos().float().to(device), angle.sin().float().to(device))
 
 
+class _Projected(NamedTuple):
+    """What attention reads of its input; views of one tensor."""
+
+    q_BTHd: torch.Tensor
+    k_BTGd: torch.Tensor
+    v_BTGd: torch.Tensor
+    scores_BTHs: torch.Tensor | None
+    """Of the gate, H of the tensor that it gates."""
+
+
 class AttentionOutput(NamedTuple):
     y_BTD: torch.Tensor
     """To be added to the residual stream."""
@@ -139,43 +150,58 @@ class Attention(nn.Module):
             observe: return a sample for telemetry.
             heads: (..., H) factors of the heads, or None.
         """
-        d = self.config.head_dim
-        q = self.wq(x_BTD).unflatten(-1, (-1, d))
-        k = self.wk(x_BTD).unflatten(-1, (-1, d))
-        v = self._gated("value", self.wv(x_BTD).unflatten(-1, (-1, d)), x_BTD)
-        q, k = self._positioned(q, k, x_BTD, rotary)
+        q, k, v, scores = self._projected(x_BTD)
+        v = self._gated("value", v, scores)
+        q, k = self._positioned(q, k, scores, rotary)
         if self.kv_of_head is not None:
             k, v = k[:, :, self.kv_of_head], v[:, :, self.kv_of_head]
         sink_H = self._sink(q)
-        y_BTHd = self._attend(q, k, v, x_BTD, documents, sink_H)
+        y_BTHd = self._attend(q, k, v, scores, documents, sink_H)
         if heads is not None:
             y_BTHd = y_BTHd * heads.unsqueeze(-1).to(y_BTHd.dtype)
         out_BTD = self.wo(y_BTHd.flatten(-2))
-        out_BTD = self._gated("dense_output", out_BTD.unsqueeze(-2), x_BTD).squeeze(-2)
+        out_BTD = self._gated("dense_output", out_BTD.unsqueeze(-2), scores).squeeze(-2)
         clips = self.config.qk_clip is not None and self.training and torch.is_grad_enabled()
         max_logit_H = max_logits(q.detach(), k.detach(), documents) if clips else None
-        sample = sample_attention(x_BTD, q, k, sink_H, self.gate) if observe else None
+        sample = sample_attention(q, k, sink_H, scores, self.config.gate) if observe else None
         return AttentionOutput(out_BTD, sample, max_logit_H)
+
+    def _projected(self, x_BTD: torch.Tensor) -> _Projected:
+        """One product for all: its gradient by x is one product too, not a sum of four."""
+        gate, linears = self.gate, [self.wq, self.wk, self.wv]
+        if gate is not None and gate.projection is not None:
+            linears.append(gate.projection)
+        weights: list[torch.Tensor] = [linear.weight for linear in linears]
+        parts = F.linear(x_BTD, torch.cat(weights)).split([len(weight) for weight in weights], dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, self.config.head_dim)) for part in parts[:3])
+        scores = None
+        if gate is not None:
+            scores = gate.scores(x_BTD) if gate.projection is None else gate.by_head(parts[3])
+        return _Projected(q, k, v, scores)
 
     def _attend(
         self,
         q_BTHd: torch.Tensor,
         k_BTGd: torch.Tensor,
         v_BTGd: torch.Tensor,
-        x_BTD: torch.Tensor,
+        scores_BTHs: torch.Tensor | None,
         documents: Documents | None,
         sink_H: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attention and the gate behind it, together where one kernel does both."""
-        gate, scores, activation = self.gate, None, "identity"
-        if gate is not None and gate.config.multiplies_output:
-            scores, activation = gate.scores(x_BTD), gate.config.activation
-        y_BTHd = gated_attention(
-            q_BTHd, k_BTGd, v_BTGd, scores, activation=activation, documents=documents, sink_H=sink_H
+        gate = self.config.gate
+        if isinstance(gate, NoGate) or not gate.multiplies_output:
+            y_BTHd = gated_attention(
+                q_BTHd, k_BTGd, v_BTGd, None, activation="identity", documents=documents, sink_H=sink_H
+            )
+            return self._gated("sdpa_output", y_BTHd, scores_BTHs)
+        return gated_attention(
+            q_BTHd, k_BTGd, v_BTGd, scores_BTHs, activation=gate.activation, documents=documents, sink_H=sink_H
         )
-        return y_BTHd if scores is not None else self._gated("sdpa_output", y_BTHd, x_BTD)
 
-    def _positioned(self, q_BTHd: torch.Tensor, k_BTGd: torch.Tensor, x_BTD: torch.Tensor, rotary: Rotary) -> Rotated:
+    def _positioned(
+        self, q_BTHd: torch.Tensor, k_BTGd: torch.Tensor, scores_BTHs: torch.Tensor | None, rotary: Rotary
+    ) -> Rotated:
         """Queries and keys normalised, gated and rotated; without a gate of theirs in one pass."""
         q, k = q_BTHd, k_BTGd
         q_weight = k_weight = None
@@ -185,7 +211,7 @@ class Attention(nn.Module):
             else:
                 q_weight, k_weight = self.q_norm.weight, self.k_norm.weight
         # After QK-norm, not before: the norm would divide a head's scalar gate out again.
-        q, k = self._gated("query", q, x_BTD), self._gated("key", k, x_BTD)
+        q, k = self._gated("query", q, scores_BTHs), self._gated("key", k, scores_BTHs)
         return qk_norm_rope(q, k, q_weight, k_weight, *rotary, self.norm_eps)
 
     def _sink(self, q_BTHd: torch.Tensor) -> torch.Tensor | None:
@@ -193,7 +219,7 @@ class Attention(nn.Module):
             return q_BTHd.new_zeros(q_BTHd.shape[2])
         return self.sink
 
-    def _gated(self, position: str, y_BTHd: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
+    def _gated(self, position: str, y_BTHd: torch.Tensor, scores_BTHs: torch.Tensor | None) -> torch.Tensor:
         if self.gate is None or self.gate.config.kind != position:
             return y_BTHd
-        return self.gate(y_BTHd, x_BTD)
+        return self.gate(y_BTHd, scores_BTHs)

@@ -94,16 +94,20 @@ class Gate(nn.Module):
         if self.constant is not None:
             nn.init.zeros_(self.constant)
 
-    def forward(self, y_BTHd: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
-        """Gate `y_BTHd` (B, T, H, d) by the hidden state `x_BTD` (B, T, D); same shape and dtype as `y_BTHd`."""
+    def forward(self, y_BTHd: torch.Tensor, scores_BTHs: torch.Tensor) -> torch.Tensor:
+        """Gate `y_BTHd` (B, T, H, d) by its `scores`; same shape and dtype as `y_BTHd`."""
         shared = self.config.heads == "shared"
         return gated_output(
-            y_BTHd, self.scores(x_BTD), activation=self.config.activation, form=self.config.form, shared=shared
+            y_BTHd, scores_BTHs, activation=self.config.activation, form=self.config.form, shared=shared
         )
 
     def scores(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """(B, T, H, d or 1), before the activation."""
         if self.projection is not None:
-            return self.projection(x_BTD).unflatten(-1, (self.num_heads, self.score_dim))
+            return self.by_head(self.projection(x_BTD))
         assert self.constant is not None
-        return self.constant.view(self.num_heads, self.score_dim).expand(*x_BTD.shape[:-1], -1, -1)
+        return self.by_head(self.constant).expand(*x_BTD.shape[:-1], -1, -1)
+
+    def by_head(self, scores: torch.Tensor) -> torch.Tensor:
+        """What the projection returns, (..., H s) as (..., H, s)."""
+        return scores.unflatten(-1, (self.num_heads, self.score_dim))

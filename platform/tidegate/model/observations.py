@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from tidegate.model.gates import AttentionGate, Gate, GateConfig
+from tidegate.model.gates import AttentionGate, GateConfig
 from tidegate_kernels.gated_attention import Documents
 
 __all__ = ["AttentionObservations", "AttentionSample", "AttentionWatch", "sample_attention", "sampled_positions"]
@@ -80,20 +80,24 @@ def sampled_positions(length: int, device: torch.device) -> torch.Tensor:
 
 @torch.no_grad()
 def sample_attention(
-    x_BTD: torch.Tensor, q_BTHd: torch.Tensor, k_BTGd: torch.Tensor, sink_H: torch.Tensor | None, gate: Gate | None
+    q_BTHd: torch.Tensor,
+    k_BTGd: torch.Tensor,
+    sink_H: torch.Tensor | None,
+    scores_BTHd: torch.Tensor | None,
+    gate: GateConfig,
 ) -> AttentionSample:
     """Take a layer's sample.
 
     Args:
-        x_BTD: what the gate reads.
         q_BTHd, k_BTGd: as the softmax sees them.
         sink_H: (H,) logit of the sink, or None.
-        gate: of the layer, or None.
+        scores_BTHd: of the gate, or None; d is 1 for one score a head.
+        gate: of the layer.
     """
-    at_S = sampled_positions(x_BTD.shape[1], x_BTD.device)
+    at_S = sampled_positions(q_BTHd.shape[1], q_BTHd.device)
     scores_bSHd = None
-    if gate is not None and gate.config.form == "multiplicative":
-        scores_bSHd = gate.scores(x_BTD.detach()[:MAX_SEQUENCES, at_S])
+    if scores_BTHd is not None and isinstance(gate, AttentionGate) and gate.form == "multiplicative":
+        scores_bSHd = scores_BTHd.detach()[:MAX_SEQUENCES, at_S]
     return AttentionSample(
         q_BTHd.detach()[:MAX_SEQUENCES, at_S],
         k_BTGd.detach()[:MAX_SEQUENCES].clone(),  # a view would keep the keys of the whole batch
