@@ -12,13 +12,13 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from tidegate.model.clock import STILL, Clock
 from tidegate.model.initialisation import Draw
 from tidegate.model.layers import Fp32Buffers
 from tidegate_kernels.gated_attention import Documents
+from tidegate_kernels.router_logits import router_logits
 
 __all__ = [
     "Capabilities",
@@ -206,5 +206,5 @@ class LearnedRouter(Router):
         draw.normal_(self.weight, self.std, "weight")
 
     def logits(self, x_ND: torch.Tensor) -> torch.Tensor:
-        """(N, E) fp32. bf16 logits swap near-equal experts from one run to the next."""
-        return F.linear(x_ND.float(), self.weight.float())
+        """(N, E) fp32."""
+        return router_logits(x_ND, self.weight)

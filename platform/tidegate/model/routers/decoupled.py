@@ -21,6 +21,7 @@ from tidegate.model.gates import NoGate
 from tidegate.model.initialisation import Draw
 from tidegate.model.layers import FeedForward, Linear, RMSNorm
 from tidegate.model.routers.base import Capabilities, Router, RouterContext, RouterShape, Routing
+from tidegate_kernels.router_logits import router_logits
 
 __all__ = ["DecoupledConfig", "DecoupledRouter"]
 
@@ -75,6 +76,6 @@ class DecoupledRouter(Router):
         h_BTR = self.input(x_ND).unflatten(0, (-1, length))
         h_BTR = h_BTR + self.attention(self.attention_norm(h_BTR), rotary, context.documents)[0]
         h_BTR = h_BTR + self.ffn(self.ffn_norm(h_BTR))
-        logits_NE = nn.functional.linear(self.norm(h_BTR).flatten(0, 1).float(), self.weight.float())
+        logits_NE = router_logits(self.norm(h_BTR).flatten(0, 1), self.weight)
         probs_NE = logits_NE.softmax(dim=-1)
         return self._best_of(probs_NE, probs_NE, logits_NE)
