@@ -124,7 +124,7 @@ def test_help_answers_at_once():
 def test_help_names_every_command(tidegate):
     shown = tidegate("--help")
     assert shown.status == 0
-    for command in ("train", "show", "schema", "tokenize", "doctor", "kernels", "ui"):
+    for command in ("train", "show", "schema", "tokenize", "doctor", "kernels", "bench", "ui"):
         assert f" {command} " in shown.out
         assert tidegate(command, "--help").status == 0
 
