@@ -150,6 +150,13 @@ def test_a_mistake_in_a_real_process(folder):
         (["show", "gone.yaml"], "no such job file: gone.yaml"),
         (["train", "gone.yaml"], "no such job file: gone.yaml"),
         (["tokenize", "gone.yaml"], "no such job file: gone.yaml"),
+        (["bench", "gone.yaml"], "no such job file: gone.yaml"),
+        (["bench", "job.yaml", "--steps", "0"], "--steps 0: needs at least one"),
+        (
+            ["bench", "job.yaml", "--against", "job.yaml"],
+            "--against job.yaml: not a result of tidegate bench "
+            "(job.yaml: not JSON (Expecting value: line 2 column 1 (char 1)))",
+        ),
         (["train"], "name a job file, or --resume RUN"),
         (["show", "job.yaml", "--set", "train.seed"], "--set train.seed: write it as a.b=value"),
         (

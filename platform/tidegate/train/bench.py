@@ -156,11 +156,11 @@ def _timer(training: _Training) -> StepTimer:
     """A timer that sees the engine's calls as phases."""
     engine, timer = training.engine, StepTimer(training.engine.device)
 
-    def pass_without_gradient_counts() -> str:
+    def forward_or_counting() -> str:
         return "forward" if torch.is_grad_enabled() else "counting"
 
     phases = {
-        "forward": pass_without_gradient_counts,
+        "forward": forward_or_counting,
         "backward": lambda: "backward",
         "step": lambda: "optimizer",
     }

@@ -121,7 +121,7 @@ class Split(Config):
     """The pass that counts before the step, for `balance.counts: exact`."""
     forward_s: float
     backward_s: float
-    """With the reduction of gradients, as far as it is not hidden."""
+    """With the reduction of gradients as far as it is not hidden, and what `train.recompute` computes again."""
     optimizer_s: float
     """With clipping and the exchange of weights under ZeRO."""
     other_s: float
