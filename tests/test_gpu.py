@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from tidegate.model.decoder import Decoder, ModelConfig, materialize
 from tidegate.model.moe import MoEConfig, SharedExpertsConfig
 from tidegate.model.norms import GatedNormConfig
 from tidegate.model.unit_gates.export import export
+from tidegate.train.instruments import EnergyMeter, Memory, StepTimer, record_trace
 from tidegate_kernels.gated_attention import Documents
 from tidegate_kernels.gated_attention.sdpa import BACKENDS, attend_with_sink
 from tidegate_kernels.grouped_mm import grouped_mm
@@ -216,3 +219,37 @@ def test_unit_gates_choose_on_cuda_as_on_the_cpu(method: dict[str, object], over
     torch.testing.assert_close(
         export(gpu)(tokens, labels, counted).nll_B, gpu(tokens, labels, counted).nll_B, rtol=1e-4, atol=1e-3
     )
+
+
+def test_the_instruments_read_the_device() -> None:
+    """A product of known kernels, and a host that sleeps while the device has nothing to do."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    x = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
+    meter, timer = EnergyMeter(device), StepTimer(device)
+
+    def step() -> None:
+        for _ in range(63):
+            torch.mm(x, x)
+        torch.cuda.synchronize()
+        time.sleep(0.05)
+
+    product = timer.during(lambda: "forward", lambda: [torch.mm(x, x) for _ in range(63)])
+    Memory.restart(device)
+    trace, before_j = record_trace(step, device), meter.read_j()
+    for _ in range(2):
+        timer.begin_step()
+        product()
+    one, other = timer.read()
+    assert max(trace.kernels, key=lambda kernel: kernel.launches).launches == 63
+    assert sum(kernel.seconds for kernel in trace.kernels) == pytest.approx(trace.busy_s, rel=0.01)
+    assert trace.gaps_s > 0.05
+    assert trace.communication_s == 0
+    # 63 products of 137 GFLOP: not below what 2 PFLOP/s would take, and the two clocks agree.
+    assert trace.busy_s > 63 * 2 * 4096**3 / 2e15
+    assert other["forward"] == pytest.approx(trace.busy_s, rel=0.5)
+    assert one["forward"] > 0
+    memory = Memory.peak(device)
+    assert memory is not None
+    assert x.nbytes < memory.allocated_bytes <= memory.reserved_bytes
+    assert meter.missing is None, meter.missing
+    assert meter.read_j() >= before_j > 0

@@ -52,6 +52,25 @@ def train(
 
 
 @app.command()
+def bench(
+    job: JobFile,
+    overrides: Overrides = [],  # noqa: B006
+    steps: Annotated[int, typer.Option(help="Steps that count, after a warm-up")] = 8,
+    out: Annotated[Path | None, typer.Option(help="Write everything measured as JSON", show_default=False)] = None,
+    against: Annotated[
+        list[Path], typer.Option(help="Compare with an earlier result; repeatable", show_default=False)
+    ] = [],  # noqa: B006
+    commit: Annotated[
+        str | None, typer.Option(help="What is measured [default: the commit here]", show_default=False)
+    ] = None,
+) -> None:
+    """Time a job's optimizer step on random tokens, and say where the time goes."""
+    from tidegate.launch.bench import bench_job
+
+    bench_job(job, overrides, steps=steps, out=out, against=against, commit=commit)
+
+
+@app.command()
 def show(job: JobFile, overrides: Overrides = []) -> None:  # noqa: B006
     """Print the resolved job and what each field costs."""
     from tidegate.launch.show import show_job

@@ -124,7 +124,7 @@ def test_help_answers_at_once():
 def test_help_names_every_command(tidegate):
     shown = tidegate("--help")
     assert shown.status == 0
-    for command in ("train", "show", "schema", "tokenize", "doctor", "kernels", "ui"):
+    for command in ("train", "show", "schema", "tokenize", "doctor", "kernels", "bench", "ui"):
         assert f" {command} " in shown.out
         assert tidegate(command, "--help").status == 0
 
@@ -150,6 +150,13 @@ def test_a_mistake_in_a_real_process(folder):
         (["show", "gone.yaml"], "no such job file: gone.yaml"),
         (["train", "gone.yaml"], "no such job file: gone.yaml"),
         (["tokenize", "gone.yaml"], "no such job file: gone.yaml"),
+        (["bench", "gone.yaml"], "no such job file: gone.yaml"),
+        (["bench", "job.yaml", "--steps", "0"], "--steps 0: needs at least one"),
+        (
+            ["bench", "job.yaml", "--against", "job.yaml"],
+            "--against job.yaml: not a result of tidegate bench "
+            "(job.yaml: not JSON (Expecting value: line 2 column 1 (char 1)))",
+        ),
         (["train"], "name a job file, or --resume RUN"),
         (["show", "job.yaml", "--set", "train.seed"], "--set train.seed: write it as a.b=value"),
         (

@@ -11,7 +11,7 @@ from tidegate.data import TokenDataset, check_tokenizer
 from tidegate.model.flops import total
 from tidegate.train.job import Job
 
-__all__ = ["BYTES_PER_PARAMETER", "check_dataset", "check_machine", "check_space"]
+__all__ = ["BYTES_PER_PARAMETER", "check_dataset", "check_machine", "check_space", "hide_gpus"]
 
 BYTES_PER_PARAMETER = 16  # weights in use and, in fp32, master weights and two moments
 
@@ -35,6 +35,17 @@ def check_machine(job: Job, *, local: bool, remote: bool) -> None:
 
         if not torch.cuda.is_available():
             raise ConfigError("resources.gpu=True, but this machine has no CUDA device; use --set resources.gpu=false")
+        if job.resources.workers > torch.cuda.device_count():
+            raise ConfigError(
+                f"resources.workers={job.resources.workers} needs as many GPUs, this machine has "
+                f"{torch.cuda.device_count()}"
+            )
+
+
+def hide_gpus(job: Job) -> None:
+    """Keep the GPUs from this process and its children if the job does not want them: torch and DeepSpeed would."""
+    if not job.resources.gpu:
+        os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
 
 
 def check_space(job: Job, storage: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from tidegate.config import ConfigError, LoadedJob, load
 from tidegate.data import TokenDataset, prepare, unigram_perplexity
 from tidegate.launch.ended import Ended
-from tidegate.launch.preflight import check_dataset, check_machine, check_space
+from tidegate.launch.preflight import check_dataset, check_machine, check_space, hide_gpus
 from tidegate.launch.report import Reporter
 from tidegate.launch.show import notes
 from tidegate.launch.state import RunFolder, StateDir
@@ -63,8 +62,7 @@ def run(request: Request) -> bool:
     plan = _plan(request)
     job = plan.job
     check_machine(job, local=request.local, remote=request.address is not None)
-    if not job.resources.gpu:  # or torch and DeepSpeed take any GPU they see
-        os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+    hide_gpus(job)
     storage = _storage(request, job)
     reporter = Reporter(job)
     if not request.local:

@@ -8,7 +8,17 @@ import socket
 import torch
 import torch.distributed as dist
 
-__all__ = ["HostCopy", "all_reduce", "all_reduce_max", "default_device", "rank", "start", "stop", "world_size"]
+__all__ = [
+    "HostCopy",
+    "all_reduce",
+    "all_reduce_max",
+    "default_device",
+    "free_port",
+    "rank",
+    "start",
+    "stop",
+    "world_size",
+]
 
 
 def default_device() -> torch.device:
@@ -33,7 +43,7 @@ def start(*, alone: bool = False) -> bool:
     if dist.is_initialized():
         return False
     if alone or "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     cuda = device.type == "cuda"
     dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     return True
@@ -81,7 +91,8 @@ class HostCopy:
         return float(self._host)
 
 
-def _free_port() -> str:
+def free_port() -> str:
+    """A port of this machine that nothing listened on a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])

@@ -105,6 +105,9 @@ class Engine:
     def backward(self, loss: torch.Tensor) -> None:
         """Backward of one micro-batch; the engine averages over ranks and accumulation steps."""
         self._engine.backward(loss)
+
+    def step(self) -> None:
+        """After each backward; the optimizer moves after the last micro-batch of the step."""
         if self._clips_itself and self._engine.is_gradient_accumulation_boundary():
             self._own_norm = self._clip_by_global_norm()
         self._engine.step()  # a no-op until the last micro-batch of the step

@@ -18,16 +18,18 @@ _TAG_VALUE_LIMIT = 8000  # MLflow refuses longer ones
 def provenance_tags(job: str, command: Sequence[str]) -> dict[str, str]:
     """The tags that say how to repeat a run: `tidegate.job`, `.command`, `.commit`, `.version.*`."""
     tags = {"tidegate.job": job, "tidegate.command": without_password(shlex.join(command))}
-    tags["tidegate.version.python"] = platform.python_version()
-    for package in VERSIONED_PACKAGES:
-        version = _version(package)
-        if version is not None:
-            tags[f"tidegate.version.{package}"] = version
+    tags |= {f"tidegate.version.{name}": version for name, version in versions().items()}
     commit = git_commit()
     if commit is not None:
         tags["tidegate.commit"] = commit
         tags["mlflow.source.git.commit"] = commit.removesuffix("+dirty")  # the one the MLflow UI shows
     return {key: value[:_TAG_VALUE_LIMIT] for key, value in tags.items()}
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that a run stands on, as far as they are installed."""
+    found = {package: _version(package) for package in VERSIONED_PACKAGES}
+    return {"python": platform.python_version()} | {name: version for name, version in found.items() if version}
 
 
 def git_commit() -> str | None:

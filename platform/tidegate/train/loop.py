@@ -71,14 +71,8 @@ def train(job: Job, world: World) -> Outcome:
     )
     engine = build_engine(job)
     balancer = build_balancer(job)
-    if (
-        world.resume_from is None
-        and isinstance(job.model.ffn, MoEConfig)
-        and job.model.ffn.capabilities.needs_token_ids
-    ):
-        frequencies_V = torch.from_numpy(token_frequencies(dataset, job.data))
-        for router in engine.model.routers():
-            router.fit_tokens(frequencies_V)
+    if world.resume_from is None:
+        fit_routers(job, engine, dataset)
     spikes, pending = LossSpikes(engine.device), None
     step, tokens = _resume(job, world, engine, loader, spikes)
     throughput = Throughput(job, peak_flops(engine.device))
@@ -164,6 +158,14 @@ def build_balancer(job: Job) -> Balancer | None:
     if not isinstance(job.model.ffn, MoEConfig):
         return None
     return Balancer(job.balance, collectives.all_reduce, collectives.world_size(), job.accumulation, job.model.ffn)
+
+
+def fit_routers(job: Job, engine: Engine, dataset: TokenDataset) -> None:
+    """Show a new model's routers how often each token comes, if they ask."""
+    if isinstance(job.model.ffn, MoEConfig) and job.model.ffn.capabilities.needs_token_ids:
+        frequencies_V = torch.from_numpy(token_frequencies(dataset, job.data))
+        for router in engine.model.routers():
+            router.fit_tokens(frequencies_V)
 
 
 def build_observer(job: Job, dataset: TokenDataset) -> Observer:

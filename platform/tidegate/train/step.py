@@ -120,6 +120,7 @@ def train_step(
             loss = loss + output.unit_penalty
             terms["units"] = output.unit_penalty
         engine.backward(loss)
+        engine.step()
         for index, name in enumerate(StepLosses._fields):
             if name in terms:
                 total[index] += terms[name].detach() / copies
