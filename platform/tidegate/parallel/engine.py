@@ -84,6 +84,7 @@ class Engine:
                 "bf16": {"enabled": precision == "bf16"},
                 "zero_optimization": {"stage": parallel.zero_stage},
                 "zero_allow_untested_optimizer": True,
+                "timers": {"throughput": {"enabled": False}},  # they wait for the device twice a micro-batch
                 **(fp32_sums if precision == "bf16" and parallel.zero_stage > 0 else {}),
             },
         )
