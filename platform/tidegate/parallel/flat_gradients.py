@@ -7,8 +7,9 @@ rank; norms and the clip are passes of their own, and the host waits for them. `
 
 - a gradient is added to its sum, in one pass, as soon as autograd has it, and let go;
 - sums are reduce-scattered in place: a rank receives the part whose weights it updates;
-- one norm a group; the average over ranks and the clip are a factor inside the fused AdamW, and so is the decision to
-  skip a step whose gradients are not finite. The host waits for nothing.
+- one norm a group; the average over ranks and the clip are a factor inside AdamW, and so is the decision to skip a step
+  whose gradients are not finite. The host waits for nothing;
+- AdamW writes the bf16 weights too.
 
 State, checkpoints and the layout of everything stay DeepSpeed's.
 """
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
+from tidegate_kernels.adamw import Rates, adamw, step_factors
 from tidegate_kernels.gradient_sum import add_gradient
 
 __all__ = ["FlatGradients"]
@@ -79,21 +81,40 @@ class FlatGradients(BF16_Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Clip, AdamW on this rank's part of the fp32 weights, and the bf16 weights from all parts."""
+        """Clip, AdamW on this rank's part of the weights, and the parts of the others."""
         norm = self._norm()
         self._global_grad_norm = norm
-        scale = torch.full_like(norm, self._average_over)
+        scale = torch.full_like(norm, 1 / self._average_over)
         if self.clip_grad > 0:
-            scale = scale * ((norm + 1e-6) / self.clip_grad).clamp(min=1.0)
-        # The fused AdamW divides gradients by the one, and does nothing, not even count a step, if the other is 1.
-        self.optimizer.grad_scale = scale
-        self.optimizer.found_inf = norm.isfinite().logical_not().float()
-        parts = zip(self.fp32_groups_flat_partition, self.fp32_groups_gradient_flat_partition, strict=True)
-        for weights, gradients in parts:
-            weights.grad = gradients
-        self.optimizer.step()
+            scale = scale * (self.clip_grad / (norm + 1e-6)).clamp(max=1.0)
+        skip = norm.isfinite().logical_not().float()
+        states = [self._state(weights) for weights in self.fp32_groups_flat_partition]
+        torch._foreach_add_([state["step"] for state in states], 1 - skip)
+        groups = self.optimizer.param_groups
+        factors = step_factors(states[0]["step"], groups[0]["betas"], scale, skip)  # alike for all groups
+        for index, (group, state) in enumerate(zip(groups, states, strict=True)):
+            ranks = self.real_dp_process_group[index]
+            mine = self.bf16_partitioned_groups[index][dist.get_rank(ranks)]
+            adamw(
+                self.fp32_groups_flat_partition[index],
+                mine,
+                self.fp32_groups_gradient_flat_partition[index],
+                state["exp_avg"],
+                state["exp_avg_sq"],
+                factors,
+                Rates(group["lr"], group["betas"], group["eps"], group["weight_decay"]),
+            )
+            if dist.get_world_size(ranks) > 1:
+                dist.all_gather_into_tensor(self.bf16_groups_flat[index], mine, group=ranks)
         self._lazy_init_hp_params_optimizer_state()
-        self.update_lp_params()
+
+    def _state(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Moments and step count of a part, under the names that `torch.optim.AdamW` gives them."""
+        state = self.optimizer.state[weights]
+        if not state:
+            state["step"] = torch.zeros((), device=weights.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weights), torch.zeros_like(weights)
+        return state
 
     def _norm(self) -> torch.Tensor:
         """() of the averaged gradients of all parameters, each counted once: it lies on one rank."""

@@ -1,0 +1,76 @@
+"""The truth of `adamw`, in plain PyTorch.
+
+Letters: N weights.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["Rates", "StepFactors", "adamw", "step_factors"]
+
+
+class Rates(NamedTuple):
+    """Hyperparameters of AdamW for one set of weights."""
+
+    learning_rate: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+
+class StepFactors(NamedTuple):
+    """What a step decides on the device, each () fp32."""
+
+    scale: torch.Tensor
+    """Of the gradients: averages over ranks and clips."""
+    correction1: torch.Tensor
+    """1 / (1 - beta1^t)."""
+    correction2: torch.Tensor
+    """1 / (1 - beta2^t)."""
+    skip: torch.Tensor
+    """1: leave everything as it is, whatever the gradients hold; else 0."""
+
+
+def step_factors(
+    step: torch.Tensor, betas: tuple[float, float], scale: torch.Tensor, skip: torch.Tensor
+) -> StepFactors:
+    """The factors of a step, from its () number t, counted from 1."""
+    powers = step.double().unsqueeze(0).new_tensor(betas).pow(step.double())
+    correction1, correction2 = (1 / (1 - powers)).float().unbind()
+    return StepFactors(scale.float(), correction1, correction2, skip.float())
+
+
+def adamw(
+    weights_N: torch.Tensor,
+    in_use_N: torch.Tensor,
+    gradients_N: torch.Tensor,
+    mean_N: torch.Tensor,
+    square_N: torch.Tensor,
+    factors: StepFactors,
+    rates: Rates,
+) -> None:
+    """One step of AdamW in place, and the weights in their dtype in use.
+
+    Args:
+        weights_N: (N,) fp32 master weights.
+        in_use_N: (N,) what the model computes with, of any floating dtype; becomes a copy of the weights.
+        gradients_N: (N,) fp32.
+        mean_N, square_N: (N,) fp32, running means of gradients and of their squares.
+        factors: of this step.
+        rates: hyperparameters.
+
+    Source: Loshchilov and Hutter 2019 (arXiv 1711.05101), Algorithm 2, with the schedule as part of the learning rate.
+    """
+    (beta1, beta2), lr = rates.betas, rates.learning_rate
+    g = gradients_N * factors.scale
+    mean = mean_N + (1 - beta1) * (g - mean_N)
+    square = beta2 * square_N + (1 - beta2) * g * g
+    direction = mean * factors.correction1 / ((square * factors.correction2).sqrt() + rates.eps)
+    weights = weights_N * (1 - lr * rates.weight_decay) - lr * direction
+    skip = factors.skip != 0
+    for old, new in ((mean_N, mean), (square_N, square), (weights_N, weights)):
+        old.copy_(torch.where(skip, old, new))
+    in_use_N.copy_(weights_N)
