@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tidegate_kernels.choice import Kernels
-from tidegate_kernels.moe_dispatch import Slots, combine, fan_out, place
+from tidegate_kernels.moe_dispatch import Slots, combine, fan_in, fan_out, place
 
 D = 24
 LENGTHS = {
@@ -59,9 +59,12 @@ def test_values_and_gradients(kernels: Kernels, lengths: list[int], dtype: torch
     (dx,) = torch.autograd.grad(out, x, g_AD)
     total = combine(y, weights, slots)
     dy, dweights = torch.autograd.grad(total, (y, weights), g_ND)
+    plain = fan_in(y, slots)
+    (dplain,) = torch.autograd.grad(plain, y, g_ND)
 
     expected = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in
-                (("out", (A, D)), ("dx", (N, D)), ("total", (N, D)), ("dy", (A, D)), ("dweights", (A,)))}  # fmt: skip
+                (("out", (A, D)), ("dx", (N, D)), ("total", (N, D)), ("dy", (A, D)), ("dweights", (A,)),
+                 ("plain", (N, D)), ("dplain", (A, D)))}  # fmt: skip
     for a in range(A):
         n, slot, weight = row_A[a], slot_A[a], weights[a].detach().double()
         expected["out"][slot] = x[n].detach().double()
@@ -69,9 +72,11 @@ def test_values_and_gradients(kernels: Kernels, lengths: list[int], dtype: torch
         expected["total"][n] += weight * y[slot].detach().double()
         expected["dy"][slot] = weight * g_ND[n].double()
         expected["dweights"][a] = g_ND[n].double() @ y[slot].detach().double()
+        expected["plain"][n] += y[slot].detach().double()
+        expected["dplain"][slot] = g_ND[n].double()
     # fp32 inside, one rounding to the dtype at the end.
     step = torch.finfo(dtype).eps
-    for name, actual in zip(expected, (out, dx, total, dy, dweights), strict=True):
+    for name, actual in zip(expected, (out, dx, total, dy, dweights, plain, dplain), strict=True):
         assert actual.dtype == (torch.float32 if name == "dweights" else dtype)
         tolerance = 1e-5 if name == "dweights" else step
         torch.testing.assert_close(actual.double(), expected[name], rtol=tolerance, atol=1e-5, msg=name)
@@ -101,4 +106,5 @@ def test_registered_operations(lengths: list[int]) -> None:
     ops = torch.ops.tidegate
     torch.library.opcheck(ops.place.default, (expert_A, 5))
     torch.library.opcheck(ops.fan_out.default, (x, *indices))
+    torch.library.opcheck(ops.fan_in.default, (y, *indices))
     torch.library.opcheck(ops.combine.default, (y, weights, *indices))

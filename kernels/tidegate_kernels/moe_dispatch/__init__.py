@@ -13,7 +13,7 @@ from tidegate_kernels.choice import takes_triton
 from tidegate_kernels.moe_dispatch import reference
 from tidegate_kernels.tiles import unit_stride
 
-__all__ = ["Slots", "combine", "fan_out", "place"]
+__all__ = ["Slots", "combine", "fan_in", "fan_out", "place"]
 
 _MOST_EXPERTS = 1024
 """That the counting sort takes."""
@@ -58,6 +58,14 @@ def fan_out(x_ND: torch.Tensor, slots: Slots) -> torch.Tensor:
     if not takes_triton(x_ND):
         return reference.fan_out(x_ND, *arguments)
     return _fan_out(unit_stride(x_ND), *arguments)
+
+
+def fan_in(y_AD: torch.Tensor, slots: Slots) -> torch.Tensor:
+    """(N, D) the sum of each row's slots, in fp32 inside: the gradient of `fan_out`."""
+    arguments = slots.slot_A, slots.starts_N1, slots.per_row
+    if not takes_triton(y_AD):
+        return reference.fan_in(y_AD, *arguments)
+    return _fan_in(y_AD.contiguous(), *arguments)
 
 
 def combine(y_AD: torch.Tensor, weights_A: torch.Tensor, slots: Slots) -> torch.Tensor:
@@ -129,6 +137,13 @@ def _differentiate_fan_out(ctx: Any, g_AD: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 _fan_out.register_autograd(_differentiate_fan_out, setup_context=_save_slots)
+
+
+def _differentiate_fan_in(ctx: Any, g_ND: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    return _fan_out(unit_stride(g_ND), *ctx.saved_tensors, ctx.per_row), None, None, None
+
+
+_fan_in.register_autograd(_differentiate_fan_in, setup_context=_save_slots)
 
 
 @torch.library.custom_op("tidegate::combine", mutates_args=())

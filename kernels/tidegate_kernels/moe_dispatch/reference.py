@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["combine", "fan_out", "place"]
+__all__ = ["combine", "fan_in", "fan_out", "place"]
 
 
 def place(expert_A: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -23,6 +23,12 @@ def place(expert_A: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch
 def fan_out(x_ND: torch.Tensor, slot_A: torch.Tensor, starts_N1: torch.Tensor | None, per_row: int) -> torch.Tensor:
     """(A, D) every row in all its slots."""
     return _FanOut.apply(x_ND, slot_A, starts_N1, per_row)
+
+
+def fan_in(y_AD: torch.Tensor, slot_A: torch.Tensor, starts_N1: torch.Tensor | None, per_row: int) -> torch.Tensor:
+    """(N, D) the sum of each row's slots, in the wider of fp32 and the dtype of y."""
+    by_row_AD = _Permute.apply(y_AD, slot_A, _inverse(slot_A))
+    return _sum_per_row(by_row_AD, starts_N1, per_row)
 
 
 def combine(

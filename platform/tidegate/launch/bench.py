@@ -246,7 +246,7 @@ def _ratio(ours: _Row, theirs: _Row) -> str:
 def _kernels(trace: Trace) -> Table:
     table = Table(Column("kernel", overflow="ellipsis", no_wrap=True), title="device time of the traced step")
     for name in ("ms", "share of busy", "launches"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True, min_width=8)  # names leave them the room
     for kernel in trace.kernels[:_SHOWN_KERNELS]:
         share = kernel.seconds / trace.busy_s
         table.add_row(kernel.name, f"{1e3 * kernel.seconds:.2f}", f"{share:.1%}", f"{kernel.launches:,}")

@@ -1,4 +1,4 @@
-"""From a routing to assignments of rows, sorted by slice.
+"""From a routing to assignments of rows to slices.
 
 A routing names experts; what is stored and run are *slices*, all of one width. An expert of an even mixture is one
 slice. In an uneven mixture an expert is a bundle of slices (SwiGLU adds up over hidden units, so a wide expert is the
@@ -24,16 +24,38 @@ __all__ = ["Dispatch", "plan"]
 
 
 class Dispatch(NamedTuple):
-    """Where the assignments of N rows go."""
+    """Where N rows go: assignments, numbered by row."""
 
-    slots: Slots
-    """Of slices, not experts."""
+    slice_A: torch.Tensor
+    """(A,) int64."""
     weights_A: torch.Tensor
-    """(A,) fp32, numbered by row; carries gradient."""
+    """(A,) fp32; carries gradient."""
+    starts_N1: torch.Tensor | None
+    """(N + 1,) int64, where the assignments of each row begin; None if every row has `per_row`."""
+    per_row: int
+    num_slices: int
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        if self.starts_N1 is None:
+            return self.slice_A.shape[0] // self.per_row
+        return self.starts_N1.shape[0] - 1
+
+    def row_A(self) -> torch.Tensor:
+        """(A,) int64, the row of each assignment."""
+        rows = torch.arange(self.num_rows, device=self.slice_A.device)
+        if self.starts_N1 is None:
+            return rows.repeat_interleave(self.per_row)
+        return rows.repeat_interleave(self.starts_N1.diff(), output_size=self.slice_A.shape[0])
+
+    def slots(self) -> Slots:
+        """Where the assignments lie when they are sorted by slice."""
+        return place(self.slice_A, self.num_slices, per_row=self.per_row, starts_N1=self.starts_N1)
 
 
 def plan(routing: Routing, slices: Sequence[int]) -> Dispatch:
-    """Sort the assignments of a routing by slice.
+    """Assign the rows of a routing to slices.
 
     Args:
         routing: of N rows.
@@ -63,7 +85,7 @@ def plan(routing: Routing, slices: Sequence[int]) -> Dispatch:
         slice_A, rows_A, weights_A = first_A[of_A] + within_A, rows_A[of_A], weights_A[of_A]
         lengths_N = torch.zeros(rows, dtype=torch.int64, device=rows_A.device)
         starts_N1 = _starts(lengths_N.scatter_add_(0, rows_A, torch.ones_like(rows_A)))
-    return Dispatch(place(slice_A, sum(slices), per_row=slots, starts_N1=starts_N1), weights_A)
+    return Dispatch(slice_A, weights_A, starts_N1, slots, sum(slices))
 
 
 def _starts(lengths_N: torch.Tensor) -> torch.Tensor:

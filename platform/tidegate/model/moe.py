@@ -268,12 +268,6 @@ class MoE(nn.Module):
         config = self.config
         return Experts(config.num_slices, width, config.expert_dim, std, out_std, activation=config.activation)
 
-    def apply_experts(
-        self, rows_AD: torch.Tensor, counts_s: torch.Tensor, channels_EF: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Run rows sorted by slice through their slices; same order out."""
-        return self.experts(rows_AD, counts_s, channels_EF)
-
     def forward(
         self,
         x_BTD: torch.Tensor,
@@ -306,17 +300,12 @@ class MoE(nn.Module):
 
     def mix(self, x_ND: torch.Tensor, dispatch: Dispatch, channels_EF: torch.Tensor | None) -> torch.Tensor:
         """(N, D) the weighted sum of each row's experts."""
-        experts = self.experts
-        if experts.activation != "swiglu":
-            return self.mix_in_steps(x_ND, dispatch, channels_EF)
-        w2_EDF = experts.masked_w2(channels_EF)
-        return moe_experts(x_ND, dispatch.weights_A, dispatch.slots, experts.w1, experts.w3, w2_EDF)
-
-    def mix_in_steps(self, x_ND: torch.Tensor, dispatch: Dispatch, channels_EF: torch.Tensor | None) -> torch.Tensor:
-        """`mix`, with the rows in expert order at hand between the steps."""
-        rows_AD = fan_out(x_ND, dispatch.slots)
-        outputs_AD = self.apply_experts(rows_AD, dispatch.slots.counts_E, channels_EF)
-        return combine(outputs_AD, dispatch.weights_A, dispatch.slots)
+        experts, slots = self.experts, dispatch.slots()
+        if experts.activation == "swiglu":
+            w2_EDF = experts.masked_w2(channels_EF)
+            return moe_experts(x_ND, dispatch.weights_A, slots, experts.w1, experts.w3, w2_EDF)
+        outputs_AD = experts(fan_out(x_ND, slots), slots.counts_E, channels_EF)
+        return combine(outputs_AD, dispatch.weights_A, slots)
 
     def route(self, x_BTD: torch.Tensor, context: RouterContext) -> Routing:
         """Decide by the (B, T, D) rows that this layer's router reads."""

@@ -89,7 +89,7 @@ class Engine:
             },
         )
         if precision == "bf16" and parallel.zero_stage == 1:
-            FlatGradients.take_over(self._engine.optimizer)
+            FlatGradients.take_over(self._engine.optimizer, in_pairs=parallel.pair_gradients)
         self._clip = gradient_clip
         self._own_norm: torch.Tensor | None = None
         self._clips_itself = parallel.zero_stage == 0

@@ -7,7 +7,8 @@ tests/tidegate/parallel/test_deepspeed_contract.py says so when a new DeepSpeed 
 
 What is spread are slices, the feed-forwards of equal width that experts are made of: one each, unless sizes differ.
 
-Letters: A rows to experts, D width, E slices of the model, R ranks of the expert-parallel group, e slices of this rank.
+Letters: N rows, M rows that came from all ranks, D width, E slices of the model, R ranks of the expert-parallel group,
+e slices of this rank.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from deepspeed.checkpoint.constants import (
     DS_AUTOEP_UC_META,
 )
 from deepspeed.module_inject.auto_ep_folding import mark_autoep_folding_router_parameter
-from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, _AllToAllV, compute_split_plan
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from torch.distributed.nn.functional import all_gather
 
 from tidegate.model.decoder import Decoder
@@ -37,7 +38,7 @@ from tidegate.model.dispatch import Dispatch
 from tidegate.model.moe import Experts, MoE, MoEConfig
 from tidegate.model.routers import RouterContext, Routing
 from tidegate.model.routers.sinkhorn import Sinkhorn
-from tidegate_kernels.ep_permute import ep_pack, ep_unpack
+from tidegate.parallel.exchange import Exchange
 
 __all__ = ["ExpertParallelMoE", "tag_parameters"]
 
@@ -89,24 +90,12 @@ class ExpertParallelMoE(MoE, AutoEPMoELayer):
         return Experts(num_local, width, self.config.expert_dim, std, out_std, first, activation)
 
     def mix(self, x_ND: torch.Tensor, dispatch: Dispatch, channels_EF: torch.Tensor | None) -> torch.Tensor:
+        """Send every row once to each rank that holds experts of its, mix there, and add up what comes back."""
         if self.ep_size == 1:
             return super().mix(x_ND, dispatch, channels_EF)
-        return self.mix_in_steps(x_ND, dispatch, channels_EF)
-
-    def apply_experts(
-        self, rows_AD: torch.Tensor, counts_E: torch.Tensor, channels_EF: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Send rows to the ranks that hold their experts, run them there, bring them back in the same order."""
-        if self.ep_size == 1:
-            return self.experts(rows_AD, counts_E, channels_EF)
-        plan = compute_split_plan(  # exchanges the counts and reads the split sizes on the host: one sync a layer
-            counts_E, self.num_experts, self.ep_size, self.num_local_experts, self.ep_group, counts_E.to(torch.int32)
-        )
-        received = _AllToAllV.apply(self.ep_group, rows_AD, plan.input_splits, plan.output_splits)
-        # Rows arrive by source rank, then expert; the grouped product wants them by expert.
-        counts_Re = plan.local_counts_by_source.to(torch.int64)
-        outputs = self.experts(ep_unpack(received, counts_Re), counts_Re.sum(dim=0), channels_EF)
-        return _AllToAllV.apply(self.ep_group, ep_pack(outputs, counts_Re), plan.output_splits, plan.input_splits)
+        exchange = Exchange(dispatch, self.ep_size, self.ep_group)
+        mixed_MD = super().mix(exchange.send(x_ND), exchange.received, channels_EF)
+        return exchange.send_back(mixed_MD)
 
     def route(self, x_BTD: torch.Tensor, context: RouterContext) -> Routing:
         router = self.router

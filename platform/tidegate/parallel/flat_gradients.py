@@ -24,7 +24,7 @@ import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
 from tidegate_kernels.adamw import Rates, adamw, step_factors
-from tidegate_kernels.gradient_sum import add_gradient
+from tidegate_kernels.gradient_sum import add_gradients
 
 __all__ = ["FlatGradients"]
 
@@ -33,17 +33,24 @@ class FlatGradients(BF16_Optimizer):
     """`BF16_Optimizer` with another path from a gradient to the optimizer; made from one by `take_over`."""
 
     _started: list[set[int]]
-    """Of each group, which parameters have a gradient in this step."""
+    """Of each group, which parameters have a sum in this step."""
+    _held: list[dict[int, torch.Tensor]] | None
+    """Of each group, gradients that wait for the next micro-batch's; None: none waits."""
     _average_over: int
     """Ranks whose gradients the reduction sums."""
 
     @classmethod
-    def take_over(cls, optimizer: Any) -> None:
-        """Turn DeepSpeed's optimizer, fresh from `deepspeed.initialize`, into this one."""
+    def take_over(cls, optimizer: Any, *, in_pairs: bool) -> None:
+        """Turn DeepSpeed's optimizer, fresh from `deepspeed.initialize`, into this one.
+
+        Args:
+            in_pairs: keep every other micro-batch's gradients until the next one's are there, and add both at once.
+        """
         assert type(optimizer) is BF16_Optimizer, type(optimizer)
         assert optimizer.grad_acc_dtype == torch.float32, optimizer.grad_acc_dtype
         optimizer.__class__ = cls
         optimizer._started = [set() for _ in optimizer.bf16_groups]
+        optimizer._held = [{} for _ in optimizer.bf16_groups] if in_pairs else None
         optimizer._average_over = dist.get_world_size(optimizer.dp_process_group)
         for group, parameters in enumerate(optimizer.bf16_groups):
             for index, parameter in enumerate(parameters):
@@ -51,13 +58,20 @@ class FlatGradients(BF16_Optimizer):
 
     @torch.no_grad()
     def _add(self, group: int, index: int, parameter: torch.Tensor) -> None:
-        """Add a micro-batch's gradient to its sum and let it go."""
+        """Take a micro-batch's gradient from its parameter."""
         assert parameter.grad is not None
+        gradient, parameter.grad = parameter.grad.reshape(-1), None
+        if self._held is None:
+            self._sum(group, index, gradient)
+        elif index in self._held[group]:
+            self._sum(group, index, self._held[group].pop(index), gradient)
+        else:
+            self._held[group][index] = gradient
+
+    def _sum(self, group: int, index: int, gradient: torch.Tensor, other: torch.Tensor | None = None) -> None:
         started = self._started[group]
-        total = self.fp32_groups_gradients[group][index]
-        add_gradient(total, parameter.grad.reshape(-1), first=index not in started)
+        add_gradients(self.fp32_groups_gradients[group][index], gradient, other, first=index not in started)
         started.add(index)
-        parameter.grad = None
 
     def backward_prologue(self) -> None:
         pass
@@ -71,6 +85,8 @@ class FlatGradients(BF16_Optimizer):
         assert not pipeline_parallel
         for group, gradients in enumerate(self.fp32_groups_gradients):
             for index, total in enumerate(gradients):
+                if self._held is not None and index in self._held[group]:  # of an odd number of micro-batches
+                    self._sum(group, index, self._held[group].pop(index))
                 if index not in self._started[group]:
                     total.zero_()
             self._started[group].clear()

@@ -137,6 +137,11 @@ class Job(Config):
         problem = self.parallel.problem(self.resources.workers, spread, what)
         if problem:
             raise ValueError(problem)
+        if self.parallel.pair_gradients and (self.parallel.zero_stage != 1 or self.train.precision != "bf16"):
+            raise ValueError(
+                f"parallel.pair_gradients=true acts with train.precision=bf16 at parallel.zero_stage=1 only, not with "
+                f"{self.train.precision} at {self.parallel.zero_stage}; set it to false"
+            )
         return self
 
     @model_validator(mode="after")

@@ -114,17 +114,17 @@ def test_a_plan_sorts_by_slice_and_comes_back(sizes: list[dict[str, int]], kind:
         expert = int(routing.experts_NS[n, slot])
         for piece in range(slices[expert]):
             expected[sum(slices[:expert]) + piece] += 1
-    assert dispatch.slots.counts_E.tolist() == expected
-    source_A = fan_out(torch.arange(float(rows))[:, None], dispatch.slots).squeeze(1).long()
+    assert dispatch.slots().counts_E.tolist() == expected
+    source_A = fan_out(torch.arange(float(rows))[:, None], dispatch.slots()).squeeze(1).long()
     assert source_A.numel() == sum(expected)
     # Rows come in order inside a slice, and what goes out comes back to where it was.
     for part in source_A.split(expected):
         assert (part.diff() > 0).all()
     x = torch.randn(rows, D)
-    assert torch.equal(fan_out(x, dispatch.slots), x[source_A])
+    assert torch.equal(fan_out(x, dispatch.slots()), x[source_A])
     pieces = torch.tensor(slices, dtype=torch.float32)[routing.experts_NS] * used
     times = (routing.weights_NS.detach() * pieces).sum(1, keepdim=True)
-    back = combine(x[source_A], dispatch.weights_A.detach(), dispatch.slots)
+    back = combine(x[source_A], dispatch.weights_A.detach(), dispatch.slots())
     torch.testing.assert_close(back, times * x, rtol=1e-5, atol=1e-5)
 
 
@@ -187,7 +187,7 @@ def test_a_ragged_fan_out_sums_gradients_like_an_even_one() -> None:
         routing = Routing(experts, torch.ones(rows, slots), probs, probs, chosen)
         dispatch = plan(routing, (1,) * slots)
         leaf = x.clone().requires_grad_()
-        fan_out(leaf, dispatch.slots).backward(upstream)
-        truth = upstream.double()[dispatch.slots.slot_A.long()].unflatten(0, (rows, slots)).sum(dim=1)
+        fan_out(leaf, dispatch.slots()).backward(upstream)
+        truth = upstream.double()[dispatch.slots().slot_A.long()].unflatten(0, (rows, slots)).sum(dim=1)
         errors.append(float((leaf.grad.double() - truth).norm() / truth.norm()))
     assert errors[1] <= 1.01 * errors[0]

@@ -537,3 +537,32 @@ def test_clipped_bf16_steps_are_those_of_deepspeeds_own_path(on_ranks: Any) -> N
         for name, weight in weights.items():
             apart = (weight - others[name]).abs().mean() / weight.abs().mean()
             assert apart < 2e-3, name
+
+
+def losses_in_pairs_and_singly(cuts: list[tuple[int, int]]) -> list[list[list[float]]]:
+    """Of each cut into (EP, micro-batches): losses of four steps without and with gradients added in pairs."""
+    from tidegate.train.step import train_step
+
+    found = []
+    for expert, accumulation in cuts:
+        runs = []
+        for pairs in (False, True):
+            parallel = ParallelConfig(expert=expert, zero_stage=1, pair_gradients=pairs)
+            engine = engine_for(parallel, accumulation, "bf16", clip=0.3)
+            engine.set_learning_rate(0.01)
+            balancer = Balancer(EXACT, collectives.all_reduce, collectives.world_size(), accumulation)
+            losses = []
+            for step in range(4):
+                batch = part_of(step, 4)
+                batch = StepBatch(*(t[:accumulation] for t in batch))
+                losses.append(train_step(engine, balancer, batch, clock_at(step), isolate=True).losses.nll.item())
+            runs.append(losses)
+        found.append(runs)
+    return found
+
+
+def test_gradients_added_in_pairs_are_the_same_bits(on_ranks: Any) -> None:
+    for rank in on_ranks(2, losses_in_pairs_and_singly, [(1, 1), (1, 2), (2, 3), (1, 4)]):
+        for singly, in_pairs in rank:
+            assert in_pairs == singly
+            assert len(set(singly)) == 4

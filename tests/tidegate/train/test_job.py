@@ -34,6 +34,11 @@ CONFLICTS = {
         [DENSE],
         "parallel.expert=2 needs experts, but model.ffn.kind=dense; set parallel.expert=1",
     ),
+    "pairs at another stage": (
+        ["train.precision=bf16", "parallel.zero_stage=2", "parallel.pair_gradients=true"],
+        "parallel.pair_gradients=true acts with train.precision=bf16 at parallel.zero_stage=1 only, not with bf16 at 2; "
+        "set it to false",
+    ),
     "batch and sequence": (
         ["train.batch_tokens=4000"],
         "train.batch_tokens=4000 is not a multiple of data.sequence_length=256; use 4096",

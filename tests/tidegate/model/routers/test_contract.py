@@ -213,8 +213,8 @@ def test_counts_are_those_of_the_dispatch(config: Any, build: Callable[..., Rout
         routing = batch.route(router, step)
         dispatch = plan(routing, (1,) * E)
         stats = routing_stats(routing, batch.context(step))
-        assert torch.equal(dispatch.slots.counts_E.float(), stats.counts_BE.sum(dim=0))
-        assert int(dispatch.slots.counts_E.sum()) == int(used(routing).sum()) == len(dispatch.weights_A)
+        assert torch.equal(dispatch.slots().counts_E.float(), stats.counts_BE.sum(dim=0))
+        assert int(dispatch.slots().counts_E.sum()) == int(used(routing).sum()) == len(dispatch.weights_A)
         if not config.capabilities.ragged:
             assert int(used(routing).sum()) == B * T * K
 
