@@ -107,6 +107,9 @@ class DecoderOutput(NamedTuple):
 
 class BlockOutput(NamedTuple):
     h_BTD: torch.Tensor
+    """The residual stream before the feed-forward."""
+    y_BTD: torch.Tensor
+    """What the feed-forward adds to it: the next norm adds and normalises in one pass."""
     x_BTD: torch.Tensor
     """What the feed-forward read: a pre-gated router of the next block reads it too."""
     stats: RoutingStats | None
@@ -132,6 +135,7 @@ class Block(nn.Module):
     def forward(
         self,
         h_BTD: torch.Tensor,
+        y_BTD: torch.Tensor | None,
         rotary: Rotary,
         context: RouterContext,
         source_BTD: torch.Tensor | None = None,
@@ -142,6 +146,7 @@ class Block(nn.Module):
 
         Args:
             h_BTD: (B, T, D) residual stream.
+            y_BTD: what the block before adds to it, or None.
             rotary: tables for T positions.
             context: the batch.
             source_BTD: what a pre-gated router reads in place of this block's own input.
@@ -149,17 +154,19 @@ class Block(nn.Module):
             units: factors of the layer's gated units.
         """
         share = None if units.block is None else units.block.to(h_BTD.dtype)
-        attended: AttentionOutput = self.attention(
-            self.attention_norm(h_BTD), rotary, context.documents, context.observe, units.heads
-        )
+        if y_BTD is None:
+            x_BTD = self.attention_norm(h_BTD)
+        else:
+            x_BTD, h_BTD = self.attention_norm.add(y_BTD, h_BTD)
+        attended: AttentionOutput = self.attention(x_BTD, rotary, context.documents, context.observe, units.heads)
         seen = attended.sample, attended.max_logit_H
         x_BTD, h_BTD = self.ffn_norm.add(_shared(attended.y_BTD, share), h_BTD)
         if not isinstance(self.ffn, MoE):
-            return BlockOutput(h_BTD + _shared(self.ffn(x_BTD, units.channels), share), x_BTD, None, *seen)
+            return BlockOutput(h_BTD, _shared(self.ffn(x_BTD, units.channels), share), x_BTD, None, *seen)
         context = context._replace(log_experts=units.log_experts())
         if routing is None and source_BTD is not None:
             routing = self.ffn.route(source_BTD, context)
-        y_BTD, stats = self.ffn(x_BTD, context, routing, units)
+        mixed_BTD, stats = self.ffn(x_BTD, context, routing, units)
         if units.block is not None:  # a dropped block's router has nothing to balance
             weight = units.block.detach().mean()
             stats = stats._replace(
@@ -167,7 +174,7 @@ class Block(nn.Module):
                 z_sums_B=stats.z_sums_B * weight,
                 penalty_sums_B=stats.penalty_sums_B * weight,
             )
-        return BlockOutput(h_BTD + _shared(y_BTD, share), x_BTD, stats, *seen)
+        return BlockOutput(h_BTD, _shared(mixed_BTD, share), x_BTD, stats, *seen)
 
 
 def _shared(y_BTD: torch.Tensor, share: torch.Tensor | None) -> torch.Tensor:
@@ -283,6 +290,8 @@ class Decoder(nn.Module):
         masks = [NO_MASKS] * len(self.blocks) if units is None else units.masks
         pre_gated = isinstance(self.config.ffn, MoEConfig) and self.config.ffn.reads_previous_block
         source_BTD: torch.Tensor | None = None
+        y_BTD: torch.Tensor | None = None
+        recompute = self.recompute and self.training
         stats: list[RoutingStats] = []
         watch: AttentionWatch | None = None
         if context.observe:
@@ -290,9 +299,11 @@ class Decoder(nn.Module):
         largest_logits: list[torch.Tensor] = []
         extremes: list[torch.Tensor] = []
         for block, layer_masks in zip(self.blocks, masks, strict=True):
-            run = partial(checkpoint, block, use_reentrant=False) if self.recompute and self.training else block
-            h_BTD, x_BTD, layer_stats, sample, max_logit_H = run(
-                h_BTD, rotary, context, source_BTD, routing, layer_masks
+            run = partial(checkpoint, block, use_reentrant=False) if recompute else block
+            if recompute and y_BTD is not None:  # so that one tensor is kept for each block, not two
+                h_BTD, y_BTD = h_BTD + y_BTD, None
+            h_BTD, y_BTD, x_BTD, layer_stats, sample, max_logit_H = run(
+                h_BTD, y_BTD, rotary, context, source_BTD, routing, layer_masks
             )
             source_BTD = x_BTD if pre_gated else None
             if layer_stats is not None:
@@ -301,10 +312,14 @@ class Decoder(nn.Module):
                 largest_logits.append(max_logit_H)
             if watch is not None:
                 watch.see(sample)
-                extremes += torch.aminmax(h_BTD.detach())  # one pass; a norm takes twenty times as long on a CPU
+                extremes += torch.aminmax(
+                    (h_BTD + y_BTD).detach()
+                )  # one pass; a norm takes twenty times as long on a CPU
         penalty = None if units is None else units.penalty
         largest_L = torch.stack(extremes).view(-1, 2).abs().amax(dim=1).float() if extremes else None
-        return _Pass(self.norm(h_BTD), _stacked(stats), _attention_seen(watch, largest_logits), largest_L, penalty)
+        assert y_BTD is not None  # there is a block at least
+        x_BTD, _ = self.norm.add(y_BTD, h_BTD)
+        return _Pass(x_BTD, _stacked(stats), _attention_seen(watch, largest_logits), largest_L, penalty)
 
 
 class _Pass(NamedTuple):

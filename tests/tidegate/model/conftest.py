@@ -17,6 +17,7 @@ from tidegate.model.decoder import Decoder, ModelConfig
 from tidegate.model.gates import NoGate
 from tidegate.model.initialisation import Draw
 from tidegate_kernels.gated_output import ACTIVATIONS
+from tidegate_kernels.rms_norm import AddedNorm
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +36,24 @@ def _initialise(module: nn.Module, seed: int = 0) -> nn.Module:
 def initialise() -> Callable[..., nn.Module]:
     """Fill a module that is not a whole decoder, as the decoder would."""
     return _initialise
+
+
+@pytest.fixture
+def last_norm() -> Callable[[Decoder], list[AddedNorm]]:
+    """What the last norm of a decoder returns from now on, pass by pass."""
+
+    def watch(model: Decoder) -> list[AddedNorm]:
+        seen: list[AddedNorm] = []
+        add = model.norm.add
+
+        def watched(x: torch.Tensor, residual: torch.Tensor) -> AddedNorm:
+            seen.append(add(x, residual))
+            return seen[-1]
+
+        model.norm.add = watched
+        return seen
+
+    return watch
 
 
 @pytest.fixture

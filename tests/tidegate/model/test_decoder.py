@@ -60,6 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 every_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 
 MakeConfig = Callable[..., ModelConfig]
+LastNorm = Callable[[Decoder], list[Any]]
 
 
 def build(config: ModelConfig, seed: int = 0) -> Decoder:
@@ -215,15 +216,14 @@ def test_kernels_compute_the_same(variant: str, model_config: MakeConfig) -> Non
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_nll_is_cross_entropy_of_the_counted_labels(tied: bool, model_config: MakeConfig) -> None:
+def test_nll_is_cross_entropy_of_the_counted_labels(tied: bool, model_config: MakeConfig, last_norm: LastNorm) -> None:
     model = build(model_config(tie_embeddings=tied, init_std=0.3))
-    seen: list[torch.Tensor] = []
-    model.norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    seen = last_norm(model)
     tokens, labels, counted = batch()
     nll_B = model(tokens, labels, counted).nll_B
     assert nll_B.dtype == torch.float32
     head = model.embedding.weight if model.head is None else model.head.weight
-    logits = (seen[0] @ head.T).double()
+    logits = (seen[0].normalised @ head.T).double()
     for b in range(2):
         expected = functional.cross_entropy(logits[b, counted[b]], labels[b, counted[b]], reduction="sum")
         torch.testing.assert_close(nll_B[b].double(), expected, rtol=1e-5, atol=1e-4)
@@ -241,19 +241,20 @@ def test_uncounted_labels_have_no_say(model_config: MakeConfig) -> None:
 
 
 @pytest.mark.parametrize("ffn", [DENSE, MIXTURE], ids=["dense", "moe"])
-def test_blocks_add_attention_then_feed_forward(ffn: dict[str, Any], model_config: MakeConfig) -> None:
+def test_blocks_add_attention_then_feed_forward(
+    ffn: dict[str, Any], model_config: MakeConfig, last_norm: LastNorm
+) -> None:
     """Pre-norm residual blocks, written out."""
     model = build(model_config(ffn=ffn, init_std=0.3))
     tokens, labels, counted = batch()
-    seen: list[torch.Tensor] = []
-    model.norm.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    seen = last_norm(model)
     model(tokens, labels, counted)
     h = model.embedding.weight[tokens]
     for block in model.blocks:
         h = h + block.attention(block.attention_norm(h), rotary_table(63, 6, 10_000.0, CPU), None)[0]
         x = block.ffn_norm(h)
         h = h + (block.ffn(x) if ffn is DENSE else block.ffn(x, RouterContext.alone(counted))[0])
-    assert torch.equal(seen[0], h)
+    assert torch.equal(seen[0].total, h)
 
 
 def test_tied_embeddings_are_one_tensor(model_config: MakeConfig) -> None:

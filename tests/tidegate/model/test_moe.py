@@ -164,7 +164,8 @@ def test_bf16_error(shared: dict[str, Any], moe: Callable[..., MoE]) -> None:
 def test_experts_are_mixed_in_fp32(moe: Callable[..., MoE]) -> None:
     """Experts that return their input, with weights that sum to 1, give it back; weights in bf16 would not."""
     module = moe().bfloat16()
-    module.mix, module.apply_experts = module.mix_in_steps, lambda rows_ND, counts_E, channels_EF: rows_ND
+    module.experts.activation = "relu2"  # not the one operation of SwiGLU experts
+    module.experts.forward = lambda rows_ND, counts_E, channels_EF: rows_ND
     x = torch.randn(2, 63, D).bfloat16()
     assert torch.equal(module(x, RouterContext.alone(everything(63)))[0], x)
 
@@ -270,7 +271,7 @@ def test_fan_out_gradient_sums_over_the_chosen_experts(moe: Callable[..., MoE]) 
         seen.append(rows_ND)
         return rows_ND * pull
 
-    module.mix, module.apply_experts = module.mix_in_steps, linear
+    module.experts.activation, module.experts.forward = "relu2", linear
     leaf = x.clone().requires_grad_()
     out, _ = module(leaf, RouterContext.alone(everything(31)))
     assert torch.equal(seen[0], x.flatten(0, 1)[order // 3])

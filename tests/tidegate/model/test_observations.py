@@ -209,7 +209,8 @@ def hidden_states(model: Decoder, tokens: torch.Tensor, packed: Documents | None
     states = [model.embedding.weight[tokens]]
     for block in model.blocks:
         table = rotary_table(tokens.shape[1], block.attention.config.head_dim, 10_000.0, CPU)
-        states.append(block(states[-1], table, context).h_BTD)
+        out = block(states[-1], None, table, context)
+        states.append(out.h_BTD + out.y_BTD)
     return states
 
 

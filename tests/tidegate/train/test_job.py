@@ -36,8 +36,8 @@ CONFLICTS = {
     ),
     "pairs at another stage": (
         ["train.precision=bf16", "parallel.zero_stage=2", "parallel.pair_gradients=true"],
-        "parallel.pair_gradients=true acts with train.precision=bf16 at parallel.zero_stage=1 only, not with bf16 at 2; "
-        "set it to false",
+        "parallel.pair_gradients=true acts with train.precision=bf16 at parallel.zero_stage=1 only, not with bf16 at "
+        "2; set it to false",
     ),
     "batch and sequence": (
         ["train.batch_tokens=4000"],

@@ -190,12 +190,14 @@ def thor_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return tokens[:, :-1], tokens[:, 1:], torch.rand(3, 9) < 0.7
 
 
-def test_consistency_is_the_formula_of_the_paper(model_config: Callable[..., ModelConfig]) -> None:
+def test_consistency_is_the_formula_of_the_paper(
+    model_config: Callable[..., ModelConfig], last_norm: Callable[[Decoder], list[Any]]
+) -> None:
     model = thor_model(model_config, consistency=3.0)
-    passes: list[torch.Tensor] = []
-    model.norm.register_forward_hook(lambda module, args, h: passes.append(h.detach().double()))
+    seen = last_norm(model)
     tokens, labels, counted = thor_batch()
     output = model(tokens, labels, counted, clock=Clock(4, 400, 0))
+    passes = [normalised.detach().double() for normalised, _ in seen]
     assert len(passes) == 2
     one, other = ((h @ model.head.weight.detach().double().T).log_softmax(-1) for h in passes)
     assert not torch.allclose(one, other, atol=1e-2), "the passes draw different experts"
@@ -211,10 +213,11 @@ def test_consistency_is_the_formula_of_the_paper(model_config: Callable[..., Mod
     assert model.embedding.weight.grad.abs().sum() > 0
 
 
-def test_evaluation_is_one_pass_and_deterministic(model_config: Callable[..., ModelConfig]) -> None:
+def test_evaluation_is_one_pass_and_deterministic(
+    model_config: Callable[..., ModelConfig], last_norm: Callable[[Decoder], list[Any]]
+) -> None:
     model = thor_model(model_config).eval()
-    passes: list[int] = []
-    model.norm.register_forward_hook(lambda module, args, h: passes.append(1))
+    passes = last_norm(model)
     batch = thor_batch()
     with torch.no_grad():
         one, other = model(*batch), model(*batch)
@@ -223,7 +226,9 @@ def test_evaluation_is_one_pass_and_deterministic(model_config: Callable[..., Mo
     assert not one.stats.penalty_sums_B.any()
 
 
-def spread_between_experts(model_config: Callable[..., ModelConfig], consistency: float) -> tuple[float, list[float]]:
+def spread_between_experts(
+    model_config: Callable[..., ModelConfig], last_norm: Callable[[Decoder], list[Any]], consistency: float
+) -> tuple[float, list[float]]:
     """After training: mean KL between the predictions of single experts (nats), and the loss (nats a token) of two
     draws of the routing."""
     torch.manual_seed(0)
@@ -255,24 +260,25 @@ def spread_between_experts(model_config: Callable[..., ModelConfig], consistency
     model.eval()
     tokens = text()
     batch = (tokens[:, :-1], tokens[:, 1:], counted)
-    predictions: list[torch.Tensor] = []
     with torch.no_grad():
         losses = [float(model(*batch, clock=Clock(1, 1, seed)).nll / 256) for seed in (1, 2)]
-        model.norm.register_forward_hook(lambda module, args, h: predictions.append(h @ model.head.weight.T))
+        seen = last_norm(model)
         for expert in range(3):
             even = torch.full((256, 3), 1 / 3)
             single = Routing(torch.full((256, 1), expert), torch.ones(256, 1), even, torch.zeros(256, 3))
             hook = model.routers()[0].register_forward_hook(lambda *_, single=single: single)
             model(*batch)
             hook.remove()
-    logs = torch.stack(predictions).log_softmax(-1)
+    logs = torch.stack([normalised @ model.head.weight.detach().T for normalised, _ in seen]).log_softmax(-1)
     pairs = [(logs[i].exp() * (logs[i] - logs[j])).sum(-1).mean() for i in range(3) for j in range(3) if i != j]
     return float(torch.stack(pairs).mean()), losses
 
 
-def test_consistency_makes_experts_predict_alike(model_config: Callable[..., ModelConfig]) -> None:
-    without, _ = spread_between_experts(model_config, 0.0)
-    consistent, losses = spread_between_experts(model_config, 5.0)
+def test_consistency_makes_experts_predict_alike(
+    model_config: Callable[..., ModelConfig], last_norm: Callable[[Decoder], list[Any]]
+) -> None:
+    without, _ = spread_between_experts(model_config, last_norm, 0.0)
+    consistent, losses = spread_between_experts(model_config, last_norm, 5.0)
     assert consistent < without / 3
     assert losses[0] < torch.tensor(17.0).log() - 0.3, "it learned"
     assert losses[0] != losses[1]
