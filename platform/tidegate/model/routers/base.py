@@ -113,6 +113,7 @@ class RoutingSums(NamedTuple):
     counts_BE: torch.Tensor
     prob_sums_BE: torch.Tensor
     z_sums_B: torch.Tensor
+    signals_B3: torch.Tensor | None
 
 
 class Routing(NamedTuple):
@@ -123,8 +124,8 @@ class Routing(NamedTuple):
     weights_NS: torch.Tensor
     """(N, S) fp32, the factor of each expert's output; carries gradient."""
     probs_NE: torch.Tensor | None
-    """(N, E) fp32, the P of the balance loss; carries gradient. Rows sum to 1, except for ReLU routing. With `sums`,
-    only for telemetry: without gradient, and None if nobody observes."""
+    """(N, E) fp32, the P of the balance loss; carries gradient. Rows sum to 1, except for ReLU routing. None with
+    `sums`."""
     logits_NE: torch.Tensor
     """(N, E) fp32, before the score function: what the z-loss sees; carries gradient."""
     chosen_NS: torch.Tensor | None = None
