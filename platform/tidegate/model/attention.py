@@ -16,7 +16,7 @@ from tidegate.config import Config
 from tidegate.model.gates import AttentionGate, Gate, GateConfig, NoGate
 from tidegate.model.initialisation import Draw
 from tidegate.model.layers import Linear, RMSNorm
-from tidegate.model.observations import AttentionSample, sample_attention
+from tidegate.model.observations import AttentionSample
 from tidegate.model.qk_clip import max_logits
 from tidegate_kernels.gated_attention import Documents, gated_attention
 from tidegate_kernels.qk_norm_rope import Rotated, qk_norm_rope
@@ -136,25 +136,26 @@ class Attention(nn.Module):
             x_BTD: (B, T, D), normalised.
             rotary: tables for T positions.
             documents: attention stays inside; None for plain causal attention.
-            observe: return a sample for telemetry.
+            observe: return what telemetry looks at.
             heads: (..., H) factors of the heads, or None.
         """
         d = self.config.head_dim
         q = self.wq(x_BTD).unflatten(-1, (-1, d))
         k = self.wk(x_BTD).unflatten(-1, (-1, d))
-        v = self._gated("value", self.wv(x_BTD).unflatten(-1, (-1, d)), x_BTD)
-        q, k = self._positioned(q, k, x_BTD, rotary)
+        scores = None if self.gate is None else self.gate.scores(x_BTD)
+        v = self._gated("value", self.wv(x_BTD).unflatten(-1, (-1, d)), scores)
+        q, k = self._positioned(q, k, scores, rotary)
         if self.kv_of_head is not None:
             k, v = k[:, :, self.kv_of_head], v[:, :, self.kv_of_head]
         sink_H = self._sink(q)
-        y_BTHd = self._attend(q, k, v, x_BTD, documents, sink_H)
+        y_BTHd = self._attend(q, k, v, scores, documents, sink_H)
         if heads is not None:
             y_BTHd = y_BTHd * heads.unsqueeze(-1).to(y_BTHd.dtype)
         out_BTD = self.wo(y_BTHd.flatten(-2))
-        out_BTD = self._gated("dense_output", out_BTD.unsqueeze(-2), x_BTD).squeeze(-2)
+        out_BTD = self._gated("dense_output", out_BTD.unsqueeze(-2), scores).squeeze(-2)
         clips = self.config.qk_clip is not None and self.training and torch.is_grad_enabled()
         max_logit_H = max_logits(q.detach(), k.detach(), documents) if clips else None
-        sample = sample_attention(x_BTD, q, k, sink_H, self.gate) if observe else None
+        sample = AttentionSample(q, k, sink_H, scores) if observe else None
         return AttentionOutput(out_BTD, sample, max_logit_H)
 
     def _attend(
@@ -162,20 +163,22 @@ class Attention(nn.Module):
         q_BTHd: torch.Tensor,
         k_BTGd: torch.Tensor,
         v_BTGd: torch.Tensor,
-        x_BTD: torch.Tensor,
+        scores: torch.Tensor | None,
         documents: Documents | None,
         sink_H: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attention and the gate behind it, together where one kernel does both."""
-        gate, scores, activation = self.gate, None, "identity"
+        gate, inside, activation = self.gate, None, "identity"
         if gate is not None and gate.config.multiplies_output:
-            scores, activation = gate.scores(x_BTD), gate.config.activation
+            inside, activation = scores, gate.config.activation
         y_BTHd = gated_attention(
-            q_BTHd, k_BTGd, v_BTGd, scores, activation=activation, documents=documents, sink_H=sink_H
+            q_BTHd, k_BTGd, v_BTGd, inside, activation=activation, documents=documents, sink_H=sink_H
         )
-        return y_BTHd if scores is not None else self._gated("sdpa_output", y_BTHd, x_BTD)
+        return y_BTHd if inside is not None else self._gated("sdpa_output", y_BTHd, scores)
 
-    def _positioned(self, q_BTHd: torch.Tensor, k_BTGd: torch.Tensor, x_BTD: torch.Tensor, rotary: Rotary) -> Rotated:
+    def _positioned(
+        self, q_BTHd: torch.Tensor, k_BTGd: torch.Tensor, scores: torch.Tensor | None, rotary: Rotary
+    ) -> Rotated:
         """Queries and keys normalised, gated and rotated; without a gate of theirs in one pass."""
         q, k = q_BTHd, k_BTGd
         q_weight = k_weight = None
@@ -185,7 +188,7 @@ class Attention(nn.Module):
             else:
                 q_weight, k_weight = self.q_norm.weight, self.k_norm.weight
         # After QK-norm, not before: the norm would divide a head's scalar gate out again.
-        q, k = self._gated("query", q, x_BTD), self._gated("key", k, x_BTD)
+        q, k = self._gated("query", q, scores), self._gated("key", k, scores)
         return qk_norm_rope(q, k, q_weight, k_weight, *rotary, self.norm_eps)
 
     def _sink(self, q_BTHd: torch.Tensor) -> torch.Tensor | None:
@@ -193,7 +196,7 @@ class Attention(nn.Module):
             return q_BTHd.new_zeros(q_BTHd.shape[2])
         return self.sink
 
-    def _gated(self, position: str, y_BTHd: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
+    def _gated(self, position: str, y_BTHd: torch.Tensor, scores_BTHs: torch.Tensor | None) -> torch.Tensor:
         if self.gate is None or self.gate.config.kind != position:
             return y_BTHd
-        return self.gate(y_BTHd, x_BTD)
+        return self.gate(y_BTHd, scores_BTHs)

@@ -94,15 +94,15 @@ class Gate(nn.Module):
         if self.constant is not None:
             nn.init.zeros_(self.constant)
 
-    def forward(self, y_BTHd: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
-        """Gate `y_BTHd` (B, T, H, d) by the hidden state `x_BTD` (B, T, D); same shape and dtype as `y_BTHd`."""
+    def forward(self, y_BTHd: torch.Tensor, scores_BTHs: torch.Tensor) -> torch.Tensor:
+        """Gate `y_BTHd` (B, T, H, d) by `scores`; same shape and dtype as `y_BTHd`."""
         shared = self.config.heads == "shared"
         return gated_output(
-            y_BTHd, self.scores(x_BTD), activation=self.config.activation, form=self.config.form, shared=shared
+            y_BTHd, scores_BTHs, activation=self.config.activation, form=self.config.form, shared=shared
         )
 
     def scores(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """(B, T, H, d or 1), before the activation."""
+        """(B, T, H, d or 1) by the hidden state (B, T, D), before the activation."""
         if self.projection is not None:
             return self.projection(x_BTD).unflatten(-1, (self.num_heads, self.score_dim))
         assert self.constant is not None

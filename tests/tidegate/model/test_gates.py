@@ -205,7 +205,7 @@ def test_shared_gate_is_the_mean_over_heads(granularity: str) -> None:
     gates[0].projection.init_weights(Draw(0, "gate"))
     gates[1].load_state_dict(gates[0].state_dict())
     x, ones = torch.randn(B, 63, D), torch.ones(B, 63, H, d)
-    specific, shared = (gate(ones, x) for gate in gates)
+    specific, shared = (gate(ones, gate.scores(x)) for gate in gates)
     torch.testing.assert_close(shared, specific.mean(dim=2, keepdim=True).expand_as(shared), rtol=1e-6, atol=1e-7)
     assert (specific.amax(dim=2) - specific.amin(dim=2)).max() > 0.1
 
@@ -216,7 +216,7 @@ def test_constant_gate_starts_half_open_whatever_the_input(granularity: str) -> 
     gate.init_weights(Draw(0, "gate"))
     y = torch.randn(B, 63, 3, 5)
     for scale in (0.0, 1.0, 100.0):
-        assert torch.equal(gate(y, scale * torch.randn(B, 63, D)), 0.5 * y)
+        assert torch.equal(gate(y, gate.scores(scale * torch.randn(B, 63, D))), 0.5 * y)
     assert [parameter.numel() for parameter in gate.parameters()] == [15 if granularity == "elementwise" else 3]
 
 
@@ -224,7 +224,7 @@ def test_a_hidden_gate_starts_near_half_open() -> None:
     gate = Gate(AttentionGate(), 256, 4, 16, std=0.02)
     assert isinstance(gate.projection, Linear)
     gate.projection.init_weights(Draw(0, "gate.projection"))
-    open_by = gate(torch.ones(1, 1000, 4, 16), torch.randn(1, 1000, 256))
+    open_by = gate(torch.ones(1, 1000, 4, 16), gate.scores(torch.randn(1, 1000, 256)))
     # Scores are N(0, 256 * 0.02^2): 0.32 wide, of which the sigmoid makes a quarter.
     assert abs(open_by.mean() - 0.5) < 0.005
     assert open_by.std().item() == pytest.approx(0.08, abs=0.01)

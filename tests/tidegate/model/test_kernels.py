@@ -73,7 +73,7 @@ def run(model: Decoder, kernels: Kernels) -> tuple[DecoderOutput, dict[str, torc
     documents = torch.arange(63, device=DEVICE).div(20, rounding_mode="floor").expand(2, -1)
     model.zero_grad()
     with chosen(kernels), Operations() as operations:
-        output = model(tokens[:, :-1], tokens[:, 1:], counted, documents, observe=True)
+        output = model(tokens[:, :-1], tokens[:, 1:], counted, documents, observe="all")
         loss = output.nll
         if output.stats is not None:
             stats = output.stats

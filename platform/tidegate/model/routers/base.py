@@ -23,6 +23,7 @@ from tidegate_kernels.gated_attention import Documents
 __all__ = [
     "Capabilities",
     "LearnedRouter",
+    "Observe",
     "RoutedStep",
     "Router",
     "RouterContext",
@@ -75,6 +76,10 @@ class RouterShape(NamedTuple):
     vocab_size: int = 0
 
 
+Observe = Literal["routing", "all"]
+"""What telemetry wants of a forward pass: routing, which is nearly free, or attention and the residual stream too."""
+
+
 class RouterContext(NamedTuple):
     """What a forward pass knows beside the rows."""
 
@@ -87,8 +92,7 @@ class RouterContext(NamedTuple):
     clock: Clock = STILL
     documents: Documents | None = None
     """Attention stays inside; None is plain causal."""
-    observe: bool = False
-    """Compute what only telemetry wants."""
+    observe: Observe | None = None
     log_experts: torch.Tensor | None = None
     """(E,) or (N, E), logarithm of the factors of unit gates over experts, for the logits; -inf: not there."""
 

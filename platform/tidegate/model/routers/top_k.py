@@ -182,7 +182,7 @@ class TopKRouter(LearnedRouter):
             score=self.score,
             renormalize=self.config.renormalize,
             scale=self.scale,
-            signals=context.observe,
+            signals=context.observe is not None,
         )
         sums = RoutingSums(routed.counts_BE, routed.prob_sums_BE, routed.z_sums_B, routed.signals_B3)
         return Routing(routed.experts_NK, routed.weights_NK, None, logits_NE, sums=sums)
