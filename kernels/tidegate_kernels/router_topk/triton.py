@@ -1,9 +1,10 @@
 """`router_topk` in one launch and a small sum forward, and one launch backward; logits and experts are saved.
 
-A tile is (BLOCK_T, J, C): the experts of a row are J runs of C, at most 128, four for each lane of a warp. Triton deals
-warps to the first axis before the second, so a row stays in one warp and no reduction over experts leaves it. A program
-takes some tokens of one sequence and writes its sums; a second kernel adds them in a fixed order, so results do not
-differ from run to run.
+A tile is (J, BLOCK_T, C): the experts of a row are J runs of C, at most 128, four for each lane of a warp. It is read
+and written as (J BLOCK_T, C), of which every warp gets every so many lines, so a row stays in one warp and no reduction
+over experts leaves it. (To which of three axes Triton deals warps depends on its version.) A program takes some tokens
+of one sequence and writes its sums; a second kernel adds them in a fixed order, so that results do not differ between
+runs.
 
 Letters: N = B T rows, B sequences, T tokens, E experts, K chosen experts, J C experts with padding, P programs a
 sequence.
@@ -32,24 +33,24 @@ _TINY = tl.constexpr(TINY)
 
 @triton.jit
 def _row_max(x):
-    return tl.max(tl.max(x, axis=1, keep_dims=True), axis=2, keep_dims=True)
+    return tl.max(tl.max(x, axis=0, keep_dims=True), axis=2, keep_dims=True)
 
 
 @triton.jit
 def _row_min(x):
-    return tl.min(tl.min(x, axis=1, keep_dims=True), axis=2, keep_dims=True)
+    return tl.min(tl.min(x, axis=0, keep_dims=True), axis=2, keep_dims=True)
 
 
 @triton.jit
 def _row_sum(x):
-    return tl.sum(tl.sum(x, axis=1, keep_dims=True), axis=2, keep_dims=True)
+    return tl.sum(tl.sum(x, axis=0, keep_dims=True), axis=2, keep_dims=True)
 
 
 @triton.jit
-def _experts(BLOCK_T: tl.constexpr, J: tl.constexpr, C: tl.constexpr):
-    """(BLOCK_T, J, C) numbers of experts; the same for all rows, but of a whole tile's layout."""
-    expert = tl.arange(0, J)[None, :, None] * C + tl.arange(0, C)[None, None, :]
-    return tl.broadcast_to(expert, (BLOCK_T, J, C))
+def _lines(J: tl.constexpr, BLOCK_T: tl.constexpr, C: tl.constexpr):
+    """(J * BLOCK_T, 1) row and (J * BLOCK_T, C) expert of what a tile reads or writes."""
+    line = tl.arange(0, J * BLOCK_T)[:, None]
+    return line % BLOCK_T, line // BLOCK_T * C + tl.arange(0, C)[None, :]
 
 
 @triton.jit
@@ -81,7 +82,8 @@ def _forward_kernel(
     BLOCK_T: tl.constexpr, J: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     part, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    expert = _experts(BLOCK_T, J, C)
+    row_of_line, expert_of_line = _lines(J, BLOCK_T, C)
+    expert = tl.reshape(expert_of_line, (J, BLOCK_T, C))
     inside = expert < E
     slot = tl.arange(0, BLOCK_K)[None, None, :]
     first = b * T + part * tokens
@@ -89,15 +91,18 @@ def _forward_kernel(
     counted_ptr += first
     weights_ptr += first * K
     experts_ptr += first * K
-    counts, probs = tl.zeros((BLOCK_T, J, C), tl.float32), tl.zeros((BLOCK_T, J, C), tl.float32)
-    bias = tl.load(bias_ptr + expert, mask=inside, other=0.0)
-    squares = tl.zeros((BLOCK_T, 1, 1), tl.float32)
+    counts, probs = tl.zeros((J, BLOCK_T, C), tl.float32), tl.zeros((J, BLOCK_T, C), tl.float32)
+    bias = tl.load(bias_ptr + expert_of_line, mask=expert_of_line < E, other=0.0)
+    bias = tl.reshape(bias, (J, BLOCK_T, C))
+    squares = tl.zeros((1, BLOCK_T, 1), tl.float32)
     entropy, norm, chosen_prob = squares, squares, squares
     for start in range(0, tokens, BLOCK_T):
-        row = start + tl.arange(0, BLOCK_T)[:, None, None]  # of this program: int32 addresses take half the registers
+        row = start + tl.arange(0, BLOCK_T)[None, :, None]  # of this program: int32 addresses take half the registers
         there = row < T - part * tokens
-        z = tl.load(logits_ptr + row * E + expert, mask=there & inside, other=0.0)
-        z = tl.where(inside, z, float("-inf"))
+        line = start + row_of_line
+        read = (line < T - part * tokens) & (expert_of_line < E)
+        z = tl.load(logits_ptr + line * E + expert_of_line, mask=read, other=0.0)
+        z = tl.where(inside, tl.reshape(z, (J, BLOCK_T, C)), float("-inf"))
         top = _row_max(z)
         softmax = tl.exp(z - top)
         total = _row_sum(softmax)
@@ -116,7 +121,7 @@ def _forward_kernel(
         bits = (score + bias).to(tl.int32, bitcast=True)
         key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
         rest = tl.where(inside, tl.where(z > float("-inf"), key, _CLOSED), _TAKEN)  # closed is -inf, and NaN
-        picked = tl.zeros((BLOCK_T, 1, BLOCK_K), tl.int32)
+        picked = tl.zeros((1, BLOCK_T, BLOCK_K), tl.int32)
         for k in range(K):
             best = _row_min(tl.where(rest == _row_max(rest), expert, E))  # of equal ones the lowest
             rest = tl.where(expert == best, _TAKEN, rest)
@@ -139,9 +144,9 @@ def _forward_kernel(
             chosen_prob += weights * share * counted
 
     sums_ptr += (b * tl.num_programs(0) + part) * (2 * E + 4 if SIGNALS else 2 * E + 1)
-    expert = tl.arange(0, J)[None, :, None] * C + tl.arange(0, C)[None, None, :]
-    tl.store(sums_ptr + expert, tl.sum(counts, axis=0, keep_dims=True), mask=expert < E)
-    tl.store(sums_ptr + E + expert, tl.sum(probs, axis=0, keep_dims=True), mask=expert < E)
+    expert = tl.arange(0, J)[:, None] * C + tl.arange(0, C)[None, :]
+    tl.store(sums_ptr + expert, tl.sum(counts, axis=1), mask=expert < E)
+    tl.store(sums_ptr + E + expert, tl.sum(probs, axis=1), mask=expert < E)
     tl.store(sums_ptr + 2 * E, tl.sum(squares))
     if SIGNALS:
         tl.store(sums_ptr + 2 * E + 1, tl.sum(entropy))
@@ -188,15 +193,18 @@ def _backward_kernel(
     BLOCK_T: tl.constexpr, J: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
-    expert = _experts(BLOCK_T, J, C)
-    inside = expert < E
+    row_of_line, expert_of_line = _lines(J, BLOCK_T, C)
+    inside = tl.reshape(expert_of_line < E, (J, BLOCK_T, C))
     slot = tl.arange(0, BLOCK_K)[None, None, :]
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None, None]
+    first = tl.program_id(0) * BLOCK_T
+    t = first + tl.arange(0, BLOCK_T)[None, :, None]
     there, row = t < T, b * T + t
+    at = (b * T + first + row_of_line) * E + expert_of_line
+    in_memory = (first + row_of_line < T) & (expert_of_line < E)
     used = there & (slot < K)
     picked = tl.load(experts_ptr + row * K + slot, mask=used, other=0).to(tl.int32)
-    z = tl.load(logits_ptr + row * E + expert, mask=there & inside, other=0.0)
-    z = tl.where(inside, z, float("-inf"))
+    z = tl.load(logits_ptr + at, mask=in_memory, other=0.0)
+    z = tl.where(inside, tl.reshape(z, (J, BLOCK_T, C)), float("-inf"))
     counted = tl.load(counted_ptr + row, mask=there, other=0).to(tl.float32)
     top = _row_max(z)
     softmax = tl.exp(z - top)
@@ -215,7 +223,8 @@ def _backward_kernel(
         g = (g - tl.sum(g * score_picked, axis=2, keep_dims=True) * share) * share
 
     # The probabilities reach all of them.
-    dprob = tl.load(dprobs_ptr + b * E + expert, mask=inside, other=0.0) * counted
+    dprob = tl.load(dprobs_ptr + b * E + expert_of_line, mask=expert_of_line < E, other=0.0)
+    dprob = tl.reshape(dprob, (J, BLOCK_T, C)) * counted
     dprob_picked = tl.load(dprobs_ptr + b * E + picked, mask=used, other=0.0) * counted
     dot = _row_sum(dprob * score)
     if SCORE == "softmax":
@@ -227,7 +236,7 @@ def _backward_kernel(
 
     dsquare = 2 * (top + tl.log(total)) * counted * tl.load(dz_ptr + b)
     dlogits = _dlogits(z, softmax, score, dprob, dot, dsquare, SCORE)
-    tl.store(dlogits_ptr + row * E + expert, dlogits, mask=there & inside)
+    tl.store(dlogits_ptr + at, tl.reshape(dlogits, (J * BLOCK_T, C)), mask=in_memory)
     # Over them those of the chosen: to look for these in the whole tile takes K comparisons an expert.
     dlogits = _dlogits(z_picked, softmax_picked, score_picked, dprob_picked + g, dot, dsquare, SCORE)
     tl.debug_barrier()
