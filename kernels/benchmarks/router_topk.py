@@ -20,11 +20,12 @@ def cases() -> Iterator[Case]:
         yield _case(4, 4096, E, 8, "softmax")
     yield _case(4, 4096, 256, 8, "sigmoid")
     yield _case(16, 4096, 128, 8, "softmax")
+    yield _case(4, 4096, 128, 8, "softmax", signals=True)
 
 
-def _case(B: int, T: int, E: int, K: int, score: str) -> Case:
+def _case(B: int, T: int, E: int, K: int, score: str, signals: bool = False) -> Case:
     N = B * T
-    options = {"top_k": K, "score": score, "renormalize": True, "scale": 1.0}
+    options = {"top_k": K, "score": score, "renormalize": True, "scale": 1.0, "signals": signals}
 
     def inputs() -> tuple[torch.Tensor, ...]:
         # No two experts of a row are so close that rounding decides.
@@ -46,7 +47,7 @@ def _case(B: int, T: int, E: int, K: int, score: str) -> Case:
     floor = Floor(bytes=4 * 3 * N * E + 2 * 12 * N * K)
     return Case(
         "router_topk",
-        {"B": B, "T": T, "E": E, "K": K, "score": score},
+        {"B": B, "T": T, "E": E, "K": K, "score": score, "signals": signals},
         floor,
         inputs,
         {

@@ -32,7 +32,7 @@ def _attend(x: torch.Tensor) -> torch.Tensor:
 
 def _route(x: torch.Tensor) -> torch.Tensor:
     counted = torch.ones(MANY, 1, dtype=torch.bool)
-    options = {"top_k": 1, "score": "softmax", "renormalize": True, "scale": 1.0}
+    options = {"top_k": 1, "score": "softmax", "renormalize": True, "scale": 1.0, "signals": False}
     return router_topk(x.view(-1, 2), torch.zeros(2), counted, **options).weights_NK
 
 

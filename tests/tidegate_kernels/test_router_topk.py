@@ -44,6 +44,7 @@ class Results(NamedTuple):
     counts: torch.Tensor
     prob_sums: torch.Tensor
     z_sums: torch.Tensor
+    signals: torch.Tensor
     dlogits: torch.Tensor
 
 
@@ -91,21 +92,26 @@ def by_formula(given: Inputs, g: Upstream, K: int, score: str, renormalize: bool
     else:
         dz = ds * (sigma * (1 - sigma) if score == "sigmoid" else sigma / (2 * s))
     dz = dz + g.z.repeat_interleave(T)[:, None] * used * 2 * lse * q
-    sums = (per_sequence(taken), per_sequence(s / total), per_sequence(lse**2).squeeze(1))
+    p = s / total
+    entropy = -torch.where(p > 0, p * p.log(), 0).sum(dim=1)
+    norm = torch.where(z > -torch.inf, z, 0).square().sum(dim=1).sqrt()
+    signals = per_sequence(torch.stack([entropy, norm, (taken * p).sum(dim=1)], dim=1))
+    sums = (per_sequence(taken), per_sequence(p), per_sequence(lse**2).squeeze(1), signals)
     return Results(weights, *sums, dz)
 
 
 def run(op, given: Inputs, g: Upstream, **options) -> Results:  # type: ignore[no-untyped-def]
     logits = given.logits.float().requires_grad_()
-    out: RoutedTopK = op(logits, given.bias.float(), given.counted, **options)
+    out: RoutedTopK = op(logits, given.bias.float(), given.counted, signals=True, **options)
     assert out.experts_NK.dtype == torch.int64
-    assert not out.experts_NK.requires_grad
-    assert not out.counts_BE.requires_grad
+    assert out.signals_B3 is not None
+    assert not any(t.requires_grad for t in (out.experts_NK, out.counts_BE, out.signals_B3))
     g_NK = g.dense.float().gather(1, out.experts_NK)
     torch.autograd.backward((out.weights_NK, out.prob_sums_BE, out.z_sums_B), (g_NK, g.probs.float(), g.z.float()))
     assert logits.grad is not None
     dense = torch.zeros_like(given.logits, dtype=torch.float32).scatter(1, out.experts_NK, out.weights_NK.detach())
-    return Results(dense, out.counts_BE, out.prob_sums_BE.detach(), out.z_sums_B.detach(), logits.grad)
+    sums = (out.counts_BE, out.prob_sums_BE.detach(), out.z_sums_B.detach(), out.signals_B3)
+    return Results(dense, *sums, logits.grad)
 
 
 def assert_all_close(actual: Results, expected: Results) -> None:
@@ -171,6 +177,7 @@ def test_of_equal_experts_the_lowest(score: str, E: int, K: int) -> None:
             score=score,
             renormalize=True,
             scale=1.0,
+            signals=False,
         )
     best = (-logits).sort(dim=1, stable=True).indices[:, :K]
     assert torch.equal(out.experts_NK, best)
@@ -185,7 +192,7 @@ def test_a_bias_selects_but_neither_weighs_nor_reopens(score: str) -> None:
     logits[:, 7] = -torch.inf
     bias = torch.zeros(60)
     bias[7], bias[9] = 200.0, 100.0
-    options = {"top_k": 2, "score": score, "renormalize": False, "scale": 1.0}
+    options = {"top_k": 2, "score": score, "renormalize": False, "scale": 1.0, "signals": False}
     out = router_topk(logits, bias, torch.ones(1, 13, dtype=torch.bool), **options)
     assert (out.experts_NK == 9).any(dim=1).all()
     assert not (out.experts_NK == 7).any()
@@ -206,6 +213,7 @@ def test_logits_that_are_not_numbers_choose_experts_that_exist() -> None:
             score="sigmoid",
             renormalize=True,
             scale=1.0,
+            signals=False,
         )
     assert ((out.experts_NK >= 0) & (out.experts_NK < 60)).all()
     assert all(len(set(row)) == 3 for row in out.experts_NK.tolist())
@@ -223,9 +231,10 @@ def test_large_logits(score: str) -> None:
         score=score,
         renormalize=True,
         scale=1.0,
+        signals=True,
     )
     (out.weights_NK[:, 0].sum() + out.prob_sums_BE[0, 0] + 1e-8 * out.z_sums_B.sum()).backward()
-    assert all(t.isfinite().all() for t in (out.weights_NK, out.prob_sums_BE, out.z_sums_B, logits.grad))
+    assert all(t.isfinite().all() for t in (*out, logits.grad))
 
 
 @with_both_kernels
@@ -237,7 +246,7 @@ def test_each_result_alone_passes_its_gradient(wanted: str) -> None:
     silent = {"weights_NK": "dense", "prob_sums_BE": "probs", "z_sums_B": "z"}
     only = g._replace(**{name: torch.zeros_like(getattr(g, name)) for at, name in silent.items() if at != wanted})
     logits = given.logits.float().requires_grad_()
-    out = router_topk(logits, given.bias.float(), given.counted, **options)
+    out = router_topk(logits, given.bias.float(), given.counted, signals=True, **options)
     gradient = only.dense.float().gather(1, out.experts_NK) if wanted == "weights_NK" else getattr(g, silent[wanted])
     getattr(out, wanted).backward(gradient.float())
     options["K"] = options.pop("top_k")
@@ -266,7 +275,8 @@ def test_no_rows(B: int, T: int) -> None:
     result = run(router_topk, given, g, top_k=3, score="softmax", renormalize=True, scale=1.0)
     assert result.dlogits.shape == (0, 60)
     assert result.counts.shape == (B, 60)
-    assert not any(t.any() for t in result[1:4])
+    assert result.signals.shape == (B, 3)
+    assert not any(t.any() for t in result[1:5])
 
 
 @with_both_kernels
@@ -278,10 +288,32 @@ def test_compiles_in_one_graph() -> None:
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
-def test_registered_operation() -> None:
+@with_both_kernels
+@with_every_score
+def test_signals_cost_nothing_unless_asked_for_and_change_nothing(score: str) -> None:
+    logits, bias, counted = inputs(2, 63, 60)
+    options = {"top_k": 3, "score": score, "renormalize": True, "scale": 2.5}
+    plain, observed = (
+        router_topk(logits.float(), bias.float(), counted, signals=signals, **options) for signals in (False, True)
+    )
+    assert plain.signals_B3 is None
+    assert all(torch.equal(one, other) for one, other in zip(plain[:5], observed[:5], strict=True))
+
+
+@with_both_kernels
+@pytest.mark.parametrize("K", range(1, 9))
+@pytest.mark.parametrize("E", [20, 130])
+def test_every_number_of_chosen_experts(E: int, K: int) -> None:
+    given, g = inputs(3, 5, E), upstream(3, 5, E)
+    actual = run(router_topk, given, g, top_k=K, score="softmax", renormalize=False, scale=1.0)
+    assert_all_close(actual, by_formula(given, g, K, "softmax", False, 1.0))
+
+
+@pytest.mark.parametrize("signals", [False, True])
+def test_registered_operation(signals: bool) -> None:
     """Schema, fake and autograd registration agree with what the kernels do."""
     logits, bias, counted = inputs(2, 7, 60)
-    arguments = (logits.float().requires_grad_(), bias.float(), counted, 3, "sigmoid", True, 2.5)
+    arguments = (logits.float().requires_grad_(), bias.float(), counted, 3, "sigmoid", True, 2.5, signals)
     torch.library.opcheck(torch.ops.tidegate.router_topk.default, arguments)
 
 

@@ -11,10 +11,10 @@ import torch
 
 from tidegate_kernels.choice import takes_triton
 from tidegate_kernels.router_topk import reference
-from tidegate_kernels.router_topk.reference import SCORES, RoutedTopK
+from tidegate_kernels.router_topk.reference import SCORES, RoutedTopK, router_signals
 from tidegate_kernels.tiles import MOST_PROGRAMS
 
-__all__ = ["SCORES", "RoutedTopK", "router_topk"]
+__all__ = ["SCORES", "RoutedTopK", "router_signals", "router_topk"]
 
 _MOST_EXPERTS = 1024
 _MOST_CHOSEN = 32
@@ -29,6 +29,7 @@ def router_topk(
     score: str,
     renormalize: bool,
     scale: float,
+    signals: bool,
 ) -> RoutedTopK:
     """Choose, weigh and count experts; see the reference for arguments and sources.
 
@@ -39,9 +40,17 @@ def router_topk(
     fits = fits and counted_BT.shape[0] <= MOST_PROGRAMS
     if not takes_triton(logits_NE, fits=fits):
         return reference.router_topk(
-            logits_NE, bias_E, counted_BT, top_k=top_k, score=score, renormalize=renormalize, scale=scale
+            logits_NE,
+            bias_E,
+            counted_BT,
+            top_k=top_k,
+            score=score,
+            renormalize=renormalize,
+            scale=scale,
+            signals=signals,
         )
-    return RoutedTopK(*_router_topk(logits_NE, bias_E, counted_BT, top_k, score, renormalize, scale))
+    routed = RoutedTopK(*_router_topk(logits_NE, bias_E, counted_BT, top_k, score, renormalize, scale, signals))
+    return routed if signals else routed._replace(signals_B3=None)
 
 
 @torch.library.custom_op("tidegate::router_topk", mutates_args=())
@@ -53,10 +62,11 @@ def _router_topk(
     score: str,
     renormalize: bool,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    signals: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     from tidegate_kernels.router_topk import triton
 
-    return triton.forward(logits_NE, bias_E, counted_BT, top_k, score, renormalize, scale)
+    return triton.forward(logits_NE, bias_E, counted_BT, top_k, score, renormalize, scale, signals)
 
 
 @_router_topk.register_fake
@@ -68,11 +78,12 @@ def _(
     score: str,
     renormalize: bool,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    signals: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     (N, E), B = logits_NE.shape, counted_BT.shape[0]
     experts_NK = logits_NE.new_empty(N, top_k, dtype=torch.int64)
     weights_NK, counts_BE, prob_sums_BE, z_sums_B = map(logits_NE.new_empty, ((N, top_k), (B, E), (B, E), (B,)))
-    return weights_NK, experts_NK, counts_BE, prob_sums_BE, z_sums_B
+    return weights_NK, experts_NK, counts_BE, prob_sums_BE, z_sums_B, logits_NE.new_empty(B if signals else 0, 3)
 
 
 @torch.library.custom_op("tidegate::router_topk_backward", mutates_args=())
@@ -110,11 +121,11 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    logits_NE, _, counted_BT, _, ctx.score, ctx.renormalize, ctx.scale = inputs
-    _, experts_NK, counts_BE, _, _ = output
+    logits_NE, _, counted_BT, _, ctx.score, ctx.renormalize, ctx.scale, _ = inputs
+    _, experts_NK, counts_BE, _, _, signals_B3 = output
     ctx.save_for_backward(logits_NE, experts_NK, counted_BT)
-    ctx.mark_non_differentiable(experts_NK, counts_BE)
-    ctx.set_materialize_grads(False)  # else zeros for the two are a launch each
+    ctx.mark_non_differentiable(experts_NK, counts_BE, signals_B3)
+    ctx.set_materialize_grads(False)  # else zeros for the three are a launch each
 
 
 def _differentiate(
@@ -124,6 +135,7 @@ def _differentiate(
     dcounts_BE: None,
     dprob_sums_BE: torch.Tensor | None,
     dz_sums_B: torch.Tensor | None,
+    dsignals_B3: None,
 ) -> tuple[torch.Tensor | None, ...]:
     logits_NE, experts_NK, counted_BT = ctx.saved_tensors
     B, E = counted_BT.shape[0], logits_NE.shape[1]
@@ -132,7 +144,7 @@ def _differentiate(
     dlogits_NE = _router_topk_backward(
         *gradients, logits_NE, experts_NK, counted_BT, ctx.score, ctx.renormalize, ctx.scale
     )
-    return dlogits_NE, None, None, None, None, None, None
+    return dlogits_NE, None, None, None, None, None, None, None
 
 
 _router_topk.register_autograd(_differentiate, setup_context=_save)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-__all__ = ["SCORES", "TINY", "RoutedTopK", "router_topk"]
+__all__ = ["SCORES", "TINY", "RoutedTopK", "router_signals", "router_topk"]
 
 TINY = 1e-20
 """Keeps a row of scores that all underflow from dividing by zero."""
@@ -28,6 +28,8 @@ class RoutedTopK(NamedTuple):
     """(B, E) fp32, scores divided by their sum over experts, summed over counted tokens; carries gradient."""
     z_sums_B: torch.Tensor
     """(B,) fp32, squared logsumexp of the logits, summed over counted tokens; carries gradient."""
+    signals_B3: torch.Tensor | None
+    """(B, 3) fp32 of `router_signals`, if asked for."""
 
 
 def _softmax(logits_NE: torch.Tensor) -> torch.Tensor:
@@ -54,6 +56,7 @@ def router_topk(
     score: str,
     renormalize: bool,
     scale: float,
+    signals: bool,
 ) -> RoutedTopK:
     """Choose the K experts of each row with the largest `score + bias`, weigh them by their scores, and sum up.
 
@@ -65,6 +68,7 @@ def router_topk(
         score: a key of `SCORES`.
         renormalize: divide a row's weights by their sum.
         scale: factor of the weights.
+        signals: compute what telemetry wants.
 
     Source: softmax: Shazeer et al. 2017 (arXiv 1701.06538); sigmoid, bias: DeepSeek-V3 (arXiv 2412.19437), Eq. 12-16;
     sums: load-balance loss of Switch (arXiv 2101.03961), Eq. 4-6, and z-loss of ST-MoE (arXiv 2202.08906), Eq. 5.
@@ -84,4 +88,28 @@ def router_topk(
     )
     prob_sums_BE = (probs_NE.view(B, T, E) * counted.unsqueeze(-1)).sum(dim=1)
     z_BT = logits_NE.logsumexp(dim=-1).square().view(B, T)
-    return RoutedTopK(scale * weights_NK, experts_NK, counts_BE, prob_sums_BE, (z_BT * counted).sum(dim=1))
+    z_sums_B = (z_BT * counted).sum(dim=1)
+    signals_B3 = None
+    if signals:
+        signals_B3 = router_signals(probs_NE, logits_NE, probs_NE.gather(1, experts_NK), counted)
+    return RoutedTopK(scale * weights_NK, experts_NK, counts_BE, prob_sums_BE, z_sums_B, signals_B3)
+
+
+@torch.no_grad()
+def router_signals(
+    probs_NE: torch.Tensor, logits_NE: torch.Tensor, chosen_NS: torch.Tensor, counted_BT: torch.Tensor
+) -> torch.Tensor:
+    """Sum up what telemetry shows of a router, without gradient.
+
+    Args:
+        probs_NE: (N, E) fp32, rows sum to 1.
+        logits_NE: (N, E) fp32; -inf and NaN enter no norm.
+        chosen_NS: (N, S) fp32, probabilities of the chosen experts, 0 elsewhere.
+        counted_BT: (B, T) fp32, 1 for tokens that enter the sums, else 0.
+
+    Returns:
+        (B, 3): entropy of the probabilities in nats, Euclidean norm of the logits, probability of the chosen experts.
+    """
+    norm_N = logits_NE.nan_to_num(nan=0.0, posinf=torch.inf, neginf=0.0).norm(dim=-1)
+    signals_N3 = torch.stack([torch.special.entr(probs_NE).sum(dim=-1), norm_N, chosen_NS.sum(dim=-1)], dim=-1)
+    return (signals_N3.view(*counted_BT.shape, 3) * counted_BT.unsqueeze(-1)).sum(dim=1)

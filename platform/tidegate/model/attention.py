@@ -17,7 +17,7 @@ from tidegate.config import Config
 from tidegate.model.gates import AttentionGate, Gate, GateConfig, NoGate
 from tidegate.model.initialisation import Draw
 from tidegate.model.layers import Linear, RMSNorm
-from tidegate.model.observations import AttentionSample, sample_attention
+from tidegate.model.observations import AttentionSample
 from tidegate.model.qk_clip import max_logits
 from tidegate_kernels.gated_attention import Documents, gated_attention
 from tidegate_kernels.qk_norm_rope import Rotated, qk_norm_rope
@@ -147,7 +147,7 @@ class Attention(nn.Module):
             x_BTD: (B, T, D), normalised.
             rotary: tables for T positions.
             documents: attention stays inside; None for plain causal attention.
-            observe: return a sample for telemetry.
+            observe: return what telemetry looks at.
             heads: (..., H) factors of the heads, or None.
         """
         q, k, v, scores = self._projected(x_BTD)
@@ -163,7 +163,7 @@ class Attention(nn.Module):
         out_BTD = self._gated("dense_output", out_BTD.unsqueeze(-2), scores).squeeze(-2)
         clips = self.config.qk_clip is not None and self.training and torch.is_grad_enabled()
         max_logit_H = max_logits(q.detach(), k.detach(), documents) if clips else None
-        sample = sample_attention(q, k, sink_H, scores, self.config.gate) if observe else None
+        sample = AttentionSample(q, k, sink_H, scores) if observe else None
         return AttentionOutput(out_BTD, sample, max_logit_H)
 
     def _projected(self, x_BTD: torch.Tensor) -> _Projected:

@@ -1,6 +1,6 @@
 """The language model: pre-norm blocks of attention and a feed-forward that is dense or a mixture of experts.
 
-Letters: L MoE layers, B sequences, T tokens, D width, V vocabulary, E experts.
+Letters: A blocks, L MoE layers, B sequences, T tokens, D width, H heads, V vocabulary, E experts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tidegate.model.layers import Embedding, FeedForward, Linear
 from tidegate.model.moe import MoE, MoEConfig, RoutingStats
 from tidegate.model.norms import NormConfig, RMSNormConfig
 from tidegate.model.observations import AttentionObservations, AttentionSample, AttentionWatch
-from tidegate.model.routers import Router, RouterContext, RouterShape, Routing, ThorConfig
+from tidegate.model.routers import Observe, Router, RouterContext, RouterShape, Routing, ThorConfig
 from tidegate.model.unit_gates import UnitGates, UnitGatesConfig
 from tidegate.model.unit_gates.units import NO_MASKS, LayerMasks
 from tidegate_kernels.gated_attention import Documents
@@ -96,9 +96,11 @@ class DecoderOutput(NamedTuple):
     stats: RoutingStats | None
     """Fields stacked over the MoE layers, (L, B, ...); None for a dense model."""
     attention: AttentionObservations | None = None
-    """Fields stacked over the layers, (L, ...); None unless observed, or in training with `qk_clip`."""
-    max_hidden_L: torch.Tensor | None = None
-    """(blocks,) fp32, largest magnitude of the residual stream after each block, if observed; no gradient."""
+    """If observed."""
+    max_hidden_A: torch.Tensor | None = None
+    """(A,) fp32, largest magnitude of the residual stream after each block, if observed; no gradient."""
+    max_logit_AH: torch.Tensor | None = None
+    """(A, H) fp32, largest attention logits of the batch: of every training pass with `qk_clip`, else None."""
     nll_BT: torch.Tensor | None = None
     """(B, T) fp32, of every label, whether it counts or not; no gradient."""
     unit_penalty: torch.Tensor | None = None
@@ -158,7 +160,9 @@ class Block(nn.Module):
             x_BTD = self.attention_norm(h_BTD)
         else:
             x_BTD, h_BTD = self.attention_norm.add(y_BTD, h_BTD)
-        attended: AttentionOutput = self.attention(x_BTD, rotary, context.documents, context.observe, units.heads)
+        attended: AttentionOutput = self.attention(
+            x_BTD, rotary, context.documents, context.observe == "all", units.heads
+        )
         seen = attended.sample, attended.max_logit_H
         x_BTD, h_BTD = self.ffn_norm.add(_shared(attended.y_BTD, share), h_BTD)
         if not isinstance(self.ffn, MoE):
@@ -225,7 +229,7 @@ class Decoder(nn.Module):
         *,
         sequences_B: torch.Tensor | None = None,
         clock: Clock = STILL,
-        observe: bool = False,
+        observe: Observe | None = None,
     ) -> DecoderOutput:
         """Score the labels.
 
@@ -246,7 +250,7 @@ class Decoder(nn.Module):
         stats = passed.stats
         router = self.config.ffn.router if isinstance(self.config.ffn, MoEConfig) else None
         if isinstance(router, ThorConfig) and self.training and torch.is_grad_enabled():
-            again = context._replace(clock=clock.other("second pass"), observe=False)
+            again = context._replace(clock=clock.other("second pass"), observe=None)
             other = self._run(again)
             # The divergence needs both passes' logits at once.
             logits_BTV, other_BTV = (F.linear(each.x_BTD, self._head()) for each in (passed, other))
@@ -257,9 +261,8 @@ class Decoder(nn.Module):
             # loss stays nats a token.
             consistency_B = router.consistency / 2 * (divergence_BT * counted_BT).sum(dim=1)
             stats = _with_consistency(passed.stats, other.stats, consistency_B)
-            if passed.attention is not None and other.attention is not None:
-                largest_LH = torch.maximum(passed.attention.max_logit_H, other.attention.max_logit_H)
-                passed = passed._replace(attention=passed.attention._replace(max_logit_H=largest_LH))
+            if passed.max_logit_AH is not None and other.max_logit_AH is not None:
+                passed = passed._replace(max_logit_AH=torch.maximum(passed.max_logit_AH, other.max_logit_AH))
         else:
             nll, nll_N = linear_cross_entropy(
                 passed.x_BTD.flatten(0, 1),
@@ -273,7 +276,8 @@ class Decoder(nn.Module):
             nll_BT = nll_N.view_as(labels_BT)
         nll_BT = nll_BT.detach()
         nll_B = (nll_BT * counted_BT).sum(dim=1)
-        return DecoderOutput(nll, nll_B, stats, passed.attention, passed.max_hidden_L, nll_BT, passed.unit_penalty)
+        seen = passed.attention, passed.max_hidden_A, passed.max_logit_AH
+        return DecoderOutput(nll, nll_B, stats, *seen, nll_BT, passed.unit_penalty)
 
     def _head(self) -> torch.Tensor:
         """(V, D)."""
@@ -294,8 +298,9 @@ class Decoder(nn.Module):
         recompute = self.recompute and self.training
         stats: list[RoutingStats] = []
         watch: AttentionWatch | None = None
-        if context.observe:
-            watch = AttentionWatch(attention.gate, tokens_BT, context.documents)
+        if context.observe == "all":
+            frees = self.recompute or not torch.is_grad_enabled()
+            watch = AttentionWatch(attention.gate, tokens_BT, context.documents, copies=frees)
         largest_logits: list[torch.Tensor] = []
         extremes: list[torch.Tensor] = []
         for block, layer_masks in zip(self.blocks, masks, strict=True):
@@ -312,14 +317,15 @@ class Decoder(nn.Module):
                 largest_logits.append(max_logit_H)
             if watch is not None:
                 watch.see(sample)
-                extremes += torch.aminmax(
-                    (h_BTD + y_BTD).detach()
-                )  # one pass; a norm takes twenty times as long on a CPU
+                # One pass; a norm takes twenty times as long on a CPU.
+                extremes += torch.aminmax((h_BTD + y_BTD).detach())
         penalty = None if units is None else units.penalty
-        largest_L = torch.stack(extremes).view(-1, 2).abs().amax(dim=1).float() if extremes else None
+        seen = None if watch is None else watch.read()
+        largest_A = torch.stack(extremes).view(-1, 2).abs().amax(dim=1).float() if extremes else None
+        logits_AH = torch.stack(largest_logits) if largest_logits else None
         assert y_BTD is not None  # there is a block at least
         x_BTD, _ = self.norm.add(y_BTD, h_BTD)
-        return _Pass(x_BTD, _stacked(stats), _attention_seen(watch, largest_logits), largest_L, penalty)
+        return _Pass(x_BTD, _stacked(stats), seen, largest_A, logits_AH, penalty)
 
 
 class _Pass(NamedTuple):
@@ -327,7 +333,8 @@ class _Pass(NamedTuple):
     """What the head reads."""
     stats: RoutingStats | None
     attention: AttentionObservations | None
-    max_hidden_L: torch.Tensor | None
+    max_hidden_A: torch.Tensor | None
+    max_logit_AH: torch.Tensor | None
     unit_penalty: torch.Tensor | None
 
 
@@ -346,13 +353,6 @@ def _stacked(layers: list[RoutingStats]) -> RoutingStats | None:
         return None
     fields = (None if field[0] is None else torch.stack(field) for field in zip(*layers, strict=True))
     return RoutingStats(*fields)  # type: ignore[arg-type]  # fields are None in every layer or in none
-
-
-def _attention_seen(watch: AttentionWatch | None, largest_logits: list[torch.Tensor]) -> AttentionObservations | None:
-    max_logit_LH = torch.stack(largest_logits) if largest_logits else None
-    if watch is not None:
-        return watch.read(max_logit_LH)
-    return None if max_logit_LH is None else AttentionObservations.of_logits_alone(max_logit_LH)
 
 
 def _nll(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:

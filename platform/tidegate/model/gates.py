@@ -102,7 +102,7 @@ class Gate(nn.Module):
         )
 
     def scores(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """(B, T, H, d or 1), before the activation."""
+        """(B, T, H, d or 1) by the hidden state (B, T, D), before the activation."""
         if self.projection is not None:
             return self.by_head(self.projection(x_BTD))
         assert self.constant is not None

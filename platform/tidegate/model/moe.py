@@ -30,6 +30,7 @@ from tidegate.model.unit_gates.units import NO_MASKS, LayerMasks
 from tidegate_kernels.grouped_mm import grouped_mm
 from tidegate_kernels.moe_dispatch import combine, fan_out
 from tidegate_kernels.moe_experts import moe_experts, sorted_experts
+from tidegate_kernels.router_topk import router_signals
 
 __all__ = ["ExpertSize", "Experts", "MoE", "MoEConfig", "RoutingStats", "SharedExpertsConfig", "routing_stats"]
 
@@ -155,7 +156,8 @@ class RoutingStats(NamedTuple):
     observed: torch.Tensor | None = None
     """Sums that the router's `update` wants; no gradient."""
     signals_B3: torch.Tensor | None = None
-    """(B, 3) fp32, for telemetry: sums over tokens of router entropy (nats), logit norm, chosen probability."""
+    """(B, 3) fp32, for telemetry: sums over tokens of router entropy (nats), logit norm, chosen probability. None if
+    nobody observes."""
 
 
 class Experts(nn.Module):
@@ -317,17 +319,24 @@ def routing_stats(
     routing: Routing, context: RouterContext, capabilities: Capabilities = SoftmaxTopKConfig.capabilities
 ) -> RoutingStats:
     """Sum a layer's routing over each sequence, leaving out the tokens that do not count."""
-    counted = context.counted_BT.float()
-    sums = routing.sums or _sums(routing, counted, capabilities)
+    sums = routing.sums or _sums(routing, context, capabilities)
     penalty_sums_B = torch.zeros_like(sums.z_sums_B)
     if routing.penalty_N is not None:
-        penalty_sums_B = (routing.penalty_N.view_as(counted) * counted).sum(dim=1)
-    signals_B3 = _signals(routing, counted, capabilities.normalized) if context.observe else None
-    return RoutingStats(*sums, penalty_sums_B, routing.balance_weight, routing.observed, signals_B3)
+        penalty_sums_B = (routing.penalty_N.view_as(context.counted_BT) * context.counted_BT).sum(dim=1)
+    return RoutingStats(
+        sums.counts_BE,
+        sums.prob_sums_BE,
+        sums.z_sums_B,
+        penalty_sums_B,
+        routing.balance_weight,
+        routing.observed,
+        sums.signals_B3,
+    )
 
 
-def _sums(routing: Routing, counted_BT: torch.Tensor, capabilities: Capabilities) -> RoutingSums:
+def _sums(routing: Routing, context: RouterContext, capabilities: Capabilities) -> RoutingSums:
     assert routing.probs_NE is not None
+    counted_BT = context.counted_BT.float()
     B, T = counted_BT.shape
     E, S = routing.probs_NE.shape[1], routing.experts_NS.shape[1]
     used_BS = counted_BT.repeat_interleave(S, dim=1)
@@ -339,21 +348,18 @@ def _sums(routing: Routing, counted_BT: torch.Tensor, capabilities: Capabilities
     if capabilities.z_loss:
         z_BT = routing.logits_NE.logsumexp(dim=-1).square().view(B, T)
         z_sums_B = (z_BT * counted_BT).sum(dim=1)
-    return RoutingSums(counts_BE, prob_sums_BE, z_sums_B)
+    signals_B3 = _signals(routing, counted_BT, capabilities.normalized) if context.observe else None
+    return RoutingSums(counts_BE, prob_sums_BE, z_sums_B, signals_B3)
 
 
 @torch.no_grad()
 def _signals(routing: Routing, counted_BT: torch.Tensor, normalized: bool) -> torch.Tensor:
-    """`RoutingStats.signals_B3`. ReLU routing's gates are normalised first, so that they have an entropy."""
+    """`router_signals` of any router. ReLU routing's gates are normalised first, so that they have an entropy."""
     assert routing.probs_NE is not None
     probs_NE = routing.probs_NE
     if not normalized:
         probs_NE = probs_NE / probs_NE.sum(dim=-1, keepdim=True).clamp(min=1e-20)
-    entropy_N = torch.special.entr(probs_NE).sum(dim=-1)
-    # -inf: an expert that a unit gate closed.
-    norm_N = routing.logits_NE.nan_to_num(nan=0.0, posinf=torch.inf, neginf=0.0).norm(dim=-1)
     chosen_NS = probs_NE.gather(1, routing.experts_NS)
     if routing.chosen_NS is not None:
         chosen_NS = chosen_NS * routing.chosen_NS
-    signals_BT3 = torch.stack([entropy_N, norm_N, chosen_NS.sum(dim=-1)], dim=-1).view(*counted_BT.shape, 3)
-    return (signals_BT3 * counted_BT.unsqueeze(-1)).sum(dim=1)
+    return router_signals(probs_NE, routing.logits_NE, chosen_NS, counted_BT)

@@ -1,8 +1,8 @@
 """What attention does, for telemetry: sinks, entropy and gate openings, on a bounded part of the batch.
 
 Attention probabilities are formed explicitly in fp32 for at most 2 sequences and 32 evenly spaced queries of each, and
-so are gate values (docs/measurements.md has what it costs). It costs nothing unless asked for. A layer only takes a
-sample; the rest is done for many layers at once, since GPU kernels of this size cost their launch.
+so are gate values (docs/measurements.md has what it costs). It costs nothing unless asked for. A layer only shows its
+tensors; the rest is done for many layers at once, since on a GPU operations of this size cost their launch.
 
 Letters: A layers, B sequences, b observed sequences, T tokens, D width, H query heads (of a gate: heads of the gated
 tensor), G key/value heads, d head width, S sampled queries.
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from tidegate.model.gates import AttentionGate, GateConfig
 from tidegate_kernels.gated_attention import Documents
 
-__all__ = ["AttentionObservations", "AttentionSample", "AttentionWatch", "sample_attention", "sampled_positions"]
+__all__ = ["AttentionObservations", "AttentionSample", "AttentionWatch", "sampled_positions"]
 
 MAX_SEQUENCES, MAX_QUERIES = 2, 32
 MAX_LOGIT_BYTES = 64 * 2**20
@@ -28,82 +28,69 @@ MAX_LOGIT_BYTES = 64 * 2**20
 held for a moment: probabilities and their entropies are of the same size."""
 CLOSED = 0.1
 """A gate value below it counts as closed."""
+_ALL = slice(None)
 
 
 class AttentionObservations(NamedTuple):
-    """One layer's, or stacked over layers; detached and fp32. NaN: does not apply, or was not asked for."""
+    """Of all layers of a micro-batch; detached and fp32. A layer with fewer heads than others has NaN for the rest.
 
-    gate_mean_H: torch.Tensor
+    The means of two ranks' numbers are the numbers of both ranks' sequences, if they observe equally many.
+    """
+
+    entropy_AH: torch.Tensor
+    """Nats, of the attention of a query, mean over queries. A softmax sink is one more outcome."""
+    own_AH: torch.Tensor
+    """Attention of token 0 of a sequence to itself, mean over sequences."""
+    later_AH: torch.Tensor
+    """Attention to token 0, summed over the sampled later queries of token 0's document."""
+    later_uniform: torch.Tensor
+    """() the same sum for uniform attention, 1 / (number of visible tokens) a query."""
+    num_sampled: torch.Tensor
+    """() how many these queries are."""
+    num_later: torch.Tensor
+    """() how many later queries the documents of token 0 have, sampled or not."""
+    num_sequences: torch.Tensor
+    """() b."""
+    gate_mean_AH: torch.Tensor | None
     """Mean value of a multiplicative gate; H of the gated tensor (1 if it is shared or has no heads)."""
-    gate_closed_H: torch.Tensor
+    gate_closed_AH: torch.Tensor | None
     """Share of the gate's values below 0.1."""
-    first_token_H: torch.Tensor
-    """(H,) F-Attn: attention to token 0 of a sequence, mean over the later queries of token 0's document. NaN if no
-    sampled query is one."""
-    first_token_uniform: torch.Tensor
-    """() the same for uniform attention, 1 / (number of visible tokens) a query: the floor under `first_token_H`."""
-    first_token_importance_H: torch.Tensor
-    """(H,) mean attention to token 0 over all queries of its document, its own (of about 1) too: a head is a sink where
-    this is above eps = 0.3 (Gu et al. 2024, arXiv 2410.10781, at T = 64)."""
-    entropy_H: torch.Tensor
-    """(H,) nats, of the attention of a query, mean over queries. A softmax sink is one more outcome."""
-    max_logit_H: torch.Tensor
-    """(H,) largest logit over the whole batch. Only with `qk_clip`, in training, and then also when nothing else is
-    observed."""
 
-    @classmethod
-    def of_logits_alone(cls, max_logit_AH: torch.Tensor) -> AttentionObservations:
-        """Nothing but the largest logits."""
-        nan_AH = torch.full_like(max_logit_AH, torch.nan)
-        return cls(nan_AH, nan_AH, nan_AH, nan_AH[..., 0], nan_AH, nan_AH, max_logit_AH)
+    @property
+    def first_token_AH(self) -> torch.Tensor:
+        """F-Attn: attention to token 0 of a sequence, mean over the later queries of its document; NaN if there are
+        none among the sampled."""
+        return self.later_AH / self.num_sampled
+
+    @property
+    def first_token_uniform(self) -> torch.Tensor:
+        """() the same for uniform attention: the floor under `first_token_AH`."""
+        return self.later_uniform / self.num_sampled
+
+    @property
+    def first_token_importance_AH(self) -> torch.Tensor:
+        """Mean attention to token 0 over all queries of its document, its own (of about 1) too: a head is a sink where
+        this is above eps = 0.3 (Gu et al. 2024, arXiv 2410.10781, at T = 64)."""
+        # The own query of token 0 is one of the document's, however few of the others were sampled.
+        both_AH = self.num_sequences * self.own_AH + self.num_later * self.first_token_AH
+        return both_AH / (self.num_sequences + self.num_later)
 
 
 class AttentionSample(NamedTuple):
-    """What one layer shows of a batch; detached, in the layer's dtype."""
+    """What one layer shows: tensors of its forward pass, not copies; the watch keeps parts of them."""
 
-    q_bSHd: torch.Tensor
-    k_bTGd: torch.Tensor
+    q_BTHd: torch.Tensor
+    k_BTGd: torch.Tensor
     """As the softmax sees them."""
     sink_H: torch.Tensor | None
     """Logit of the sink."""
-    scores_bSHd: torch.Tensor | None
-    """Of a multiplicative gate, before the activation; d is 1 for one score a head."""
+    scores_BTHd: torch.Tensor | None
+    """Of the gate, before the activation; d is 1 for one score a head."""
 
 
-@lru_cache(maxsize=8)
-def sampled_positions(length: int, device: torch.device) -> torch.Tensor:
-    """At most 32 evenly spaced positions, the first and the last among them."""
-    if length <= MAX_QUERIES:
-        return torch.arange(length, device=device)
-    return torch.linspace(0, length - 1, MAX_QUERIES, device=device, dtype=torch.float64).long()
-
-
-@torch.no_grad()
-def sample_attention(
-    q_BTHd: torch.Tensor,
-    k_BTGd: torch.Tensor,
-    sink_H: torch.Tensor | None,
-    scores_BTHd: torch.Tensor | None,
-    gate: GateConfig,
-) -> AttentionSample:
-    """Take a layer's sample.
-
-    Args:
-        q_BTHd, k_BTGd: as the softmax sees them.
-        sink_H: (H,) logit of the sink, or None.
-        scores_BTHd: of the gate, or None; d is 1 for one score a head.
-        gate: of the layer.
-    """
-    at_S = sampled_positions(q_BTHd.shape[1], q_BTHd.device)
-    scores_bSHd = None
-    if scores_BTHd is not None and isinstance(gate, AttentionGate) and gate.form == "multiplicative":
-        scores_bSHd = scores_BTHd.detach()[:MAX_SEQUENCES, at_S]
-    return AttentionSample(
-        q_BTHd.detach()[:MAX_SEQUENCES, at_S],
-        k_BTGd.detach()[:MAX_SEQUENCES].clone(),  # a view would keep the keys of the whole batch
-        None if sink_H is None else sink_H.detach(),
-        scores_bSHd,
-    )
+def sampled_positions(length: int) -> slice:
+    """At most 32 evenly spaced positions, from the first on."""
+    return slice(None, None, -(-length // MAX_QUERIES))
 
 
 class AttentionWatch:
@@ -113,33 +100,43 @@ class AttentionWatch:
         gate: of every layer.
         tokens_BT: of the batch, for its shape and device.
         documents: of the batch, or None for causal attention.
+        copies: keep copies, not views. A view costs nothing where the backward pass needs the whole tensor anyway, and
+            holds on to it where it would be freed.
     """
 
-    def __init__(self, gate: GateConfig, tokens_BT: torch.Tensor, documents: Documents | None) -> None:
-        self._gate = gate
+    def __init__(self, gate: GateConfig, tokens_BT: torch.Tensor, documents: Documents | None, *, copies: bool) -> None:
+        self._gate = gate if isinstance(gate, AttentionGate) and gate.form == "multiplicative" else None
         self._queries = _queries(tokens_BT[:MAX_SEQUENCES], documents)
+        self._copies = copies
         self._pending: list[AttentionSample] = []
-        self._seen: list[AttentionObservations] = []
+        self._seen: list[_OfLayers] = []
 
+    @torch.no_grad()
     def see(self, sample: AttentionSample) -> None:
         """Take in the next layer."""
+        at_S = sampled_positions(sample.q_BTHd.shape[1])
+        scores = None if self._gate is None or sample.scores_BTHd is None else self._part(sample.scores_BTHd, at_S)
+        q, k = self._part(sample.q_BTHd, at_S), self._part(sample.k_BTGd)
+        sample = AttentionSample(q, k, sample.sink_H, scores)
         if self._pending and not self._joins(sample):
             self._flush()
         self._pending.append(sample)
 
-    def read(self, max_logit_AH: torch.Tensor | None = None) -> AttentionObservations:
-        """All layers stacked, (A, ...); NaN fills up layers that have fewer heads than others.
-
-        Args:
-            max_logit_AH: largest logits, with `qk_clip`.
-        """
+    @torch.no_grad()
+    def read(self) -> AttentionObservations:
+        """All layers."""
         self._flush()
-        seen = AttentionObservations(*map(_joined, zip(*self._seen, strict=True)))
-        return seen if max_logit_AH is None else seen._replace(max_logit_H=max_logit_AH)
+        fields = map(_joined, zip(*self._seen, strict=True))
+        layers = _OfLayers(*fields)  # type: ignore[arg-type]  # fields are None in every chunk or in none
+        return AttentionObservations(*layers[:3], *self._queries[2:], *layers[3:])
+
+    def _part(self, x_BTHd: torch.Tensor, positions: slice = _ALL) -> torch.Tensor:
+        view = x_BTHd[:MAX_SEQUENCES, positions]
+        return view.clone() if self._copies else view
 
     def _joins(self, sample: AttentionSample) -> bool:
         """Whether it fits to the pending ones: export leaves layers with different numbers of heads."""
-        num_logits = sample.q_bSHd[..., 0].numel() * sample.k_bTGd.shape[1]
+        num_logits = sample.q_BTHd[..., 0].numel() * sample.k_BTGd.shape[1]
         fits = 4 * num_logits * (len(self._pending) + 1) <= MAX_LOGIT_BYTES
         return fits and _shapes(sample) == _shapes(self._pending[0])
 
@@ -154,72 +151,90 @@ class _Queries(NamedTuple):
 
     hidden_bST: torch.Tensor
     """bool, the keys that a query does not see."""
-    weights_3bS: torch.Tensor
-    """fp32, what each query counts for in `first_token_H`, `first_token_importance_H` and `entropy_H`."""
-    uniform: torch.Tensor
-    """() `first_token_uniform`."""
+    later_bS: torch.Tensor
+    """fp32, 1 for the later queries of the documents of token 0, else 0."""
+    later_uniform: torch.Tensor
+    num_sampled: torch.Tensor
+    num_later: torch.Tensor
+    num_sequences: torch.Tensor
+
+
+class _Places(NamedTuple):
+    """What sampled queries have in common in all batches of one shape."""
+
+    place_T: torch.Tensor
+    hidden_ST: torch.Tensor
+    """bool, keys behind the query."""
+    later_S: torch.Tensor
+    """fp32, 1 for queries after the first."""
+    num_visible_S: torch.Tensor
+    """int64, without documents."""
+    num_sequences: torch.Tensor
+
+
+@lru_cache(maxsize=8)
+def _places(sequences: int, length: int, device: torch.device) -> _Places:
+    place_T = torch.arange(length, device=device)
+    at_S = place_T[sampled_positions(length)]
+    num_sequences = torch.full((), float(sequences), device=device)
+    return _Places(place_T, place_T > at_S[:, None], (at_S > 0).float(), at_S + 1, num_sequences)
 
 
 def _queries(tokens_bT: torch.Tensor, documents: Documents | None) -> _Queries:
-    (sequences, length), device = tokens_bT.shape, tokens_bT.device
-    at_S = sampled_positions(length, device)
-    num_later: torch.Tensor | int  # of all queries after the first, those that see their sequence's token 0
-    place_T = torch.arange(length, device=device)
-    visible_bST = (place_T <= at_S[:, None]).expand(sequences, -1, -1)
-    if documents is None:
-        num_later = sequences * (length - 1)
-    else:
-        first_bT = documents.first_BT[:sequences]
-        visible_bST = visible_bST & (place_T >= first_bT[:, at_S, None])
-        num_later = (first_bT[:, 1:] == 0).sum()
-    later_bS = (visible_bST[..., 0] & (at_S > 0)).float()  # queries of token 0's document: they may see it
-    later_bS = later_bS / later_bS.sum()  # 0 / 0 is the NaN that is wanted
-    # The own query of token 0 is one of the document's, however few of the others were sampled.
-    own = sequences / (sequences + num_later)
-    document_bS = (1 - own) * later_bS
-    document_bS[:, 0] += own / sequences
-    even_bS = torch.full_like(later_bS, 1 / later_bS.numel())
-    uniform = (later_bS / visible_bST.sum(dim=-1)).sum()
-    return _Queries(~visible_bST, torch.stack([later_bS, document_bS, even_bS]), uniform)
+    sequences, length = tokens_bT.shape
+    places = _places(sequences, length, tokens_bT.device)
+    first_bT = torch.zeros_like(tokens_bT) if documents is None else documents.first_BT[:sequences]
+    first_bS = first_bT[:, sampled_positions(length)]
+    hidden_bST = places.hidden_ST | (places.place_T < first_bS[..., None])
+    later_bS = (first_bS == 0) * places.later_S
+    uniform_bS = later_bS / (places.num_visible_S - first_bS)
+    num_later = (first_bT[:, 1:] == 0).sum(dtype=torch.float32)
+    return _Queries(hidden_bST, later_bS, uniform_bS.sum(), later_bS.sum(), num_later, places.num_sequences)
 
 
-@torch.no_grad()
-def _observe(samples: Sequence[AttentionSample], queries: _Queries, gate: GateConfig) -> AttentionObservations:
-    """Observe layers of equal shapes; fields are (A, ...)."""
-    q_AbSHd, k_AbTGd = (torch.stack(layers).float() for layers in zip(*(s[:2] for s in samples), strict=True))
-    d, G = q_AbSHd.shape[-1], k_AbTGd.shape[3]
-    q_AbSGnd = (q_AbSHd * d**-0.5).unflatten(3, (G, -1))
-    logits_AbHST = torch.einsum("absgnd,abtgd->abgnst", q_AbSGnd, k_AbTGd).flatten(2, 3)
-    logits_AbHST.masked_fill_(queries.hidden_bST[:, None], -torch.inf)
+class _OfLayers(NamedTuple):
+    """The fields (A, H) of `AttentionObservations`."""
+
+    entropy_AH: torch.Tensor
+    own_AH: torch.Tensor
+    later_AH: torch.Tensor
+    gate_mean_AH: torch.Tensor | None
+    gate_closed_AH: torch.Tensor | None
+
+
+def _observe(samples: Sequence[AttentionSample], queries: _Queries, gate: AttentionGate | None) -> _OfLayers:
+    """Observe layers of equal shapes."""
+    q_AbHSd = torch.stack([s.q_BTHd.transpose(1, 2) for s in samples]).float()
+    k_AbGTd = torch.stack([s.k_BTGd.transpose(1, 2) for s in samples]).float()
+    d, T = k_AbGTd.shape[4], k_AbGTd.shape[3]
+    k_NTd = k_AbGTd.flatten(0, 2)
+    # The query heads of a key/value head follow each other.
+    logits = torch.bmm((q_AbHSd * d**-0.5).view(len(k_NTd), -1, d), k_NTd.mT)
+    logits_AbHST = logits.view(*q_AbHSd.shape[:4], T).masked_fill_(queries.hidden_bST[:, None], -torch.inf)
     sinks = [s.sink_H for s in samples if s.sink_H is not None]
     if sinks:
         sink = torch.stack(sinks).float()[:, None, :, None, None].expand(*logits_AbHST.shape[:4], 1)
         logits_AbHST = torch.cat([logits_AbHST, sink], dim=-1)
     p_AbHST = logits_AbHST.softmax(dim=-1)
-    first_AbHS, entropy_AbHS = p_AbHST[..., 0], torch.special.entr(p_AbHST).sum(dim=-1)
-    shown_3AbHS = torch.stack([first_AbHS, first_AbHS, entropy_AbHS])
-    first_AH, importance_AH, entropy_AH = (shown_3AbHS * queries.weights_3bS[:, None, :, None]).sum(dim=(2, 4))
-    gate_mean_AH = gate_closed_AH = nan_AH = torch.full_like(first_AH, torch.nan)
-    scores = [s.scores_bSHd for s in samples if s.scores_bSHd is not None]
-    if scores:
-        assert isinstance(gate, AttentionGate)
-        values = gate.values(torch.stack(scores))
-        # Two reductions over neighbouring dimensions, which is faster than one over dimensions apart.
-        both_2AbSH = torch.stack([values, (values < CLOSED).float()]).mean(dim=-1)
-        gate_mean_AH, gate_closed_AH = both_2AbSH.mean(dim=(2, 3))
-    uniform_A = queries.uniform.expand(len(samples))
-    return AttentionObservations(gate_mean_AH, gate_closed_AH, first_AH, uniform_A, importance_AH, entropy_AH, nan_AH)
+    first_AbHS = p_AbHST[..., 0]
+    entropy_AH = torch.special.entr(p_AbHST).sum(dim=-1).mean(dim=(1, 3))
+    later_AH = (first_AbHS * queries.later_bS[:, None]).sum(dim=(1, 3))
+    gate_mean_AH = gate_closed_AH = None
+    if gate is not None:
+        values = gate.values(torch.stack([s.scores_BTHd for s in samples if s.scores_BTHd is not None]))
+        gate_mean_AH = values.mean(dim=(1, 2, 4))
+        gate_closed_AH = (values < CLOSED).mean(dim=(1, 2, 4), dtype=torch.float32)
+    return _OfLayers(entropy_AH, first_AbHS[..., 0].mean(dim=1), later_AH, gate_mean_AH, gate_closed_AH)
 
 
 def _shapes(sample: AttentionSample) -> list[torch.Size | None]:
     return [None if part is None else part.shape for part in sample]
 
 
-def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """(A, ...) from (a, ...) of each chunk."""
-    if len(parts) == 1:
+def _joined(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """(A, H) from the chunks."""
+    known = [part for part in parts if part is not None]
+    if len(known) < 2:
         return parts[0]
-    heads = max(part.shape[-1] for part in parts)
-    if parts[0].ndim == 2:
-        parts = [F.pad(part, (0, heads - part.shape[-1]), value=torch.nan) for part in parts]
-    return torch.cat(list(parts))
+    heads = max(part.shape[1] for part in known)
+    return torch.cat([F.pad(part, (0, heads - part.shape[1]), value=torch.nan) for part in known])

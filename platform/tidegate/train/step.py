@@ -22,6 +22,7 @@ from tidegate.model.balance import Balancer, updated_bias
 from tidegate.model.clock import Clock
 from tidegate.model.decoder import Decoder, DecoderOutput
 from tidegate.model.qk_clip import clip_factors
+from tidegate.model.routers import Observe
 from tidegate.model.routers.top_k import TopKRouter
 from tidegate.parallel import collectives
 from tidegate.parallel.engine import Engine
@@ -104,16 +105,20 @@ def train_step(
     copies = collectives.world_size() * len(micro_batches)
     total = torch.zeros(len(StepLosses._fields), device=engine.device)
     threshold, largest_logits = engine.model.config.attention.qk_clip, []
-    for mb in micro_batches:
-        output = _forward(engine, mb, clock, observe=observer is not None)
-        if threshold is not None and output.attention is not None:
-            largest_logits.append(output.attention.max_logit_H)
+    for index, mb in enumerate(micro_batches):
+        counted_B = mb.counted_BT.sum(dim=1, dtype=torch.float32)
+        observe: Observe | None = None
+        if observer is not None:  # routing is nearly free; a sample of the rest is enough
+            observe = "all" if index == 0 else "routing"
+        output = _forward(engine, mb, clock, observe)
+        if output.max_logit_AH is not None:
+            largest_logits.append(output.max_logit_AH)
         if observer is not None:
-            observer.add(output, mb.counted_BT.float().sum(dim=1), mb.domains_B)
+            observer.add(output, counted_B, mb.domains_B)
         loss = output.nll * (copies / step_tokens)
         terms = {"nll": loss}
         if balancer is not None and output.stats is not None:
-            balance = balancer.losses(output.stats, mb.counted_BT.float().sum(dim=1), step_tokens)
+            balance = balancer.losses(output.stats, counted_B, step_tokens)
             loss = loss + balance.total
             terms |= balance._asdict()
         if output.unit_penalty is not None:  # not a sum over tokens: the average over copies is already the penalty
@@ -121,9 +126,9 @@ def train_step(
             terms["units"] = output.unit_penalty
         engine.backward(loss)
         engine.step()
-        for index, name in enumerate(StepLosses._fields):
+        for place, name in enumerate(StepLosses._fields):
             if name in terms:
-                total[index] += terms[name].detach() / copies
+                total[place] += terms[name].detach() / copies
     if threshold is not None:
         clip_attention_logits(engine, torch.stack(largest_logits).amax(dim=0), threshold)
     return StepResult(StepLosses(*total), stops, shared[2].float())
@@ -193,7 +198,7 @@ def _to_device(batch: StepBatch, device: torch.device, isolate: bool) -> list[_M
     ]
 
 
-def _forward(engine: Engine, mb: _MicroBatch, clock: Clock, *, observe: bool = False) -> DecoderOutput:
+def _forward(engine: Engine, mb: _MicroBatch, clock: Clock, observe: Observe | None = None) -> DecoderOutput:
     return engine.forward(
         mb.tokens_BT,
         mb.labels_BT,

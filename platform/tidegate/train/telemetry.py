@@ -1,16 +1,16 @@
 """What gates and routers do, a record a log interval: one reduction over ranks, one host sync.
 
-On a step that is logged, every micro-batch's output carries observations; `Observer` adds them up on the device, in
-one flat vector of sums, and turns the reduced vector into metrics. docs/metrics.md has the table of names.
+On a step that is logged, every micro-batch shows its routing, and the first one its attention and its residual stream
+too; `Observer` adds them up on the device, in one flat vector of sums, and turns the reduced vector into metrics.
+docs/metrics.md has the table of names.
 
 Letters: X domains, Y all domains together and then each that is there, L MoE layers, E experts, A blocks, H heads of
-the gated tensor, B sequences, F sums of a layer side by side (counts of E experts, their probabilities, 3 signals,
-tokens), N values of all fields of `AttentionObservations`, M metrics of a layer.
+the gated tensor, B sequences, W ranks, F sums of a layer side by side (counts of E experts, their probabilities, 3
+signals, tokens), M micro-batches or metrics of a layer.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import chain, compress
@@ -53,65 +53,78 @@ class Observer:
     def __init__(self, domains: Sequence[str], top_k: int, rank: int, world_size: int) -> None:
         self._domains, self._top_k = tuple(domains), top_k
         self._rank, self._world_size = rank, world_size
-        self._sums: dict[str, torch.Tensor] = {}
-        self._largest_2A: torch.Tensor | None = None  # of the residual stream, of attention logits
-        self._shapes: list[torch.Size] = []  # of the fields of `AttentionObservations`, which are one vector here
+        self._rows_LBF: list[torch.Tensor] = []  # of each micro-batch
+        self._domains_B: list[torch.Tensor] = []
+        self._attention: AttentionObservations | None = None
+        self._hidden_A: torch.Tensor | None = None
+        self._logits_AH: list[torch.Tensor] = []
+        self._shapes: dict[str, torch.Size] = {}  # of the vector's parts, in order
 
+    @torch.no_grad()
     def add(self, output: DecoderOutput, counted_B: torch.Tensor, domains_B: torch.Tensor) -> None:
-        """Take in one micro-batch; `counted_B` (B,) tokens that count, `domains_B` (B,) int64."""
-        stats, attention = output.stats, output.attention
+        """Take in one micro-batch; `counted_B` (B,) tokens that count, `domains_B` (B,) int64.
+
+        Attention and the residual stream are those of the one micro-batch that observes them.
+        """
+        # As little as can be for each micro-batch: on a GPU small operations cost their launch.
+        stats = output.stats
         if stats is not None and stats.signals_B3 is not None:
-            num_layers, _, num_experts = stats.counts_BE.shape
-            tokens_LB1 = counted_B.expand(num_layers, -1).unsqueeze(-1)
-            rows_LBF = torch.cat([stats.counts_BE, stats.prob_sums_BE.detach(), stats.signals_B3, tokens_LB1], dim=-1)
-            sums_LXF = rows_LBF.new_zeros(num_layers, len(self._domains), rows_LBF.shape[-1])
-            self._add("routing_LXF", sums_LXF.index_add_(1, domains_B, rows_LBF))
-            counts_LE, probs_LE = rows_LBF[..., : 2 * num_experts].sum(dim=1).chunk(2, dim=-1)
-            # Not divided by tokens: they are the weight of a micro-batch in the step's mean.
-            self._add("micro_lbl_L", load_balancing_loss(counts_LE, probs_LE, 1.0))
-        if attention is not None:
-            self._shapes = [field.shape for field in attention]
-            values_N = torch.cat([field.flatten() for field in attention])
-            known_N = (values_N.abs() < torch.inf).float()
-            self._add("attention_2N", torch.stack([values_N.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), known_N]))
-            self._add("sinks_AH", (attention.first_token_importance_H > SINK_SHARE).float())
-            if output.max_hidden_L is not None:
-                largest_2A = torch.stack([output.max_hidden_L, attention.max_logit_H.amax(dim=-1)])
-                before = largest_2A if self._largest_2A is None else self._largest_2A
-                self._largest_2A = torch.maximum(before, largest_2A)
+            tokens_LB1 = counted_B.expand(len(stats.counts_BE), -1).unsqueeze(-1)
+            rows_LBF = [stats.counts_BE, stats.prob_sums_BE, stats.signals_B3, tokens_LB1]
+            self._rows_LBF.append(torch.cat(rows_LBF, dim=-1))
+            self._domains_B.append(domains_B)
+        if output.attention is not None:
+            self._attention, self._hidden_A = output.attention, output.max_hidden_A
+        if output.max_logit_AH is not None:
+            self._logits_AH.append(output.max_logit_AH)
 
     def vector(self) -> torch.Tensor:
         """(any,) fp32 sums of this rank, to be summed over ranks."""
-        parts = [values.flatten() for values in self._sums.values()]
-        if self._largest_2A is not None:
-            places = self._largest_2A.new_zeros(self._world_size, *self._largest_2A.shape)
-            places[self._rank] = self._largest_2A
-            parts.append(places.flatten())
-        return torch.cat(parts)
+        parts: dict[str, torch.Tensor] = {}
+        if self._rows_LBF:
+            parts |= self._routing_parts(torch.stack(self._rows_LBF, dim=1), torch.cat(self._domains_B))
+        if self._attention is not None:
+            parts |= {name: field for name, field in self._attention._asdict().items() if field is not None}
+        largest = {} if self._hidden_A is None else {"hidden_WA": self._hidden_A}
+        if self._logits_AH:
+            largest["logits_WA"] = torch.stack(self._logits_AH).amax(dim=(0, 2))
+        for name, largest_A in largest.items():
+            parts[name] = largest_A.new_zeros(self._world_size, len(largest_A))
+            parts[name][self._rank] = largest_A
+        self._shapes = {name: part.shape for name, part in parts.items()}
+        return torch.cat([part.flatten() for part in parts.values()])
+
+    def _routing_parts(self, rows_LMBF: torch.Tensor, domains_N: torch.Tensor) -> dict[str, torch.Tensor]:
+        num_layers, *_, num_sums = rows_LMBF.shape
+        sums_LXF = rows_LMBF.new_zeros(num_layers, len(self._domains), num_sums)
+        counts_LME, probs_LME = rows_LMBF[..., :-4].sum(dim=2).chunk(2, dim=-1)
+        # Not divided by tokens: they are the weight of a micro-batch in the step's mean.
+        micro_lbl_L = load_balancing_loss(counts_LME, probs_LME, 1.0).sum(dim=1)
+        return {"routing_LXF": sums_LXF.index_add_(1, domains_N, rows_LMBF.flatten(1, 2)), "micro_lbl_L": micro_lbl_L}
 
     def metrics(self, vector: torch.Tensor) -> dict[str, float]:
         """Metrics from the reduced `vector`, on the host."""
         # NumPy: these are a hundred operations on small arrays, and PyTorch's take several times as long each.
         host, place = vector.numpy().astype(np.float64), 0
-        sums: dict[str, Array] = {}
-        for name, values in self._sums.items():
-            sums[name] = host[place : place + values.numel()].reshape(values.shape)
-            place += values.numel()
+        parts: dict[str, Array] = {}
+        for name, shape in self._shapes.items():
+            parts[name] = host[place : place + shape.numel()].reshape(shape)
+            place += shape.numel()
         metrics: dict[str, float] = {}
-        if "routing_LXF" in sums:
-            metrics.update(self._routing(sums["routing_LXF"], sums["micro_lbl_L"]))
-        if "attention_2N" in sums:
-            metrics.update(self._attention(sums["attention_2N"], sums["sinks_AH"]))
-        if self._largest_2A is not None:
-            hidden, logits = host[place:].reshape(self._world_size, *self._largest_2A.shape).max(axis=0).tolist()
+        if "routing_LXF" in parts:
+            metrics.update(self._routing(parts["routing_LXF"], parts["micro_lbl_L"]))
+        if self._attention is not None:
+            sums = (parts.get(name) for name in AttentionObservations._fields)
+            means = (None if values is None else torch.as_tensor(values / self._world_size) for values in sums)
+            metrics.update(_attention(AttentionObservations._make(means)))
+        if "hidden_WA" in parts:
+            hidden = parts["hidden_WA"].max(axis=0).tolist()
             metrics |= {f"hidden/{block}/max": value for block, value in enumerate(hidden)}
             metrics["hidden/max_mean"] = sum(hidden) / len(hidden)
-            known = ((block, value) for block, value in enumerate(logits) if math.isfinite(value))
-            metrics |= {f"attention/{block}/max_logit": value for block, value in known}
+        if "logits_WA" in parts:
+            logits = parts["logits_WA"].max(axis=0).tolist()
+            metrics |= {f"attention/{block}/max_logit": value for block, value in enumerate(logits)}
         return metrics
-
-    def _add(self, name: str, values: torch.Tensor) -> None:
-        self._sums[name] = self._sums[name] + values if name in self._sums else values
 
     def _routing(self, sums_LXF: Array, micro_lbl_L: Array) -> Iterable[tuple[str, float]]:
         num_layers, num_experts = len(sums_LXF), (sums_LXF.shape[-1] - 4) // 2
@@ -135,29 +148,23 @@ class Observer:
         floor = ("moe/top_k_share_floor", self._top_k / num_experts)
         return chain([floor], zip(names, values_LM.ravel().tolist(), strict=True))
 
-    def _attention(self, sums_2N: Array, sinks_AH: Array) -> Iterable[tuple[str, float]]:
-        sums_N, known_N = sums_2N
-        with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN of what was never known; it is left out below
-            mean = self._fields(sums_N / known_N)
-            sinks_AH = sinks_AH / self._fields(known_N)["first_token_importance_H"]
-        sink_heads = ("attention/sink_heads", float(_mean_of_known(sinks_AH.ravel())))
-        of_head = {name: mean[f"{name}_H"] for name in ("gate_mean", "gate_closed")}
-        of_block = {name: _mean_of_known(values_AH) for name, values_AH in of_head.items()}
-        of_block |= {name: _mean_of_known(mean[f"{name}_H"]) for name in ("first_token", "entropy")}
-        of_block["first_token_uniform"] = mean["first_token_uniform"]
-        values_AM = np.concatenate([np.stack([*of_block.values()], axis=1), *of_head.values()], axis=1)
-        num_blocks, num_heads = of_head["gate_mean"].shape
-        names = _attention_names(num_blocks, tuple(of_block), tuple(of_head), num_heads)
-        pairs = zip(names, values_AM.ravel().tolist(), strict=True)
-        return chain([sink_heads], compress(pairs, np.isfinite(values_AM).ravel().tolist()))
 
-    def _fields(self, values_N: Array) -> dict[str, Array]:
-        """Fields of `AttentionObservations`, by name."""
-        fields, place = {}, 0
-        for name, shape in zip(AttentionObservations._fields, self._shapes, strict=True):
-            fields[name] = values_N[place : place + shape.numel()].reshape(shape)
-            place += shape.numel()
-        return fields
+def _attention(seen: AttentionObservations) -> Iterable[tuple[str, float]]:
+    importance_N = seen.first_token_importance_AH.numpy().ravel()
+    sink_heads = float(_mean_of_known(np.where(np.isnan(importance_N), np.nan, importance_N > SINK_SHARE)))
+    gates = {"gate_mean": seen.gate_mean_AH, "gate_closed": seen.gate_closed_AH}
+    of_head = {name: values_AH.numpy() for name, values_AH in gates.items() if values_AH is not None}
+    of_block = {name: _mean_of_known(values_AH) for name, values_AH in of_head.items()}
+    of_block["first_token"] = _mean_of_known(seen.first_token_AH.numpy())
+    of_block["first_token_uniform"] = np.full_like(of_block["first_token"], float(seen.first_token_uniform))
+    of_block["entropy"] = _mean_of_known(seen.entropy_AH.numpy())
+    values_AM = np.concatenate([np.stack([*of_block.values()], axis=1), *of_head.values()], axis=1)
+    num_heads = (values_AM.shape[1] - len(of_block)) // max(len(of_head), 1)
+    names = _attention_names(len(values_AM), tuple(of_block), tuple(of_head), num_heads)
+    values_N = np.append(values_AM.ravel(), sink_heads)
+    pairs = zip([*names, "attention/sink_heads"], values_N.tolist(), strict=True)
+    # Short documents may leave no later query in the sample, and export layers with fewer heads than others.
+    return compress(pairs, np.isfinite(values_N).tolist())
 
 
 # A run has the same names at every record, and to format them takes longer than to compute what they name.

@@ -1,4 +1,4 @@
-"""The whole model on Triton kernels against the model on plain PyTorch: losses and every gradient."""
+"""The whole model on Triton kernels against the model on plain PyTorch: losses, telemetry and every gradient."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def run(model: Decoder, kernels: Kernels) -> tuple[DecoderOutput, dict[str, torc
     documents = torch.arange(63, device=DEVICE).div(20, rounding_mode="floor").expand(2, -1)
     model.zero_grad()
     with chosen(kernels), Operations() as operations:
-        output = model(tokens[:, :-1], tokens[:, 1:], counted, documents)
+        output = model(tokens[:, :-1], tokens[:, 1:], counted, documents, observe="all")
         loss = output.nll
         if output.stats is not None:
             stats = output.stats
@@ -98,6 +98,7 @@ def test_both_kernels_agree(changes: dict[str, Any], operations: set[str]) -> No
         assert torch.equal(ours.stats.counts_BE, plain.stats.counts_BE)
         torch.testing.assert_close(ours.stats.prob_sums_BE, plain.stats.prob_sums_BE, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(ours.stats.z_sums_B, plain.stats.z_sums_B, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(ours.stats.signals_B3, plain.stats.signals_B3, rtol=1e-5, atol=1e-4)
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
         scale = float(gradient.abs().max())

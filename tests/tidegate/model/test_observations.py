@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -31,6 +31,7 @@ from tidegate.model.observations import (
 from tidegate.model.routers import RouterContext, RouterShape
 from tidegate.model.unit_gates.export import export
 from tidegate.train.telemetry import Observer
+from tidegate_kernels.choice import chosen
 from tidegate_kernels.gated_attention import Documents
 from tidegate_kernels.qk_norm_rope.reference import rotate
 
@@ -51,16 +52,33 @@ def attention(initialise: Callable[..., nn.Module]) -> Callable[..., Attention]:
     return make
 
 
-def observe(module: Attention, x: torch.Tensor, ids: torch.Tensor | None) -> AttentionObservations:
+class Layer(NamedTuple):
+    """What is told of one layer."""
+
+    entropy: torch.Tensor
+    first_token: torch.Tensor
+    first_token_uniform: torch.Tensor
+    first_token_importance: torch.Tensor
+    gate_mean: torch.Tensor | None
+    gate_closed: torch.Tensor | None
+
+
+def layer_of(seen: AttentionObservations, layer: int) -> Layer:
+    gates = (None if gate is None else gate[layer] for gate in (seen.gate_mean_AH, seen.gate_closed_AH))
+    of_heads = (seen.first_token_AH[layer], seen.first_token_uniform, seen.first_token_importance_AH[layer])
+    return Layer(seen.entropy_AH[layer], *of_heads, *gates)
+
+
+def observe(module: Attention, x: torch.Tensor, ids: torch.Tensor | None) -> Layer:
     """One layer, watched alone."""
     packed = None if ids is None else Documents(ids)
     output = module(x, rotary_table(x.shape[1], 6, 10_000.0, CPU), packed, observe=True)
     assert output.sample is not None
-    watch = AttentionWatch(module.config.gate, x[..., 0], packed)
+    watch = AttentionWatch(module.config.gate, x[..., 0], packed, copies=False)
     watch.see(output.sample)
     seen = watch.read()
-    assert all(field.dtype == torch.float32 and not field.requires_grad for field in seen)
-    return AttentionObservations(*(field.squeeze(0) for field in seen))
+    assert all(field is None or (field.dtype == torch.float32 and not field.requires_grad) for field in seen)
+    return layer_of(seen, 0)
 
 
 def probabilities(module: Attention, x: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
@@ -101,7 +119,7 @@ def test_softmax_fields(qk_norm: bool, packed: bool, softmax: str, attention: Ca
     ids = documents(31, 2) if packed else None
     seen, p = observe(module, x, ids), probabilities(module, x, ids).detach()
     entropy = -torch.where(p > 0, p * p.log(), 0.0).sum(dim=-1).mean(dim=(0, 2))
-    torch.testing.assert_close(seen.entropy_H.double(), entropy, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(seen.entropy.double(), entropy, rtol=1e-5, atol=1e-5)
     later, own, uniform = [], [], []
     for b in range(2):
         own.append(p[b, :, 0, 0])
@@ -109,38 +127,81 @@ def test_softmax_fields(qk_norm: bool, packed: bool, softmax: str, attention: Ca
             if ids is None or ids[b, t] == ids[b, 0]:
                 later.append(p[b, :, t, 0])
                 uniform.append(1 / (t + 1 if ids is None else int((ids[b, : t + 1] == ids[b, t]).sum())))
-    torch.testing.assert_close(seen.first_token_H.double(), torch.stack(later).mean(dim=0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(seen.first_token.double(), torch.stack(later).mean(dim=0), rtol=1e-5, atol=1e-6)
     importance = torch.stack([*own, *later]).mean(dim=0)
-    torch.testing.assert_close(seen.first_token_importance_H.double(), importance, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(seen.first_token_importance.double(), importance, rtol=1e-5, atol=1e-6)
     assert seen.first_token_uniform.item() == pytest.approx(sum(uniform) / len(uniform), rel=1e-6)
-    assert seen.max_logit_H.isnan().all()
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_long_batches_are_sampled(packed: bool, attention: Callable[..., Attention]) -> None:
     """The same numbers from the sampled queries of the first sequences; the others have no say."""
-    length, batch = MAX_QUERIES * 2 + 5, MAX_SEQUENCES + 2
+    length, batch = MAX_QUERIES * 2 - 5, MAX_SEQUENCES + 2
     module, x = attention(), torch.randn(batch, length, D)
     ids = documents(length, batch) if packed else None
-    at = sampled_positions(length, CPU)
-    assert at.numel() == at.unique().numel() == MAX_QUERIES
-    assert (at[0], at[-1]) == (0, length - 1)
-    assert (at.diff() - (length - 1) / (MAX_QUERIES - 1)).abs().max() <= 1
+    at = torch.arange(0, length, 2)
     seen = observe(module, x, ids)
     kept = None if ids is None else ids[:MAX_SEQUENCES]
     p = probabilities(module, x[:MAX_SEQUENCES], kept).detach()
     entropy = -torch.where(p > 0, p * p.log(), 0.0).sum(dim=-1)[..., at].mean(dim=(0, 2))
-    torch.testing.assert_close(seen.entropy_H.double(), entropy, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(seen.entropy.double(), entropy, rtol=1e-5, atol=1e-5)
     same = torch.ones(MAX_SEQUENCES, length, dtype=torch.bool) if kept is None else kept == kept[:, :1]
     picked = same[:, at] & (at > 0)
     first = (p[:, :, at, 0] * picked[:, None]).sum(dim=(0, 2)) / picked.sum()
-    torch.testing.assert_close(seen.first_token_H.double(), first, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(seen.first_token.double(), first, rtol=1e-5, atol=1e-6)
     num_later = same[:, 1:].sum()
     importance = (MAX_SEQUENCES + num_later * first) / (MAX_SEQUENCES + num_later)
-    torch.testing.assert_close(seen.first_token_importance_H.double(), importance, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(seen.first_token_importance.double(), importance, rtol=1e-5, atol=1e-6)
     x[MAX_SEQUENCES:] = 0
     again = observe(module, x, ids)
-    assert all(torch.equal(one, other) for one, other in zip(seen[:6], again[:6], strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(seen, again, strict=True))
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 1000, 2048, 2049])
+def test_sampled_positions_are_even_and_reach_the_end(length: int) -> None:
+    at = torch.arange(length)[sampled_positions(length)]
+    gaps = at.diff(append=torch.tensor([length]))
+    assert at[0] == 0
+    assert (gaps[:-1] == gaps[:1]).all()
+    assert gaps[-1] <= gaps[0]
+    assert min(length, MAX_QUERIES / 2) <= at.numel() <= MAX_QUERIES
+
+
+def test_the_means_of_ranks_are_those_of_all_their_sequences(attention: Callable[..., Attention]) -> None:
+    """Documents of unequal lengths; one rank's sample has no later query."""
+    module, x = attention(softmax="learnable_sink"), torch.randn(2, 70, D)
+    ids = torch.stack([torch.arange(70) // 40, (torch.arange(70) > 1).long()])
+    p = probabilities(module, x, ids).detach()
+    watches = []
+    for rank in range(2):
+        packed = Documents(ids[rank : rank + 1])
+        output = module(x[rank : rank + 1], rotary_table(70, 6, 10_000.0, CPU), packed, observe=True)
+        watches.append(AttentionWatch(module.config.gate, x[rank : rank + 1, :, 0], packed, copies=False))
+        watches[-1].see(output.sample)
+    each = [watch.read() for watch in watches]
+    assert each[1].first_token_AH.isnan().all()
+    both = AttentionObservations._make(torch.stack(field).mean(dim=0) for field in zip(*each, strict=True))
+    at = torch.arange(3, 40, 3)
+    assert int(both.num_sampled * 2) == len(at)
+    first = p[0, :, at, 0].mean(dim=1)
+    torch.testing.assert_close(both.first_token_AH[0].double(), first, rtol=1e-5, atol=1e-6)
+    importance = (p[:, :, 0, 0].sum(dim=0) + 40 * first) / (2 + 40)
+    torch.testing.assert_close(both.first_token_importance_AH[0].double(), importance, rtol=1e-5, atol=1e-6)
+    assert both.first_token_uniform.item() == pytest.approx(float((1 / (at + 1)).mean()), rel=1e-6)
+
+
+def test_views_are_kept_or_copies(attention: Callable[..., Attention]) -> None:
+    """A copy lets go of the batch."""
+    module, x = attention(), torch.randn(5, 70, D)
+    sample = module(x, rotary_table(70, 6, 10_000.0, CPU), None, observe=True).sample
+    for copies in (False, True):
+        watch = AttentionWatch(module.config.gate, x[..., 0], None, copies=copies)
+        watch.see(sample)
+        (kept,) = watch._pending
+        for part, whole in zip(kept, sample, strict=True):
+            if part is not None:
+                shared = part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+                assert shared != copies
 
 
 def test_uniform_attention_is_the_floor(attention: Callable[..., Attention]) -> None:
@@ -150,19 +211,19 @@ def test_uniform_attention_is_the_floor(attention: Callable[..., Attention]) -> 
     seen = observe(module, torch.randn(2, 31, D), None)
     harmonic = sum(1 / t for t in range(1, 32))
     expected = torch.full((H,), (harmonic - 1) / 30)
-    torch.testing.assert_close(seen.first_token_H, expected)
+    torch.testing.assert_close(seen.first_token, expected)
     assert seen.first_token_uniform.item() == pytest.approx((harmonic - 1) / 30)
-    torch.testing.assert_close(seen.first_token_importance_H, torch.full((H,), harmonic / 31))
-    torch.testing.assert_close(seen.entropy_H, torch.arange(1, 32).float().log().mean().expand(H))
-    assert seen.gate_mean_H.isnan().all()
+    torch.testing.assert_close(seen.first_token_importance, torch.full((H,), harmonic / 31))
+    torch.testing.assert_close(seen.entropy, torch.arange(1, 32).float().log().mean().expand(H))
+    assert seen.gate_mean is None
 
 
 @pytest.mark.parametrize("length", [1, 63])
 def test_without_later_queries_there_is_no_first_token_share(length: int, attention: Callable[..., Attention]) -> None:
     seen = observe(attention(), torch.randn(2, length, D), torch.arange(length).expand(2, -1))
-    assert seen.first_token_H.isnan().all()
+    assert seen.first_token.isnan().all()
     assert seen.first_token_uniform.isnan()
-    assert torch.equal(seen.entropy_H, torch.zeros(H))
+    assert torch.equal(seen.entropy, torch.zeros(H))
 
 
 GATES: dict[str, dict[str, Any]] = {
@@ -190,17 +251,17 @@ def test_gate_fields(gate: dict[str, Any], attention: Callable[..., Attention]) 
     if gate.get("heads") == "shared":
         values = values.mean(dim=2, keepdim=True)
     seen = observe(module, x, None)
-    torch.testing.assert_close(seen.gate_mean_H.double(), values.mean(dim=(0, 1, 3)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(seen.gate_mean.double(), values.mean(dim=(0, 1, 3)), rtol=1e-5, atol=1e-6)
     closed = (values < 0.1).double().mean(dim=(0, 1, 3))
-    torch.testing.assert_close(seen.gate_closed_H.double(), closed, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(seen.gate_closed.double(), closed, rtol=1e-5, atol=1e-6)
     assert gate.get("heads") == "shared" or (closed > 0).any()
 
 
 def test_additive_gates_have_no_opening(attention: Callable[..., Attention]) -> None:
     seen = observe(attention(gate={"kind": "sdpa_output", "form": "additive"}), torch.randn(2, 31, D), None)
-    assert seen.gate_mean_H.isnan().all()
-    assert seen.gate_closed_H.isnan().all()
-    assert seen.entropy_H.isfinite().all()
+    assert seen.gate_mean is None
+    assert seen.gate_closed is None
+    assert seen.entropy.isfinite().all()
 
 
 def hidden_states(model: Decoder, tokens: torch.Tensor, packed: Documents | None) -> list[torch.Tensor]:
@@ -234,13 +295,13 @@ def test_chunks_of_layers_are_layers_alone(
         for block in model.blocks:
             nn.init.normal_(block.attention.sink)
     tokens, labels = torch.randint(101, (2, 3, 63)).unbind()
-    seen = model(tokens, labels, torch.ones(3, 63, dtype=torch.bool), documents(63, 3), observe=True).attention
+    seen = model(tokens, labels, torch.ones(3, 63, dtype=torch.bool), documents(63, 3), observe="all").attention
     assert sizes == {1: [1] * 5, 2: [2, 2, 1], 5: [5]}[layers_at_once]
     states = hidden_states(model, tokens, Documents(documents(63, 3)))
     for layer, block in enumerate(model.blocks):
         alone = observe(block.attention, block.attention_norm(states[layer]), documents(63, 3))
-        for name, one, stacked in zip(alone._fields[:6], alone, seen, strict=False):
-            torch.testing.assert_close(stacked[layer], one, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        for name, one, stacked in zip(Layer._fields, alone, layer_of(seen, layer), strict=True):
+            torch.testing.assert_close(stacked, one, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("kind", ["sdpa_output", "value"])
@@ -260,14 +321,14 @@ def test_exported_layers_may_have_different_heads(kind: str, model_config: Calla
         mask_LH[layer, list(heads)] = 1
     smaller = export(model, mask_LH.flatten())
     tokens, labels = torch.randint(101, (2, 2, 63)).unbind()
-    seen = smaller(tokens, labels, torch.ones(2, 63, dtype=torch.bool), observe=True).attention
+    seen = smaller(tokens, labels, torch.ones(2, 63, dtype=torch.bool), observe="all").attention
     states = hidden_states(smaller, tokens, None)
     for layer, block in enumerate(smaller.blocks):
         alone = observe(block.attention, block.attention_norm(states[layer]), None)
-        assert len(alone.entropy_H) == len(kept[layer])
-        for one, stacked in zip(alone[:6], seen[:6], strict=True):
-            torch.testing.assert_close(stacked[layer][: one.numel()] if one.ndim else stacked[layer], one)
-            assert one.ndim == 0 or stacked[layer][one.numel() :].isnan().all()
+        assert len(alone.entropy) == len(kept[layer])
+        for one, stacked in zip(alone, layer_of(seen, layer), strict=True):
+            torch.testing.assert_close(stacked[: one.numel()] if one.ndim else stacked, one)
+            assert one.ndim == 0 or stacked[one.numel() :].isnan().all()
 
 
 def test_of_two_passes_the_first_is_observed_and_the_largest_logit_is_of_both(
@@ -280,14 +341,16 @@ def test_of_two_passes_the_first_is_observed_and_the_largest_logit_is_of_both(
     for block in model.blocks:
         block.attention.register_forward_hook(lambda module, args, output: outputs.append(output))
     tokens, labels = torch.randint(101, (2, 2, 63)).unbind()
-    seen = model(tokens, labels, torch.ones(2, 63, dtype=torch.bool), clock=Clock(3, 400, 0), observe=True).attention
+    counted = torch.ones(2, 63, dtype=torch.bool)
+    seen = model(tokens, labels, counted, clock=Clock(3, 400, 0), observe="all")
     assert [output.sample is not None for output in outputs] == [True, True, False, False]
     largest = torch.stack([output.max_logit_H for output in outputs]).view(2, 2, 4).amax(dim=0)
-    assert torch.equal(seen.max_logit_H, largest)
+    assert torch.equal(seen.max_logit_AH, largest)
     assert not torch.equal(largest[1], outputs[1].max_logit_H), "the second pass has a say"
-    plain = model(tokens, labels, torch.ones(2, 63, dtype=torch.bool), clock=Clock(3, 400, 0)).attention
-    assert torch.equal(plain.max_logit_H, largest)
-    assert all(field.isnan().all() for field in plain[:6]), "was not asked for"
+    assert seen.attention is not None
+    plain = model(tokens, labels, counted, clock=Clock(3, 400, 0))
+    assert torch.equal(plain.max_logit_AH, largest)
+    assert plain.attention is None, "was not asked for"
 
 
 @pytest.mark.parametrize("router", ["softmax_top_k", "sigmoid_top_k", "relu", "expert_threshold"])
@@ -297,7 +360,7 @@ def test_router_signals(router: str) -> None:
     module = config.router.build(RouterShape(24, 7, 2, std=0.5))
     module.init_weights(Draw(0, "router"))
     counted, x = torch.rand(3, 21) < 0.7, torch.randn(63, 24)
-    context = RouterContext.alone(counted)._replace(observe=True)
+    context = RouterContext.alone(counted)._replace(observe="routing")
     if config.capabilities.selection_bias:
         context = context._replace(log_experts=torch.where(torch.arange(7) == 1, -torch.inf, 0.0))
     routing = module(x, context)
@@ -334,31 +397,50 @@ class Dispatched(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("attention", [{}, {"softmax": "learnable_sink", "qk_clip": 5.0, "qk_norm": False}])
-def test_observing_a_layer_is_few_operations_and_no_wait(
-    attention: dict[str, Any], packed: bool, model_config: Callable[..., ModelConfig]
+SINKS = {"softmax": "learnable_sink", "qk_clip": 5.0, "qk_norm": False}
+
+
+@pytest.mark.parametrize(
+    ("kernels", "attention", "packed", "of_a_router"),
+    [
+        ("triton", {}, True, 0),
+        ("reference", {}, True, 9),
+        ("reference", {}, False, 9),
+        ("reference", SINKS, True, 9),
+        ("reference", SINKS, False, 9),
+    ],
+)
+def test_observing_a_step_is_few_operations_and_no_wait(
+    kernels: Any, attention: dict[str, Any], packed: bool, of_a_router: int, model_config: Callable[..., ModelConfig]
 ) -> None:
     """On a GPU an operation of this size costs its launch, and one that the host waits for costs the queue."""
     heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6} | attention
-    tokens, labels = torch.randint(101, (2, 2, 63)).unbind()
-    counted, ids = torch.ones(2, 63, dtype=torch.bool), documents(63, 2) if packed else None
-    domains, weights = torch.zeros(2, dtype=torch.int64), counted.float().sum(dim=1)
-    more = []
-    for layers in (2, 6):
+    tokens, labels = torch.randint(101, (2, 1, 15)).unbind()
+    counted, ids = torch.ones(1, 15, dtype=torch.bool), documents(15, 1) if packed else None
+    domains, weights = torch.zeros(1, dtype=torch.int64), counted.float().sum(dim=1)
+
+    def step(model: Decoder, micro_batches: int, observer: Observer | None) -> Counter[str]:
+        with chosen(kernels), Dispatched() as seen:
+            for index in range(micro_batches):
+                observe: Any = None if observer is None else ("routing" if index else "all")
+                output = model(tokens, labels, counted, ids, observe=observe)
+                if observer is not None:
+                    observer.add(output, weights, domains)
+            if observer is not None:
+                observer.vector()
+        return Counter(seen.names)
+
+    added: dict[tuple[int, int], int] = {}
+    for layers, micro_batches in ((1, 1), (1, 2), (3, 1)):
         model = materialize(partial(Decoder, model_config(num_layers=layers, attention=heads)), CPU, seed=3)
-        model(tokens, labels, counted, ids, observe=True)  # fills the caches
-        with Dispatched() as plain:
-            model(tokens, labels, counted, ids)
-        observer = Observer(("a", "b"), 3, 0, 1)
-        with Dispatched() as observed:
-            observer.add(model(tokens, labels, counted, ids, observe=True), weights, domains)
-            observer.vector()
-        added = Counter(observed.names) - Counter(plain.names)  # on a CPU the experts' counts are read in every pass
-        assert WAITS.isdisjoint(added), added
-        more.append(added.total())
-    assert more[1] - more[0] <= 4 * 16, "of a layer"
-    assert more[0] <= 2 * 16 + 80, "of a batch"
+        step(model, 1, Observer(("a", "b"), 3, 0, 1))  # fills the caches
+        plain, observed = (step(model, micro_batches, o) for o in (None, Observer(("a", "b"), 3, 0, 1)))
+        more = observed - plain  # on a CPU the experts' counts are read in every pass
+        assert WAITS.isdisjoint(more), more
+        added[layers, micro_batches] = more.total()
+    assert added[3, 1] - added[1, 1] <= 2 * (1 + of_a_router), "of a layer"
+    assert added[1, 2] - added[1, 1] <= 2 + of_a_router, "of a later micro-batch"
+    assert added[1, 1] <= 57 + of_a_router, "of a step"
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -369,7 +451,7 @@ def test_the_decoder_stacks_layers_and_observing_changes_nothing(
     model = materialize(partial(Decoder, config, recompute=recompute), CPU, seed=3)
     tokens, labels = torch.randint(101, (2, 2, 63)).unbind()
     counted, ids = torch.rand(2, 63) < 0.7, documents(63, 2)
-    plain, seen = model(tokens, labels, counted, ids), model(tokens, labels, counted, ids, observe=True)
+    plain, seen = model(tokens, labels, counted, ids), model(tokens, labels, counted, ids, observe="all")
     assert plain.attention is None
     assert seen.attention is not None
     assert torch.equal(plain.nll_B, seen.nll_B)
@@ -378,7 +460,12 @@ def test_the_decoder_stacks_layers_and_observing_changes_nothing(
     states = hidden_states(model, tokens, Documents(ids))
     for layer, block in enumerate(model.blocks):
         alone = observe(block.attention, block.attention_norm(states[layer]), ids)
-        for one, stacked in zip(alone[:6], seen.attention[:6], strict=True):
-            torch.testing.assert_close(stacked[layer], one, rtol=1e-5, atol=1e-6)
+        for one, stacked in zip(alone, layer_of(seen.attention, layer), strict=True):
+            torch.testing.assert_close(stacked, one, rtol=1e-5, atol=1e-6)
     largest = torch.stack([h.abs().amax() for h in states[1:]])
-    assert torch.equal(seen.max_hidden_L, largest)
+    assert torch.equal(seen.max_hidden_A, largest)
+    routing = model(tokens, labels, counted, ids, observe="routing")
+    assert torch.equal(routing.stats.signals_B3, seen.stats.signals_B3)
+    assert routing.attention is None
+    assert routing.max_hidden_A is None
+    assert plain.stats.signals_B3 is None

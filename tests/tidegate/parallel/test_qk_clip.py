@@ -31,7 +31,7 @@ MODEL = ModelConfig(
 def largest_logits(engine: Any, tokens: torch.Tensor) -> torch.Tensor:
     """(L, H) over the whole batch, by a pass that trains nothing."""
     counted = torch.ones_like(tokens[:, 1:], dtype=torch.bool)
-    return engine.model(tokens[:, :-1], tokens[:, 1:], counted).attention.max_logit_H.detach()
+    return engine.model(tokens[:, :-1], tokens[:, 1:], counted).max_logit_AH.detach()
 
 
 def clipped_steps(zero_stage: int, accumulation: int, precision: Any, learning_rate: float) -> dict[str, Any]:

@@ -16,6 +16,8 @@ import torch
 
 from tidegate.model.balance import load_balancing_loss
 from tidegate.model.decoder import Decoder, DecoderOutput, ModelConfig, materialize
+from tidegate.model.observations import AttentionObservations
+from tidegate.model.routers import Observe
 from tidegate.train.telemetry import LossSpikes, Observer, summarise
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -37,7 +39,7 @@ def model() -> Decoder:
     return materialize(lambda: Decoder(config), torch.device("cpu"), seed=1)
 
 
-def micro_batches(number: int) -> list[tuple[DecoderOutput, torch.Tensor, torch.Tensor, Any]]:
+def micro_batches(number: int, observe: Observe = "routing") -> list[tuple[DecoderOutput, Any, Any, Any]]:
     """Outputs, counted tokens and domains of several micro-batches, and the routings behind them."""
     generator, found, decoder = torch.Generator().manual_seed(0), [], model()
     for index in range(number):
@@ -50,7 +52,7 @@ def micro_batches(number: int) -> list[tuple[DecoderOutput, torch.Tensor, torch.
 
         hooks = [block.ffn.router.register_forward_hook(keep) for block in decoder.blocks]
         with torch.no_grad():
-            output = decoder(tokens[:, :-1], tokens[:, 1:], counted, observe=True)
+            output = decoder(tokens[:, :-1], tokens[:, 1:], counted, observe=observe)
         for hook in hooks:
             hook.remove()
         domains = torch.tensor([index % 2, 0, 1, 1])
@@ -127,9 +129,8 @@ def test_one_micro_batch_has_no_covariance_and_equal_domains_no_information() ->
     metrics = observed([batch])
     output, counted, domains, _ = batch
     # Both domains hold the same sequences.
-    twice = DecoderOutput(output.nll, output.nll_B, output.stats, output.attention, output.max_hidden_L)
     same = observed(
-        [(twice, counted, torch.zeros_like(domains), None), (twice, counted, torch.ones_like(domains), None)]
+        [(output, counted, torch.zeros_like(domains), None), (output, counted, torch.ones_like(domains), None)]
     )
     for layer in range(L):
         assert metrics[f"moe/{layer}/lbl_covariance"] == pytest.approx(0, abs=1e-6)
@@ -156,24 +157,53 @@ def test_ranks_do_not_matter() -> None:
             assert together[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
-def test_attention_and_hidden_metrics_are_means_and_maxima_of_the_layers() -> None:
-    batches = micro_batches(2)
-    metrics = observed(batches)
-    outputs = [output for output, *_ in batches]
+def test_attention_and_hidden_metrics_are_those_of_the_micro_batch_that_shows_them() -> None:
+    (first, *_), later = micro_batches(1, "all"), micro_batches(3)[1:]
+    metrics = observed([first, *later])
+    output, seen = first[0], first[0].attention
     for block in range(L):
-        seen = [output.attention for output in outputs]
-        gate = torch.stack([s.gate_mean_H[block] for s in seen]).mean(dim=0)
-        assert metrics[f"attention/{block}/gate_mean"] == pytest.approx(float(gate.mean()), rel=1e-5)
+        assert metrics[f"attention/{block}/gate_mean"] == pytest.approx(float(seen.gate_mean_AH[block].mean()))
         for head in range(4):
-            assert metrics[f"attention/{block}/head/{head}/gate_mean"] == pytest.approx(float(gate[head]), rel=1e-5)
-        first = torch.stack([s.first_token_H[block] for s in seen]).mean()
-        assert metrics[f"attention/{block}/first_token"] == pytest.approx(float(first), rel=1e-5)
-        largest = max(float(output.max_hidden_L[block]) for output in outputs)
-        assert metrics[f"hidden/{block}/max"] == pytest.approx(largest)
-        assert 0 < metrics[f"attention/{block}/first_token_uniform"] < 1
-    sinks = torch.stack([output.attention.first_token_importance_H > 0.3 for output in outputs]).double().mean()
+            for name, values in (("gate_mean", seen.gate_mean_AH), ("gate_closed", seen.gate_closed_AH)):
+                assert metrics[f"attention/{block}/head/{head}/{name}"] == pytest.approx(float(values[block, head]))
+        assert metrics[f"attention/{block}/first_token"] == pytest.approx(float(seen.first_token_AH[block].mean()))
+        assert metrics[f"attention/{block}/first_token_uniform"] == pytest.approx(float(seen.first_token_uniform))
+        assert metrics[f"attention/{block}/entropy"] == pytest.approx(float(seen.entropy_AH[block].mean()))
+        assert metrics[f"hidden/{block}/max"] == pytest.approx(float(output.max_hidden_A[block]))
+    sinks = (seen.first_token_importance_AH > 0.3).double().mean()
     assert metrics["attention/sink_heads"] == pytest.approx(float(sinks))
     assert metrics["hidden/max_mean"] == pytest.approx(sum(metrics[f"hidden/{b}/max"] for b in range(L)) / L)
+
+
+def test_attention_is_the_mean_of_ranks_and_hidden_the_largest() -> None:
+    batches = micro_batches(2, "all")
+    metrics = observed(batches, ranks=2)
+    seen = [output.attention for output, *_ in batches]
+    both = AttentionObservations._make(torch.stack(field).mean(dim=0) for field in zip(*seen, strict=True))
+    for block in range(L):
+        assert metrics[f"attention/{block}/entropy"] == pytest.approx(float(both.entropy_AH[block].mean()))
+        assert metrics[f"attention/{block}/first_token"] == pytest.approx(float(both.first_token_AH[block].mean()))
+        largest = max(float(output.max_hidden_A[block]) for output, *_ in batches)
+        assert metrics[f"hidden/{block}/max"] == pytest.approx(largest)
+    sinks = (both.first_token_importance_AH > 0.3).double().mean()
+    assert metrics["attention/sink_heads"] == pytest.approx(float(sinks))
+
+
+def test_what_no_head_of_a_block_has_is_not_recorded() -> None:
+    (batch,) = micro_batches(1, "all")
+    seen = batch[0].attention
+    gate = seen.gate_mean_AH.clone()
+    gate[1, 2:] = torch.nan
+    lacking = seen._replace(gate_mean_AH=gate, num_sampled=torch.zeros(()), later_AH=torch.zeros_like(seen.later_AH))
+    metrics = observed([(batch[0]._replace(attention=lacking), *batch[1:])])
+    assert metrics["attention/1/gate_mean"] == pytest.approx(float(gate[1, :2].mean()))
+    assert "attention/1/head/1/gate_mean" in metrics
+    assert "attention/1/head/2/gate_mean" not in metrics
+    assert not any("first_token" in name or "sink" in name for name in metrics)
+    none = seen._replace(gate_mean_AH=None, gate_closed_AH=None)
+    metrics = observed([(batch[0]._replace(attention=none), *batch[1:])])
+    assert not any("gate" in name for name in metrics)
+    assert "attention/1/entropy" in metrics
 
 
 def test_even_loads_are_even() -> None:
@@ -186,14 +216,13 @@ def test_even_loads_are_even() -> None:
 def test_the_largest_logit_is_that_of_the_step_and_not_a_mean() -> None:
     batches = micro_batches(3)
     for index, (output, counted, domains, routings) in enumerate(batches):
-        logits = output.attention.max_logit_H.clone().fill_(float(-index))
-        seen = output.attention._replace(max_logit_H=logits)
-        batches[index] = (output._replace(attention=seen), counted, domains, routings)
+        logits = torch.full((L, 4), float(-index))
+        batches[index] = (output._replace(max_logit_AH=logits), counted, domains, routings)
     for ranks in (1, 3):
         metrics = observed(batches, ranks)
         assert metrics["attention/0/max_logit"] == metrics["attention/1/max_logit"] == 0.0
     assert observed(batches[1:], 2)["attention/1/max_logit"] == -1.0
-    assert "attention/0/max_logit" not in observed(micro_batches(1)), "there is none without qk_clip"
+    assert "attention/0/max_logit" not in observed(micro_batches(1, "all")), "there is none without qk_clip"
 
 
 def test_a_spike_counts_once_and_does_not_move_the_limit_away() -> None:
@@ -214,6 +243,54 @@ def test_a_falling_loss_is_no_spike() -> None:
     for step in range(300):
         spikes.see(torch.tensor(8.0 * math.exp(-step / 50)))
     assert spikes.state[3] == 0
+
+
+def shown_by_a_step(path: str) -> tuple[list[tuple[bool, bool, bool]], dict[str, float], list[float]]:
+    """What each micro-batch of an observed step shows, the step's metrics, and losses with and without observer."""
+    from tidegate.config import load
+    from tidegate.data.loader import StepBatch
+    from tidegate.model.clock import Clock
+    from tidegate.train.job import Job
+    from tidegate.train.loop import build_balancer, build_engine
+    from tidegate.train.step import train_step
+
+    shown = []
+
+    class Noting(Observer):
+        def add(self, output: DecoderOutput, counted_B: torch.Tensor, domains_B: torch.Tensor) -> None:
+            assert output.stats is not None
+            parts = (output.stats.signals_B3, output.attention, output.max_hidden_A)
+            shown.append(tuple(part is not None for part in parts))
+            super().add(output, counted_B, domains_B)
+
+    job = load(path, Job).config
+    shape = (job.accumulation, job.train.micro_batch, job.data.sequence_length)
+    generator = torch.Generator().manual_seed(0)
+    places = torch.arange(shape[0] * shape[1]).view(shape[:2])
+    batch = StepBatch(
+        torch.randint(0, job.model.vocab_size, (*shape[:2], shape[2] + 1), generator=generator),
+        torch.zeros(shape, dtype=torch.int32),
+        torch.rand(shape, generator=generator) < 0.7,
+        places % 2,
+        places,
+    )
+    observer = Noting(("a", "b"), 2, 0, 1)
+    losses = []
+    for watching in (observer, None):
+        result = train_step(
+            build_engine(job), build_balancer(job), batch, Clock(1, 512, 0), isolate=True, observer=watching
+        )
+        losses.append(float(result.losses.nll))
+    metrics = observer.metrics(observer.vector())
+    assert metrics["moe/0/experts_per_token"] == pytest.approx(2)
+    return shown, metrics, losses
+
+
+def test_a_step_shows_all_of_its_first_micro_batch_and_the_routing_of_the_others(tiny_job: Any, on_ranks: Any) -> None:
+    ((shown, metrics, losses),) = on_ranks(1, shown_by_a_step, str(tiny_job()))
+    assert shown == [(True, True, True)] + 3 * [(True, False, False)]
+    assert losses[0] == losses[1], "observing changes nothing"
+    assert {"attention/1/entropy", "hidden/1/max", "moe/1/b/router_entropy"} <= metrics.keys()
 
 
 def pattern_of(name: str) -> str:

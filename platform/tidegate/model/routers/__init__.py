@@ -6,6 +6,7 @@ from pydantic import Field
 
 from tidegate.model.routers.base import (
     Capabilities,
+    Observe,
     RoutedStep,
     Router,
     RouterContext,
@@ -25,6 +26,7 @@ from tidegate.model.routers.top_p import TopPConfig
 
 __all__ = [
     "Capabilities",
+    "Observe",
     "RoutedStep",
     "Router",
     "RouterConfig",

@@ -23,6 +23,7 @@ from tidegate_kernels.router_logits import router_logits
 __all__ = [
     "Capabilities",
     "LearnedRouter",
+    "Observe",
     "RoutedStep",
     "Router",
     "RouterContext",
@@ -75,6 +76,10 @@ class RouterShape(NamedTuple):
     vocab_size: int = 0
 
 
+Observe = Literal["routing", "all"]
+"""What telemetry wants of a forward pass: routing, which is nearly free, or attention and the residual stream too."""
+
+
 class RouterContext(NamedTuple):
     """What a forward pass knows beside the rows."""
 
@@ -87,8 +92,7 @@ class RouterContext(NamedTuple):
     clock: Clock = STILL
     documents: Documents | None = None
     """Attention stays inside; None is plain causal."""
-    observe: bool = False
-    """Compute what only telemetry wants."""
+    observe: Observe | None = None
     log_experts: torch.Tensor | None = None
     """(E,) or (N, E), logarithm of the factors of unit gates over experts, for the logits; -inf: not there."""
 
@@ -113,6 +117,7 @@ class RoutingSums(NamedTuple):
     counts_BE: torch.Tensor
     prob_sums_BE: torch.Tensor
     z_sums_B: torch.Tensor
+    signals_B3: torch.Tensor | None
 
 
 class Routing(NamedTuple):
@@ -123,8 +128,8 @@ class Routing(NamedTuple):
     weights_NS: torch.Tensor
     """(N, S) fp32, the factor of each expert's output; carries gradient."""
     probs_NE: torch.Tensor | None
-    """(N, E) fp32, the P of the balance loss; carries gradient. Rows sum to 1, except for ReLU routing. With `sums`,
-    only for telemetry: without gradient, and None if nobody observes."""
+    """(N, E) fp32, the P of the balance loss; carries gradient. Rows sum to 1, except for ReLU routing. None with
+    `sums`."""
     logits_NE: torch.Tensor
     """(N, E) fp32, before the score function: what the z-loss sees; carries gradient."""
     chosen_NS: torch.Tensor | None = None

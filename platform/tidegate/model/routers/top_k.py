@@ -182,10 +182,10 @@ class TopKRouter(LearnedRouter):
             score=self.score,
             renormalize=self.config.renormalize,
             scale=self.scale,
+            signals=context.observe is not None,
         )
-        probs_NE = self._probs(SCORES[self.score](logits_NE.detach())) if context.observe else None
-        sums = RoutingSums(routed.counts_BE, routed.prob_sums_BE, routed.z_sums_B)
-        return Routing(routed.experts_NK, routed.weights_NK, probs_NE, logits_NE, sums=sums)
+        sums = RoutingSums(routed.counts_BE, routed.prob_sums_BE, routed.z_sums_B, routed.signals_B3)
+        return Routing(routed.experts_NK, routed.weights_NK, None, logits_NE, sums=sums)
 
     def _probs(self, scores_NE: torch.Tensor) -> torch.Tensor:
         """The balance loss wants a distribution; without this division it hardly balances independent scores.
