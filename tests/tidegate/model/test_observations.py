@@ -438,9 +438,10 @@ def test_observing_a_step_is_few_operations_and_no_wait(
         more = observed - plain  # on a CPU the experts' counts are read in every pass
         assert WAITS.isdisjoint(more), more
         added[layers, micro_batches] = more.total()
-    assert added[3, 1] - added[1, 1] <= 2 * (1 + of_a_router), "of a layer"
+    # The stream after a block is not at hand otherwise: the next norm adds it up. Its largest is one more.
+    assert added[3, 1] - added[1, 1] <= 2 * (2 + of_a_router), "of a layer"
     assert added[1, 2] - added[1, 1] <= 2 + of_a_router, "of a later micro-batch"
-    assert added[1, 1] <= 57 + of_a_router, "of a step"
+    assert added[1, 1] <= 58 + of_a_router, "of a step"
 
 
 @pytest.mark.parametrize("recompute", [False, True])
