@@ -171,8 +171,10 @@ def test_recomputing_activations_changes_neither_losses_nor_counts() -> None:
         output = model(tokens[:, :-1], tokens[:, 1:], counted)
         output.nll.backward()
         results.append((output.nll_B.detach(), output.stats.counts_BE, model.blocks[0].ffn.router.weight.grad))
-    for plain, recomputed in zip(*results, strict=True):
+    for plain, recomputed in zip(*(result[:2] for result in results), strict=True):
         torch.testing.assert_close(recomputed, plain, atol=0, rtol=1e-2)
+    # Recomputation sums the stream of a block on its own, so its gradient is rounded to bf16 once more.
+    assert relative_error(results[1][2], results[0][2]) < 1e-2
 
 
 UNIT_GATES = [
