@@ -191,9 +191,15 @@ def _wide(x: torch.Tensor, w1_EFD: torch.Tensor, rows: int) -> int:
     return rows * w1_EFD.shape[1] * x.element_size()
 
 
+def _router_backward(g_NE: torch.Tensor, *_: Any) -> int:
+    """The gradient as two bf16 numbers each."""
+    return g_NE.nbytes
+
+
 _INNER: dict[str, Callable[..., int]] = {
     "tidegate::linear_cross_entropy": _loss,
     "tidegate::gated_attention_backward": _attention_backward,
     "tidegate::moe_experts": _experts,
     "tidegate::moe_experts_backward": _experts_backward,
+    "tidegate::router_logits_backward": _router_backward,
 }

@@ -129,7 +129,7 @@ def test_a_gpu_keeps_what_cudnn_keeps_where_documents_are_joined():
         pass_memory(model, micro_batch=2, sequence_length=256, isolate=isolate, kernels="auto").saved
         for isolate in (True, False)
     )
-    assert joined == pytest.approx(apart, rel=0.01)
+    assert joined == pytest.approx(apart, rel=0.05)
 
 
 def test_saved_bytes_grow_with_layers_and_tokens_and_recompute_keeps_a_block():
