@@ -18,6 +18,7 @@ from tidegate.model.flops import Cost, costs, total
 from tidegate.model.moe import MoEConfig
 from tidegate.model.unit_gates import UnitGatesConfig
 from tidegate.train.job import Job
+from tidegate.train.memory import predict
 
 if TYPE_CHECKING:
     from tidegate.data.shards import Manifest, TokenDataset
@@ -29,7 +30,7 @@ _PAGE_WIDTH = 110
 
 
 def show_job(job: Path, overrides: Sequence[str]) -> None:
-    """Print the resolved job with what `extends:` and `--set` changed marked, its costs and its layout.
+    """Print the resolved job with what `extends:` and `--set` changed marked, its costs, memory and layout.
 
     Raises:
         ConfigError: the job is not valid.
@@ -42,6 +43,7 @@ def show_job(job: Path, overrides: Sequence[str]) -> None:
     for line in _marked(config.model_dump(mode="json"), loaded.overrides):
         console.print(line, soft_wrap=True, markup=False)
     console.print(_cost_table(config))
+    console.print(_memory_table(config))
     for line in [*_summary(config), *notes(config)]:
         console.print(line, soft_wrap=True, markup=False)
 
@@ -146,6 +148,18 @@ def _cells(row: Cost, whole: Cost) -> tuple[str, ...]:
         f"{row.flops_per_token:,.0f}",
         f"{row.flops_per_token / whole.flops_per_token:.1%}",
     )
+
+
+def _memory_table(job: Job) -> Table:
+    prediction = predict(job)
+    device = "GPU" if job.resources.gpu else "worker"
+    table = Table(Column(f"memory of a {device}, predicted"), Column("GiB", justify="right"))
+    for name, size in prediction.parts.items():
+        if size:
+            table.add_row(name.replace("_", " "), f"{size / 2**30:,.2f}")
+    table.add_section()
+    table.add_row("peak", f"{prediction.total / 2**30:,.2f}")
+    return table
 
 
 def _summary(job: Job) -> Iterator[str]:
