@@ -41,7 +41,7 @@ class StateMemory(NamedTuple):
     bucket: int
     """Held from a step's first gradient until gradients are reduced."""
     step: int
-    """On top of all in the optimizer step, or while gradients are reduced after the last backward pass."""
+    """When gradients are reduced after a backward pass, and when the optimizer steps, in place of activations."""
 
 
 def state_memory(
@@ -65,13 +65,13 @@ def state_memory(
             return StateMemory(2 * P, 2 * P, 0, 4 * P, 8 * P, 0, 4 * P)
         if parallel.zero_stage == 1:  # FlatGradients: sums are whole on every rank and reduced in place
             return StateMemory(2 * P, 0, 4 * P, 4 * S, 8 * S, 0, 0)
-        copies = 6 * reduced  # of the bucket, in bf16 and in fp32
-        bucket = 2 * _BUCKET + (copies if P > _BUCKET else 0)  # then it is reduced in the middle of a backward pass
-        return StateMemory(2 * P, 0, 4 * S, 4 * S, 8 * S, bucket, copies)
+        copies = 6 * reduced  # of what is in the bucket, in bf16 and in fp32
+        bucket = 2 * _BUCKET + (copies if P > _BUCKET else 0)  # it is full in the middle of a backward pass
+        return StateMemory(2 * P, 0, 4 * S, 4 * S, 8 * S, bucket, 2 * _BUCKET + copies)
     if parallel.zero_stage == 0:
         return StateMemory(4 * P, 4 * P, 0, 0, 8 * P, 0, 4 * reduced)
     gradients, sums = (4 * P, 0) if parallel.zero_stage == 1 else (0, 4 * S)
-    return StateMemory(4 * P, gradients, sums, 4 * S, 8 * S, 4 * _BUCKET, 4 * reduced + 4 * S)
+    return StateMemory(4 * P, gradients, sums, 4 * S, 8 * S, 4 * _BUCKET, 4 * (_BUCKET + reduced + S))
 
 
 class MoEShare(MoE):
