@@ -103,9 +103,10 @@ class Job(Config):
         """For people: how the run is laid over its workers."""
         replicas = self.resources.workers // self.parallel.expert
         kernels = "Triton" if self.runs_triton else "PyTorch"
+        offload = ", optimizer on the host" if self.parallel.offload == "optimizer" else ""
         return (
-            f"EP {self.parallel.expert} x DP {replicas}, ZeRO {self.parallel.zero_stage}, {self.train.precision}, "
-            f"{kernels} kernels"
+            f"EP {self.parallel.expert} x DP {replicas}, ZeRO {self.parallel.zero_stage}{offload}, "
+            f"{self.train.precision}, {kernels} kernels"
         )
 
     @property
