@@ -22,8 +22,8 @@ class ParallelConfig(Config):
     """With bf16 at stage 1: keep every other micro-batch's gradients, 2 bytes a parameter, and add two at once to the
     fp32 sums. The same bits for 40 % less memory traffic; nothing to gain with one micro-batch a step."""
     offload: Literal["none", "optimizer"] = "none"
-    """`optimizer`: master weights and moments live in the host's memory and AdamW runs on its cores, on as many as
-    resources.cpus_per_worker gives; needs zero_stage 1 or 2."""
+    """`optimizer`: master weights and moments live in the host's memory, 18 bytes a parameter over the ranks that ZeRO
+    spreads them on, and AdamW runs on the host's cores. Needs stage 1 or 2; stage 2 leaves least on the GPU."""
 
     def problem(self, world_size: int, num_experts: int | None, what: str = "model.ffn.num_experts") -> str | None:
         """Why this layout cannot run, or None. `what` names the experts that are spread."""

@@ -15,12 +15,12 @@ from tidegate.model.decoder import Decoder
 from tidegate.model.dispatch import Dispatch
 from tidegate.model.moe import Experts, MoE
 from tidegate.parallel.config import ParallelConfig
-from tidegate_kernels.ep_permute import ep_pack, ep_unpack
+from tidegate.parallel.exchange import Exchange
 
 __all__ = ["LOAD_SKEW", "MoEShare", "StateMemory", "state_memory"]
 
 LOAD_SKEW = 1.25
-"""Rows that the experts of a rank get, over the mean of the ranks: what a balanced router is taken to leave."""
+"""Assignments that the experts of a rank get, over the mean of the ranks: what a balanced router is taken to leave."""
 
 _BUCKET = 500_000_000  # numbers that DeepSpeed reduces at a time, its default
 
@@ -59,18 +59,30 @@ def state_memory(
     experts = sum(p.numel() for module in of_experts for p in module.parameters())
     P = sum(p.numel() for p in model.parameters())
     S = -(-(P - experts) // world_size) + -(-experts // (world_size // parallel.expert))
-    reduced = min(max(experts, P - experts), _BUCKET)  # at a time
+    state = _state(P, S, min(max(experts, P - experts), _BUCKET), parallel, precision)
+    if parallel.offload == "none":
+        return state
+    # Sums of bf16 gradients stay on the GPU.
+    sums = state.gradient_sums if precision == "bf16" else 0
+    return state._replace(gradient_sums=sums, master_weights=0, moments=0)
+
+
+def _state(P: int, S: int, reduced: int, parallel: ParallelConfig, precision: Literal["fp32", "bf16"]) -> StateMemory:
+    """With all of it on the GPU; `reduced` numbers are reduced at a time."""
+    stage = parallel.zero_stage
     if precision == "bf16":
-        if parallel.zero_stage == 0:  # FP16_UnfusedOptimizer: gradients are cast when the optimizer steps
+        if stage == 0:  # FP16_UnfusedOptimizer: gradients are cast when the optimizer steps
             return StateMemory(2 * P, 2 * P, 0, 4 * P, 8 * P, 0, 4 * P)
-        if parallel.zero_stage == 1:  # FlatGradients: sums are whole on every rank and reduced in place
-            return StateMemory(2 * P, 0, 4 * P, 4 * S, 8 * S, 0, 0)
+        if stage == 1 and parallel.offload == "none":  # FlatGradients: sums are whole on every rank, reduced in place
+            return StateMemory(2 * P, 2 * P if parallel.pair_gradients else 0, 4 * P, 4 * S, 8 * S, 0, 0)
+        if stage == 1:
+            return StateMemory(2 * P, 0, 4 * P, 4 * S, 8 * S, 4 * _BUCKET, 4 * (_BUCKET + reduced + S))
         copies = 6 * reduced  # of what is in the bucket, in bf16 and in fp32
         bucket = 2 * _BUCKET + (copies if P > _BUCKET else 0)  # it is full in the middle of a backward pass
         return StateMemory(2 * P, 0, 4 * S, 4 * S, 8 * S, bucket, 2 * _BUCKET + copies)
-    if parallel.zero_stage == 0:
+    if stage == 0:
         return StateMemory(4 * P, 4 * P, 0, 0, 8 * P, 0, 4 * reduced)
-    gradients, sums = (4 * P, 0) if parallel.zero_stage == 1 else (0, 4 * S)
+    gradients, sums = (4 * P, 0) if stage == 1 else (0, 4 * S)
     return StateMemory(4 * P, gradients, sums, 4 * S, 8 * S, 4 * _BUCKET, 4 * (_BUCKET + reduced + S))
 
 
@@ -80,7 +92,7 @@ class MoEShare(MoE):
     Args:
         arguments: of `MoE`.
         expert_size: ranks of the group.
-        skew: rows that the rank's experts get, over the mean.
+        skew: assignments that the rank's experts get, over the mean.
         keywords: of `MoE`.
     """
 
@@ -94,30 +106,24 @@ class MoEShare(MoE):
         return Experts(num_local, width, config.expert_dim, std, out_std, activation=config.activation)
 
     def mix(self, x_ND: torch.Tensor, dispatch: Dispatch, channels_EF: torch.Tensor | None) -> torch.Tensor:
-        if self._share[0] == 1:
-            return super().mix(x_ND, dispatch, channels_EF)
-        return self.mix_in_steps(x_ND, dispatch, channels_EF)
-
-    def apply_experts(
-        self, rows_AD: torch.Tensor, counts_E: torch.Tensor, channels_EF: torch.Tensor | None
-    ) -> torch.Tensor:
         expert_size, skew = self._share
         if expert_size == 1:
-            return self.experts(rows_AD, counts_E, channels_EF)
-        counts_Re = counts_E.view(expert_size, -1)
-        received = _Exchange.apply(rows_AD, round(skew * len(rows_AD)))
-        outputs = self.experts(ep_unpack(received, counts_Re), counts_Re.sum(dim=0), channels_EF)
-        return _Exchange.apply(ep_pack(outputs, counts_Re), len(rows_AD))
+            return super().mix(x_ND, dispatch, channels_EF)
+        exchange = _ImaginedExchange(dispatch, expert_size, skew)
+        mixed_MD = super().mix(exchange.send(x_ND), exchange.received, channels_EF)
+        return exchange.send_back(mixed_MD)
 
 
-class _Exchange(torch.autograd.Function):
-    """The tensors of an exchange of rows."""
+class _ImaginedExchange(Exchange):
+    """An exchange of rows that choose their experts independently of each other, with ranks that nobody plays."""
 
-    @staticmethod
-    def forward(ctx: Any, rows_AD: torch.Tensor, rows: int) -> torch.Tensor:
-        ctx.rows = len(rows_AD)
-        return rows_AD.new_empty(rows, rows_AD.shape[1])
+    def __init__(self, dispatch: Dispatch, num_ranks: int, skew: float) -> None:
+        self._rows, self._assignments, self._skew = dispatch.num_rows, dispatch.slice_A.shape[0], skew
+        super().__init__(dispatch, num_ranks, None)
 
-    @staticmethod
-    def backward(ctx: Any, g_AD: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return g_AD.new_empty(ctx.rows, g_AD.shape[1]), None
+    def agree(self, sizes_R2: torch.Tensor) -> list[list[list[int]]]:
+        R = len(sizes_R2)
+        pairs = self._rows * (1 - (1 - 1 / R) ** (self._assignments / self._rows))
+        sizes = [round(pairs), self._assignments // R]
+        coming = [min(self._rows, round(self._skew * sizes[0])), round(self._skew * sizes[1])]
+        return [[[size] * R for size in sizes], [[size] * R for size in coming]]

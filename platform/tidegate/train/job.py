@@ -143,6 +143,11 @@ class Job(Config):
                 f"parallel.pair_gradients=true acts with train.precision=bf16 at parallel.zero_stage=1 only, not with "
                 f"{self.train.precision} at {self.parallel.zero_stage}; set it to false"
             )
+        if self.parallel.pair_gradients and self.parallel.offload == "optimizer":
+            raise ValueError(
+                "parallel.pair_gradients=true has no effect with parallel.offload=optimizer, whose gradients take "
+                "another path; set it to false"
+            )
         return self
 
     @model_validator(mode="after")
