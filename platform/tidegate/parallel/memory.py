@@ -2,7 +2,8 @@
 
 What is replicated over ranks is spread by ZeRO: experts over their replicas, everything else over all ranks.
 
-Letters: P numbers of this rank's weights, S of them in its part of the optimizer state.
+Letters: P numbers of this rank's weights, S of them in its part of the optimizer state; N rows, D width, M rows that
+came, E experts, F their width, R ranks of an exchange.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class StateMemory(NamedTuple):
     moments: int
     """Of AdamW, fp32."""
     bucket: int
-    """Held from a step's first gradient until gradients are reduced."""
+    """Held from a backward pass's first gradient until gradients are reduced."""
     step: int
     """When gradients are reduced after a backward pass, and when the optimizer steps, in place of activations."""
 

@@ -34,8 +34,7 @@ class MemoryPrediction(NamedTuple):
     working: int
     """What a pass holds at its largest moment beyond all of these."""
     step: int
-    """What the optimizer step holds in place of activations and working memory."""
-
+    """What the reduction of gradients and the optimizer hold in place of activations and working memory."""
     margin: int
     """For what libraries allocate, and for blocks that do not fit."""
 
@@ -68,7 +67,8 @@ def predict(job: Job) -> MemoryPrediction:
         kernels="auto" if job.runs_triton else "reference",
     )
     batch = _TOKEN_BYTES * train.batch_tokens // job.resources.workers
-    largest = max(passes.forward, passes.backward + state.bucket)
+    kept_bucket = state.bucket if parallel.zero_stage == 1 else 0  # from one micro-batch to the next
+    largest = max(passes.forward + kept_bucket, passes.backward + state.bucket)
     prediction = MemoryPrediction(
         weights=state.weights,
         gradients=state.gradients,
