@@ -16,7 +16,7 @@ import torch
 __all__ = ["Kernels", "choose", "chosen", "interpreted", "takes_triton"]
 
 Kernels = Literal["auto", "triton", "reference"]
-"""`auto`: Triton for bf16 and fp32 on CUDA, else the reference."""
+"""`auto`: Triton for bf16 and fp32 on CUDA, and on `meta`, which stands for it; else the reference."""
 
 _DTYPES = (torch.bfloat16, torch.float32)
 _choice: Kernels = "auto"
@@ -62,7 +62,7 @@ def takes_triton(x: torch.Tensor, *, fits: bool = True) -> bool:
     Raises:
         ValueError: under `triton`, where the kernel takes no such input.
     """
-    if _choice == "reference" or (_choice == "auto" and not x.is_cuda):
+    if _choice == "reference" or (_choice == "auto" and not (x.is_cuda or x.is_meta)):
         return False
     takes = fits and x.dtype in _DTYPES
     if _choice == "triton" and not takes:

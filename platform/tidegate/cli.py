@@ -97,11 +97,16 @@ def schema() -> None:
 
 
 @app.command()
-def tokenize(job: JobFile, overrides: Overrides = [], state_dir: StateOption = None) -> None:  # noqa: B006
+def tokenize(
+    job: JobFile,
+    overrides: Overrides = [],  # noqa: B006
+    bench: Annotated[bool, typer.Option("--bench", help="Then measure the tokenizer and the loader")] = False,
+    state_dir: StateOption = None,
+) -> None:
     """Train or load the job's tokenizer and build its token shards."""
     from tidegate.launch.show import tokenize_job
 
-    tokenize_job(job, overrides, _state(state_dir))
+    tokenize_job(job, overrides, _state(state_dir), bench)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -237,6 +238,12 @@ def test_tokenize_and_doctor_run(folder, tidegate):
     assert "│ words" in ended.out
     assert len(list((folder / "state" / "data").glob("tokens-*"))) == 1
     assert leaves_nothing(folder / "state")
+    ended = tidegate("tokenize", "job.yaml", "--bench", "--state-dir", "state")
+    assert ended.status == 0
+    assert re.search(r"tokenizing: [\d,]+ tokens/s a core, [\d.]+ MB/s of text", ended.out)
+    assert re.search(
+        r"loading: [\d,]+ tokens/s of one rank of 1, sequence 16, micro-batch 1, accumulation 64", ended.out
+    )
     ended = tidegate("doctor", "--state-dir", "state")
     assert ended.status == ("FAIL" in ended.out)
     assert "layout version 1" in ended.out

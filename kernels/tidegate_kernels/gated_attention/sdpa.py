@@ -33,6 +33,9 @@ def attend(q_BTHd: torch.Tensor, k_BTGd: torch.Tensor, v_BTGd: torch.Tensor, mas
         mask: (B, 1, T, T) bool, True where query t may see key s; None for causal attention.
     """
     q, k, v = q_BTHd.transpose(1, 2), k_BTGd.transpose(1, 2), v_BTGd.transpose(1, 2)
+    if q.is_meta:  # where torch would take attention apart: shapes, and what is kept, are those of a fused kernel
+        y = _forward(SDPBackend.FLASH_ATTENTION, q, k, v, None if mask is None else _bias(mask, q))[0]
+        return y.transpose(1, 2)
     grouped = q.shape[1] != k.shape[1]
     with sdpa_kernel(BACKENDS, set_priority=True):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)

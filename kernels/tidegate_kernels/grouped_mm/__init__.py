@@ -44,5 +44,5 @@ def outer_by_group(a_NM: torch.Tensor, b_NF: torch.Tensor, ends_E: torch.Tensor)
 
 def _taken(x_ND: torch.Tensor) -> bool:
     """What the library's product takes; other dtypes are for tests."""
-    taken = (torch.bfloat16,) if x_ND.is_cuda else (torch.bfloat16, torch.float32)
+    taken = (torch.bfloat16,) if x_ND.is_cuda or x_ND.is_meta else (torch.bfloat16, torch.float32)
     return x_ND.shape[0] > 0 and x_ND.dtype in taken

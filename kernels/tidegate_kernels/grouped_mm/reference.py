@@ -14,12 +14,18 @@ def grouped_mm(x_ND: torch.Tensor, w_EDF: torch.Tensor, counts_E: torch.Tensor) 
 
 def rows_by_group(x_ND: torch.Tensor, w_EDF: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
     """See `tidegate_kernels.grouped_mm.rows_by_group`; reads the ends on the host."""
-    parts = x_ND.tensor_split(ends_E[:-1].tolist())
+    parts = x_ND.tensor_split(_splits(ends_E, len(x_ND)))
     return torch.cat([part @ w for part, w in zip(parts, w_EDF, strict=True)])
 
 
 def outer_by_group(a_NM: torch.Tensor, b_NF: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
     """See `tidegate_kernels.grouped_mm.outer_by_group`; reads the ends on the host."""
-    splits = ends_E[:-1].tolist()
+    splits = _splits(ends_E, len(a_NM))
     pairs = zip(a_NM.tensor_split(splits), b_NF.tensor_split(splits), strict=True)
     return torch.stack([a.t() @ b for a, b in pairs])
+
+
+def _splits(ends_E: torch.Tensor, rows: int) -> list[int]:
+    """Where all groups but the last end; on `meta`, where nobody knows, as if all were equal."""
+    E = len(ends_E)
+    return [rows * group // E for group in range(1, E)] if ends_E.is_meta else ends_E[:-1].tolist()

@@ -28,7 +28,7 @@ def router_logits(x_ND: torch.Tensor, w_ED: torch.Tensor) -> torch.Tensor:
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """fp32 product of two bf16 matrices."""
-    if not a.is_cuda:  # no such product there, but one of the same numbers
+    if a.is_cpu:  # no such product there, but one of the same numbers
         return a.float() @ b.float()
     return torch.mm(a, b, out_dtype=torch.float32)
 

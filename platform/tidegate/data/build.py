@@ -37,7 +37,7 @@ from tidegate.data.shards import (
 from tidegate.data.sources import Progress, SourceFile, find_files, read_documents
 from tidegate.data.tokenizer import BuiltTokenizer, load_tokenizer, tokenizer_file, train_tokenizer
 
-__all__ = ["prepare"]
+__all__ = ["encode", "prepare", "read_corpus"]
 
 _ENCODE_DOCUMENTS = 512
 _BUILDING = ".building-"
@@ -67,6 +67,10 @@ class _Request(NamedTuple):
             tokenizer = hashlib.sha256(self.tokenizer).hexdigest()
         content = [FORMAT_VERSION, domains, tokenizer, config.max_document_chars, config.seed]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    pass
 
 
 def prepare(config: DataConfig, *, cache_dir: Path, job_dir: Path, progress: Progress | None = None) -> Path:
@@ -137,7 +141,7 @@ def _remove_abandoned(cache_dir: Path) -> None:
 
 def _build(request: _Request, folder: Path, progress: Progress) -> None:
     config = request.config
-    corpora = [_read(domain, request, progress) for domain in config.domains]
+    corpora = [_read(config, domain, request.files[domain.name], progress) for domain in config.domains]
     # Decides whether the Rust side uses all cores; left alone when the user has set it.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     built = _tokenizer(request, corpora, progress)
@@ -145,8 +149,8 @@ def _build(request: _Request, folder: Path, progress: Progress) -> None:
     vocab_size = built.tokenizer.get_vocab_size()
     dtype = shard_dtype(vocab_size)
 
-    def encode(name: str, split: Split, texts: Sequence[str]) -> SplitManifest:
-        documents = _encode(built, texts, f"encode {name} {split}", progress)
+    def write(name: str, split: Split, texts: Sequence[str]) -> SplitManifest:
+        documents = encode(built, texts, f"encode {name} {split}", progress)
         return write_shards(folder, f"{name}.{split}", dtype, documents)
 
     manifest = Manifest(
@@ -160,8 +164,8 @@ def _build(request: _Request, folder: Path, progress: Progress) -> None:
             DomainManifest(
                 name=domain.name,
                 source=_source(domain, request.files[domain.name]),
-                train=encode(domain.name, "train", corpus.train),
-                held_out=encode(domain.name, "held_out", corpus.held_out),
+                train=write(domain.name, "train", corpus.train),
+                held_out=write(domain.name, "held_out", corpus.held_out),
             )
             for domain, corpus in zip(config.domains, corpora, strict=True)
         ),
@@ -169,9 +173,29 @@ def _build(request: _Request, folder: Path, progress: Progress) -> None:
     (folder / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
 
 
-def _read(domain: DomainConfig, request: _Request, progress: Progress) -> Corpus:
-    config = request.config
-    documents = read_documents(domain, request.files[domain.name], seed=config.seed, progress=progress)
+def encode(
+    built: BuiltTokenizer, texts: Sequence[str], stage: str = "encode", progress: Progress = _silent
+) -> Iterator[npt.NDArray[np.uint32]]:
+    """(length,) token ids of each text, end-of-text last; a text that a tokenizer drops altogether is skipped."""
+    for start in range(0, len(texts), _ENCODE_DOCUMENTS):
+        batch = list(texts[start : start + _ENCODE_DOCUMENTS])
+        for encoding in built.tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+            if encoding.ids:
+                yield np.array([*encoding.ids, built.eot_id], np.uint32)
+        progress(stage, start + len(batch), len(texts))
+
+
+def read_corpus(config: DataConfig, domain: DomainConfig, job_dir: Path) -> Corpus:
+    """The documents of a domain as `prepare` splits them.
+
+    Raises:
+        ConfigError: for text that cannot be read or is too little.
+    """
+    return _read(config, domain, find_files(domain, job_dir), _silent)
+
+
+def _read(config: DataConfig, domain: DomainConfig, files: Sequence[SourceFile], progress: Progress) -> Corpus:
+    documents = read_documents(domain, files, seed=config.seed, progress=progress)
     return split_corpus(domain, documents, max_document_chars=config.max_document_chars, seed=config.seed)
 
 
@@ -186,18 +210,6 @@ def _tokenizer(request: _Request, corpora: Sequence[Corpus], progress: Progress)
     return built
 
 
-def _encode(
-    built: BuiltTokenizer, texts: Sequence[str], stage: str, progress: Progress
-) -> Iterator[npt.NDArray[np.uint32]]:
-    """(length,) token ids of each text, end-of-text last; a text that a tokenizer drops altogether is skipped."""
-    for start in range(0, len(texts), _ENCODE_DOCUMENTS):
-        batch = list(texts[start : start + _ENCODE_DOCUMENTS])
-        for encoding in built.tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-            if encoding.ids:
-                yield np.array([*encoding.ids, built.eot_id], np.uint32)
-        progress(stage, start + len(batch), len(texts))
-
-
 def _source(domain: DomainConfig, files: Sequence[SourceFile]) -> Source:
     identities = "\n".join(f"{file.path.name} {file.num_bytes} {file.identity}" for file in files)
     return Source(
@@ -209,7 +221,3 @@ def _source(domain: DomainConfig, files: Sequence[SourceFile]) -> Source:
         bytes=sum(file.num_bytes for file in files),
         sha256=hashlib.sha256(identities.encode()).hexdigest(),
     )
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    pass

@@ -18,9 +18,10 @@ from tidegate.model.flops import Cost, costs, total
 from tidegate.model.moe import MoEConfig
 from tidegate.model.unit_gates import UnitGatesConfig
 from tidegate.train.job import Job
+from tidegate.train.memory import predict
 
 if TYPE_CHECKING:
-    from tidegate.data.shards import Manifest
+    from tidegate.data.shards import Manifest, TokenDataset
     from tidegate.launch.state import StateDir
 
 __all__ = ["notes", "show_job", "tokenize_job"]
@@ -29,7 +30,7 @@ _PAGE_WIDTH = 110
 
 
 def show_job(job: Path, overrides: Sequence[str]) -> None:
-    """Print the resolved job with what `extends:` and `--set` changed marked, its costs and its layout.
+    """Print the resolved job with what `extends:` and `--set` changed marked, its costs, memory and layout.
 
     Raises:
         ConfigError: the job is not valid.
@@ -42,12 +43,19 @@ def show_job(job: Path, overrides: Sequence[str]) -> None:
     for line in _marked(config.model_dump(mode="json"), loaded.overrides):
         console.print(line, soft_wrap=True, markup=False)
     console.print(_cost_table(config))
+    console.print(_memory_table(config))
     for line in [*_summary(config), *notes(config)]:
         console.print(line, soft_wrap=True, markup=False)
 
 
-def tokenize_job(job: Path, overrides: Sequence[str], state: StateDir) -> None:
+def tokenize_job(job: Path, overrides: Sequence[str], state: StateDir, bench: bool = False) -> None:
     """Build the job's token shards, or find them, and print what they hold.
+
+    Args:
+        job: the file.
+        overrides: of `--set`.
+        state: where the shards live.
+        bench: measure also how fast this machine makes tokens and batches.
 
     Raises:
         ConfigError: the job is not valid, or its text cannot be read.
@@ -59,7 +67,8 @@ def tokenize_job(job: Path, overrides: Sequence[str], state: StateDir) -> None:
     config: Job = load(job, Job, overrides).config
     reporter = Reporter(config)
     folder = prepare_data(config, state, job.absolute().parent, reporter)
-    manifest = TokenDataset.open(folder, verify=False).manifest
+    dataset = TokenDataset.open(folder, verify=False)
+    manifest = dataset.manifest
     reporter.say(f"tokens: {folder}")
     tokenizer = manifest.tokenizer
     reporter.say(
@@ -67,6 +76,25 @@ def tokenize_job(job: Path, overrides: Sequence[str], state: StateDir) -> None:
         f"{config.model.vocab_size:,}, sha256 {tokenizer.sha256[:16]}"
     )
     reporter.console.print(_domain_table(manifest))
+    if bench:
+        for line in _data_speed(config, dataset, job.absolute().parent):
+            reporter.say(line)
+
+
+def _data_speed(job: Job, dataset: TokenDataset, job_dir: Path) -> Iterator[str]:
+    from tidegate.data.speed import loading_speed, tokenizing_speed
+
+    tokenizing = tokenizing_speed(dataset, job.data, job_dir=job_dir)
+    yield (
+        f"tokenizing: {tokenizing.tokens_per_s:,.0f} tokens/s a core, {tokenizing.bytes_per_s / 1e6:.2f} MB/s of text "
+        f"({tokenizing.sample_tokens:,} tokens, {tokenizing.sample_bytes / 1e6:.1f} MB)"
+    )
+    batch, workers = job.train.micro_batch, job.resources.workers
+    loading = loading_speed(dataset, job.data, global_batch=job.global_batch, micro_batch=batch, world_size=workers)
+    yield (
+        f"loading: {loading:,.0f} tokens/s of one rank of {workers}, sequence {job.data.sequence_length:,}, "
+        f"micro-batch {batch}, accumulation {job.accumulation}"
+    )
 
 
 class _Dumper(yaml.SafeDumper):
@@ -120,6 +148,18 @@ def _cells(row: Cost, whole: Cost) -> tuple[str, ...]:
         f"{row.flops_per_token:,.0f}",
         f"{row.flops_per_token / whole.flops_per_token:.1%}",
     )
+
+
+def _memory_table(job: Job) -> Table:
+    prediction = predict(job)
+    device = "GPU" if job.resources.gpu else "worker"
+    table = Table(Column(f"memory of a {device}, predicted"), Column("GiB", justify="right"))
+    for name, size in prediction.parts.items():
+        if size:
+            table.add_row(name.replace("_", " "), f"{size / 2**30:,.2f}")
+    table.add_section()
+    table.add_row("peak", f"{prediction.total / 2**30:,.2f}")
+    return table
 
 
 def _summary(job: Job) -> Iterator[str]:

@@ -21,6 +21,9 @@ class ParallelConfig(Config):
     pair_gradients: bool = False
     """With bf16 at stage 1: keep every other micro-batch's gradients, 2 bytes a parameter, and add two at once to the
     fp32 sums. The same bits for 40 % less memory traffic; nothing to gain with one micro-batch a step."""
+    offload: Literal["none", "optimizer"] = "none"
+    """`optimizer`: master weights and moments live in the host's memory, 18 bytes a parameter over the ranks that ZeRO
+    spreads them on, and AdamW runs on the host's cores. Needs stage 1 or 2; stage 2 leaves least on the GPU."""
 
     def problem(self, world_size: int, num_experts: int | None, what: str = "model.ffn.num_experts") -> str | None:
         """Why this layout cannot run, or None. `what` names the experts that are spread."""
@@ -29,6 +32,8 @@ class ParallelConfig(Config):
                 f"parallel.expert={self.expert} does not divide resources.workers={world_size}; "
                 f"use one of {_divisors(world_size)}"
             )
+        if self.offload == "optimizer" and self.zero_stage == 0:
+            return "parallel.offload=optimizer needs ZeRO, but parallel.zero_stage=0; use parallel.zero_stage=2"
         if num_experts is None and self.expert > 1:
             return f"parallel.expert={self.expert} needs experts, but model.ffn.kind=dense; set parallel.expert=1"
         if num_experts is not None and num_experts % self.expert:

@@ -82,18 +82,24 @@ class Engine:
                 "gradient_accumulation_steps": accumulation,
                 "gradient_clipping": gradient_clip if parallel.zero_stage else 0.0,
                 "bf16": {"enabled": precision == "bf16"},
-                "zero_optimization": {"stage": parallel.zero_stage},
+                "zero_optimization": {"stage": parallel.zero_stage, **self._offload(parallel)},
+                "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own needs a compiler; torch's is fused too
                 "zero_allow_untested_optimizer": True,
                 "timers": {"throughput": {"enabled": False}},  # they wait for the device twice a micro-batch
                 **(fp32_sums if precision == "bf16" and parallel.zero_stage > 0 else {}),
             },
         )
-        if precision == "bf16" and parallel.zero_stage == 1:
+        if precision == "bf16" and parallel.zero_stage == 1 and parallel.offload == "none":
             FlatGradients.take_over(self._engine.optimizer, in_pairs=parallel.pair_gradients)
         self._clip = gradient_clip
         self._own_norm: torch.Tensor | None = None
         self._clips_itself = parallel.zero_stage == 0
         self._expert_replicas = collectives.world_size() // parallel.expert
+
+    def _offload(self, parallel: ParallelConfig) -> dict[str, Any]:
+        if parallel.offload == "none":
+            return {}
+        return {"offload_optimizer": {"device": "cpu", "pin_memory": self.device.type == "cuda"}}
 
     @property
     def model(self) -> Decoder:

@@ -51,10 +51,7 @@ class Exchange:
         starts_N1 = F.pad(goes_RN.sum(dim=0).cumsum(0), (1, 0))
 
         sizes_R2 = torch.stack([goes_RN.sum(dim=1), lengths_RN.sum(dim=1)], dim=1)
-        others_R2 = torch.empty_like(sizes_R2)
-        dist.all_to_all_single(others_R2, sizes_R2, group=group)
-        # The one host sync of a layer: the collectives below want sizes on the host.
-        (self._sent, assigned), (self._came, came) = torch.stack([sizes_R2.t(), others_R2.t()]).tolist()
+        (self._sent, assigned), (self._came, came) = self.agree(sizes_R2)
 
         slot_P = _kept(pair_RN.t(), goes_RN.t(), sum(self._sent))
         ends_R = sizes_R2[:, 0].cumsum(0)
@@ -65,6 +62,13 @@ class Exchange:
         slice_B = _Moved.apply(slice_A.index_select(0, assignment_A), assigned, came, group)
         weights_B = _Moved.apply(dispatch.weights_A.index_select(0, assignment_A), assigned, came, group)
         self.received = Dispatch(slice_B, weights_B, F.pad(lengths_M.cumsum(0), (1, 0)), 0, num_local)
+
+    def agree(self, sizes_R2: torch.Tensor) -> list[list[list[int]]]:
+        """(2, 2, R) of pairs and of assignments, what goes to each rank, and what comes from each."""
+        others_R2 = torch.empty_like(sizes_R2)
+        dist.all_to_all_single(others_R2, sizes_R2, group=self._group)
+        # The one host sync of a layer: the collectives want sizes on the host.
+        return torch.stack([sizes_R2.t(), others_R2.t()]).tolist()
 
     def send(self, x_ND: torch.Tensor) -> torch.Tensor:
         """(M, D) the rows that came to this rank; differentiable."""
@@ -89,6 +93,8 @@ class _Moved(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, sent: list[int], came: list[int], group: Any) -> torch.Tensor:
         ctx.way = came, sent, group
         out = x.new_empty(sum(came), *x.shape[1:])
+        if x.is_meta:  # shapes only: there is nobody to exchange with
+            return out
         dist.all_to_all_single(out, x.contiguous(), came, sent, group=group)
         return out
 

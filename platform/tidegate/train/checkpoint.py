@@ -62,7 +62,8 @@ def load(folder: Path, engine: Engine, job: Job) -> Position:
     """
     about = _about(folder)
     model = ModelConfig.model_validate(about["model"])  # fills in fields that are younger than the checkpoint
-    stored = about["layout"] | {f"model.{field}": value for field, value in flatten(model).items()}
+    older = {"parallel.offload": "none"}  # of checkpoints from before there was a choice
+    stored = older | about["layout"] | {f"model.{field}": value for field, value in flatten(model).items()}
     wanted = _layout(job) | {f"model.{field}": value for field, value in flatten(job.model).items()}
     for field in diff(stored, wanted):
         raise ConfigError(
@@ -89,6 +90,7 @@ def _layout(job: Job) -> dict[str, Any]:
         "resources.workers": job.resources.workers,
         "parallel.expert": job.parallel.expert,
         "parallel.zero_stage": job.parallel.zero_stage,
+        "parallel.offload": job.parallel.offload,
         "train.precision": job.train.precision,
     }
 

@@ -103,9 +103,10 @@ class Job(Config):
         """For people: how the run is laid over its workers."""
         replicas = self.resources.workers // self.parallel.expert
         kernels = "Triton" if self.runs_triton else "PyTorch"
+        offload = ", optimizer on the host" if self.parallel.offload == "optimizer" else ""
         return (
-            f"EP {self.parallel.expert} x DP {replicas}, ZeRO {self.parallel.zero_stage}, {self.train.precision}, "
-            f"{kernels} kernels"
+            f"EP {self.parallel.expert} x DP {replicas}, ZeRO {self.parallel.zero_stage}{offload}, "
+            f"{self.train.precision}, {kernels} kernels"
         )
 
     @property
@@ -141,6 +142,11 @@ class Job(Config):
             raise ValueError(
                 f"parallel.pair_gradients=true acts with train.precision=bf16 at parallel.zero_stage=1 only, not with "
                 f"{self.train.precision} at {self.parallel.zero_stage}; set it to false"
+            )
+        if self.parallel.pair_gradients and self.parallel.offload == "optimizer":
+            raise ValueError(
+                "parallel.pair_gradients=true has no effect with parallel.offload=optimizer, whose gradients take "
+                "another path; set it to false"
             )
         return self
 

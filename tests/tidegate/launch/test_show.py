@@ -36,6 +36,8 @@ def document(lines: list[str]) -> list[str]:
 
 
 def table(lines: list[str]) -> dict[str, list[str]]:
+    """The first one."""
+    lines = lines[: next(number for number, line in enumerate(lines) if line.startswith("└"))]
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
     return {row[0]: row[1:] for row in rows}
 
@@ -66,6 +68,17 @@ def test_changes_are_marked_and_nothing_else(shown, tmp_path):
         "seed: 3",
         "expert: 1",
     ]
+
+
+def test_memory_is_shown_by_part_and_adds_up(shown):
+    lines = shown(DEMO.parent / "h100.yaml")
+    rows = table(lines[next(number for number, line in enumerate(lines) if "memory of a GPU" in line) :])
+    state = ["weights", "gradient sums", "master weights", "moments"]
+    assert [*rows] == [*state, "activations", "working", "margin", "peak"]
+    gib = [float(value) for (value,) in rows.values()]
+    params = total(load(DEMO.parent / "h100.yaml", Job).config.model, 2048).params
+    assert gib[:4] == pytest.approx([size * params / 2**30 for size in (2, 4, 4, 8)], abs=0.006)
+    assert gib[-1] == pytest.approx(sum(gib[:-1]), abs=0.04)
 
 
 def test_the_table_holds_every_cost_and_the_total(shown):

@@ -193,13 +193,15 @@ def test_running_counts_are_exact_without_accumulation_and_differ_with_it(on_ran
 Layout = tuple[int, int, int]  # expert, ZeRO stage, accumulation
 
 
-def train_losses(layouts: list[Layout], precision: str, model: ModelConfig = MODEL) -> list[list[list[float]]]:
+def train_losses(
+    layouts: list[Layout], precision: str, model: ModelConfig = MODEL, offload: Any = "none"
+) -> list[list[list[float]]]:
     """Per layout and step: losses summed over ranks, and the gradient norm; clipping is active."""
     from tidegate.train.step import train_step, update_routers
 
     runs = []
     for expert, zero_stage, accumulation in layouts:
-        parallel = ParallelConfig(expert=expert, zero_stage=zero_stage)
+        parallel = ParallelConfig(expert=expert, zero_stage=zero_stage, offload=offload)
         engine = engine_for(parallel, accumulation, precision, clip=0.3, model=model)
         balance = BalanceConfig(loss_weight=0.1, bias_rate=0.01)
         balancer = Balancer(balance, collectives.all_reduce, collectives.world_size(), accumulation)
@@ -336,6 +338,28 @@ def test_bf16_expert_parallel_training_stays_near_fp32(on_ranks: Any) -> None:
         torch.testing.assert_close(nll, truth, rtol=1e-2, atol=0, msg=lambda m, at=layout: f"{at}: {m}")
 
 
+def test_an_optimizer_on_the_host_trains_alike(on_ranks: Any) -> None:
+    """In fp32 as one process; in bf16 as at ZeRO 2 on the device, but for how norms are summed."""
+    layouts = [(2, 1, 2), (2, 2, 2)]
+    (alone,) = on_ranks(1, train_losses, [(1, 1, 1)], "fp32")
+    (single, _) = on_ranks(2, train_losses, layouts, "fp32", MODEL, "optimizer")
+    for layout, run in zip(layouts, single, strict=True):
+        torch.testing.assert_close(
+            torch.tensor(run), torch.tensor(alone[0]), rtol=1e-5, atol=1e-6, msg=lambda m, at=layout: f"{at}: {m}"
+        )
+    (half, _) = on_ranks(2, train_losses, layouts, "bf16", MODEL, "optimizer")
+    (on_device, _) = on_ranks(2, train_losses, layouts[1:], "bf16")
+    for run in half:
+        torch.testing.assert_close(torch.tensor(run), torch.tensor(on_device[0]), rtol=1e-3, atol=1e-4)
+
+
+def test_an_optimizer_on_the_host_continues_bitwise(on_ranks: Any, tmp_path: Path) -> None:
+    layouts = [(2, 1, 1), (2, 2, 2)]
+    for rank in on_ranks(2, continue_from_checkpoint, str(tmp_path), layouts, "bf16", MODEL, "optimizer"):
+        for layout, (straight, resumed) in zip(layouts, rank, strict=True):
+            assert resumed == straight, layout
+
+
 def initial_weights(expert: int) -> dict[str, torch.Tensor]:
     engine = engine_for(ParallelConfig(expert=expert, zero_stage=1), 1)
     return {name: p.detach().clone() for name, p in engine.model.named_parameters()}
@@ -366,7 +390,7 @@ def test_a_rank_whose_experts_get_no_rows_takes_part(on_ranks: Callable[..., lis
 
 
 def continue_from_checkpoint(
-    folder: str, layouts: list[Layout], precision: str, model: ModelConfig = MODEL
+    folder: str, layouts: list[Layout], precision: str, model: ModelConfig = MODEL, offload: Any = "none"
 ) -> list[tuple[list[float], list[float]]]:
     """Per layout: losses of steps 3 and 4 straight through, and from a checkpoint taken after step 2."""
     from tidegate.train.step import train_step, update_routers
@@ -384,7 +408,7 @@ def continue_from_checkpoint(
 
     runs = []
     for number, (expert, zero_stage, accumulation) in enumerate(layouts):
-        parallel = ParallelConfig(expert=expert, zero_stage=zero_stage)
+        parallel = ParallelConfig(expert=expert, zero_stage=zero_stage, offload=offload)
         # Each rank writes to a folder of its own, as on Ray; the folders are merged before loading.
         own, merged = Path(folder) / f"{number}-rank{collectives.rank()}", Path(folder) / f"{number}-merged"
         engine = engine_for(parallel, accumulation, precision, clip=0.3, model=model)

@@ -34,6 +34,15 @@ CONFLICTS = {
         [DENSE],
         "parallel.expert=2 needs experts, but model.ffn.kind=dense; set parallel.expert=1",
     ),
+    "offload without ZeRO": (
+        ["parallel.offload=optimizer", "parallel.zero_stage=0"],
+        "parallel.offload=optimizer needs ZeRO, but parallel.zero_stage=0; use parallel.zero_stage=2",
+    ),
+    "pairs with offload": (
+        ["train.precision=bf16", "parallel.pair_gradients=true", "parallel.offload=optimizer"],
+        "parallel.pair_gradients=true has no effect with parallel.offload=optimizer, whose gradients take another "
+        "path; set it to false",
+    ),
     "pairs at another stage": (
         ["train.precision=bf16", "parallel.zero_stage=2", "parallel.pair_gradients=true"],
         "parallel.pair_gradients=true acts with train.precision=bf16 at parallel.zero_stage=1 only, not with bf16 at "

@@ -1,0 +1,130 @@
+"""Bytes of training state on one rank: weights, gradients and what the optimizer holds, by precision and ZeRO stage.
+
+What is replicated over ranks is spread by ZeRO: experts over their replicas, everything else over all ranks.
+
+Letters: P numbers of this rank's weights, S of them in its part of the optimizer state; N rows, D width, M rows that
+came, E experts, F their width, R ranks of an exchange.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from tidegate.model.decoder import Decoder
+from tidegate.model.dispatch import Dispatch
+from tidegate.model.moe import Experts, MoE
+from tidegate.parallel.config import ParallelConfig
+from tidegate.parallel.exchange import Exchange
+
+__all__ = ["LOAD_SKEW", "MoEShare", "StateMemory", "state_memory"]
+
+LOAD_SKEW = 1.25
+"""Assignments that the experts of a rank get, over the mean of the ranks: what a balanced router is taken to leave."""
+
+_BUCKET = 500_000_000  # numbers that DeepSpeed reduces at a time, its default
+
+
+class StateMemory(NamedTuple):
+    """Bytes on one rank."""
+
+    weights: int
+    """In use."""
+    gradients: int
+    """That stay between micro-batches, in the dtype of the weights."""
+    gradient_sums: int
+    """fp32 sums over micro-batches."""
+    master_weights: int
+    """The fp32 truth behind bf16 weights, or a rank's part of fp32 ones."""
+    moments: int
+    """Of AdamW, fp32."""
+    bucket: int
+    """Held from a backward pass's first gradient until gradients are reduced."""
+    step: int
+    """When gradients are reduced after a backward pass, and when the optimizer steps, in place of activations."""
+
+
+def state_memory(
+    model: Decoder, parallel: ParallelConfig, world_size: int, precision: Literal["fp32", "bf16"]
+) -> StateMemory:
+    """What DeepSpeed and `FlatGradients` hold; padding of a partition (a few numbers a rank) is left out.
+
+    Args:
+        model: of this rank, with its share of the experts; `meta` will do.
+        parallel: the layout.
+        world_size: ranks.
+        precision: of the weights in use.
+    """
+    of_experts = [module for module in model.modules() if isinstance(module, Experts)]
+    experts = sum(p.numel() for module in of_experts for p in module.parameters())
+    P = sum(p.numel() for p in model.parameters())
+    S = -(-(P - experts) // world_size) + -(-experts // (world_size // parallel.expert))
+    state = _state(P, S, min(max(experts, P - experts), _BUCKET), parallel, precision)
+    if parallel.offload == "none":
+        return state
+    # Sums of bf16 gradients stay on the GPU.
+    sums = state.gradient_sums if precision == "bf16" else 0
+    return state._replace(gradient_sums=sums, master_weights=0, moments=0)
+
+
+def _state(P: int, S: int, reduced: int, parallel: ParallelConfig, precision: Literal["fp32", "bf16"]) -> StateMemory:
+    """With all of it on the GPU; `reduced` numbers are reduced at a time."""
+    stage = parallel.zero_stage
+    if precision == "bf16":
+        if stage == 0:  # FP16_UnfusedOptimizer: gradients are cast when the optimizer steps
+            return StateMemory(2 * P, 2 * P, 0, 4 * P, 8 * P, 0, 4 * P)
+        if stage == 1 and parallel.offload == "none":  # FlatGradients: sums are whole on every rank, reduced in place
+            return StateMemory(2 * P, 2 * P if parallel.pair_gradients else 0, 4 * P, 4 * S, 8 * S, 0, 0)
+        if stage == 1:
+            return StateMemory(2 * P, 0, 4 * P, 4 * S, 8 * S, 4 * _BUCKET, 4 * (_BUCKET + reduced + S))
+        copies = 6 * reduced  # of what is in the bucket, in bf16 and in fp32
+        bucket = 2 * _BUCKET + (copies if P > _BUCKET else 0)  # it is full in the middle of a backward pass
+        return StateMemory(2 * P, 0, 4 * S, 4 * S, 8 * S, bucket, 2 * _BUCKET + copies)
+    if stage == 0:
+        return StateMemory(4 * P, 4 * P, 0, 0, 8 * P, 0, 4 * reduced)
+    gradients, sums = (4 * P, 0) if stage == 1 else (0, 4 * S)
+    return StateMemory(4 * P, gradients, sums, 4 * S, 8 * S, 4 * _BUCKET, 4 * (_BUCKET + reduced + S))
+
+
+class MoEShare(MoE):
+    """What a rank holds of an expert-parallel layer, and what it does, without other ranks: for `meta`.
+
+    Args:
+        arguments: of `MoE`.
+        expert_size: ranks of the group.
+        skew: assignments that the rank's experts get, over the mean.
+        keywords: of `MoE`.
+    """
+
+    def __init__(self, *arguments: Any, expert_size: int, skew: float = LOAD_SKEW, **keywords: Any) -> None:
+        self._share = expert_size, skew
+        super().__init__(*arguments, **keywords)
+
+    def build_experts(self, width: int, std: float, out_std: float) -> Experts:
+        config = self.config
+        num_local = config.num_slices // self._share[0]
+        return Experts(num_local, width, config.expert_dim, std, out_std, activation=config.activation)
+
+    def mix(self, x_ND: torch.Tensor, dispatch: Dispatch, channels_EF: torch.Tensor | None) -> torch.Tensor:
+        expert_size, skew = self._share
+        if expert_size == 1:
+            return super().mix(x_ND, dispatch, channels_EF)
+        exchange = _ImaginedExchange(dispatch, expert_size, skew)
+        mixed_MD = super().mix(exchange.send(x_ND), exchange.received, channels_EF)
+        return exchange.send_back(mixed_MD)
+
+
+class _ImaginedExchange(Exchange):
+    """An exchange of rows that choose their experts independently of each other, with ranks that nobody plays."""
+
+    def __init__(self, dispatch: Dispatch, num_ranks: int, skew: float) -> None:
+        self._rows, self._assignments, self._skew = dispatch.num_rows, dispatch.slice_A.shape[0], skew
+        super().__init__(dispatch, num_ranks, None)
+
+    def agree(self, sizes_R2: torch.Tensor) -> list[list[list[int]]]:
+        R = len(sizes_R2)
+        pairs = self._rows * (1 - (1 - 1 / R) ** (self._assignments / self._rows))
+        sizes = [round(pairs), self._assignments // R]
+        coming = [min(self._rows, round(self._skew * sizes[0])), round(self._skew * sizes[1])]
+        return [[[size] * R for size in sizes], [[size] * R for size in coming]]

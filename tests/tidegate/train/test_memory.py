@@ -1,0 +1,83 @@
+"""The prediction of a job against a real training step of it, in a real process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tidegate.config import load
+from tidegate.train.job import Job
+from tidegate.train.memory import MemoryPrediction, predict
+
+H100 = Path(__file__).resolve().parents[3] / "jobs" / "bench" / "h100.yaml"
+
+
+def peak_of_training(path: Path, overrides: list[str]) -> int:
+    """Bytes at the largest moment of the second step."""
+    import torch
+
+    from tidegate.data.loader import StepBatch
+    from tidegate.model.clock import Clock
+    from tidegate.model.memory import LiveBytes
+    from tidegate.train.loop import build_balancer, build_engine
+    from tidegate.train.step import train_step
+
+    class OnTheHost(LiveBytes):
+        def _see(self, storage: torch.UntypedStorage) -> None:
+            if storage.device.type != "meta":  # DeepSpeed keeps shapes as tensors there
+                super()._see(storage)
+
+    job: Job = load(path, Job, overrides).config
+    shape = (job.accumulation, job.train.micro_batch, job.data.sequence_length)
+    batch = StepBatch(
+        tokens_MBT1=torch.randint(0, job.model.vocab_size, (*shape[:-1], shape[-1] + 1)),
+        documents_MBT=torch.zeros(shape, dtype=torch.int32),
+        loss_mask_MBT=torch.ones(shape, dtype=torch.bool),
+        domains_MB=torch.zeros(shape[:-1], dtype=torch.int64),
+        sequences_MB=torch.arange(job.global_batch).view(shape[:-1]),
+    )
+    live = OnTheHost()
+    with live:
+        engine, balancer = build_engine(job), build_balancer(job)
+        engine.set_learning_rate(1e-3)
+        for step in (1, 2):
+            live.peak = live.now
+            train_step(engine, balancer, batch, Clock(step, step, 0), isolate=True)
+    return live.peak
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [[], ["train.recompute=true"], ["parallel.zero_stage=0"]])
+def test_a_training_step_takes_what_is_predicted(overrides, tiny_job, on_ranks):
+    path = tiny_job(train={"precision": "bf16", "micro_batch": 4, "batch_tokens": 512})
+    prediction = predict(load(path, Job, overrides).config)
+    (found,) = on_ranks(1, peak_of_training, path, overrides)
+    assert prediction.total - prediction.margin == pytest.approx(found, rel=0.1)
+
+
+def test_parts_add_up_and_the_larger_moment_counts():
+    given = MemoryPrediction(*(10**part for part in range(1, 6)), activations=3, working=4, step=6, margin=1)
+    assert given.total == sum(given.parts.values()) == 111110 + 8
+    assert [*given._replace(step=9).parts] == [*given._fields[:5], "step", "margin"]
+
+
+def test_layouts_shift_what_a_rank_holds():
+    def of(*overrides: str) -> MemoryPrediction:
+        return predict(load(H100, Job, list(overrides)).config)
+
+    one, two, spread = of(), of("resources.workers=2"), of("resources.workers=2", "parallel.expert=2")
+    assert two.moments == pytest.approx(one.moments / 2, rel=1e-6)
+    assert two.gradient_sums == one.gradient_sums
+    assert spread.moments == two.moments, "experts are halved by one, and by replicas by the other"
+    assert spread.weights < 0.6 * one.weights
+    assert spread.activations > one.activations, "rows that came from the other rank are kept too"
+    assert one.margin == pytest.approx(0.05 * (one.total - one.margin), rel=1e-6)
+    alone, recomputed = of("parallel.pair_gradients=false"), of("train.recompute=true")
+    assert one.gradients == one.weights
+    assert alone.gradients == 0
+    assert recomputed.activations < 0.2 * one.activations
+    partitioned = of("resources.workers=2", "parallel.zero_stage=2", "parallel.pair_gradients=false")
+    assert partitioned.gradient_sums == two.gradient_sums / 2
+    host = of("parallel.zero_stage=2", "parallel.pair_gradients=false", "parallel.offload=optimizer")
+    assert (host.master_weights, host.moments, host.gradient_sums) == (0, 0, one.gradient_sums)
