@@ -72,7 +72,7 @@ def test_layouts_shift_what_a_rank_holds():
     assert spread.moments == two.moments, "experts are halved by one, and by replicas by the other"
     assert spread.weights < 0.6 * one.weights
     assert spread.activations > one.activations, "rows that came from the other rank are kept too"
-    assert one.margin == pytest.approx(0.05 * (one.total - one.margin), rel=1e-6)
+    assert one.margin == pytest.approx(0.02 * (one.total - one.margin), rel=1e-6)
     alone, recomputed = of("parallel.pair_gradients=false"), of("train.recompute=true")
     assert one.gradients == one.weights
     assert alone.gradients == 0
