@@ -13,7 +13,7 @@ from tidegate.train.job import Job
 
 __all__ = ["MemoryPrediction", "predict"]
 
-_MARGIN = 0.02  # what the allocator reserved on H100s above what was allocated: 1 to 2 %, with two GPUs up to 8 (docs/memory.md)
+_MARGIN = 0.02  # reserved above allocated on H100s: 1 to 2 %, with two of them up to 8 (docs/memory.md)
 _TOKEN_BYTES = 13  # of a batch on the device: id, document, whether it counts
 
 
