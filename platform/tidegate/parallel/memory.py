@@ -42,7 +42,10 @@ class StateMemory(NamedTuple):
     bucket: int
     """Held from a backward pass's first gradient until gradients are reduced."""
     step: int
-    """When gradients are reduced after a backward pass, and when the optimizer steps, in place of activations."""
+    """When gradients are reduced, and when the optimizer steps."""
+    still_saved: float = 0.0
+    """Share of the activations that are there when gradients are first reduced: a bucket that does not hold all of them
+    is full in the middle of a backward pass."""
 
 
 def state_memory(
@@ -79,8 +82,7 @@ def _state(P: int, S: int, reduced: int, parallel: ParallelConfig, precision: Li
         if stage == 1:
             return StateMemory(2 * P, 0, 4 * P, 4 * S, 8 * S, 4 * _BUCKET, 4 * (_BUCKET + reduced + S))
         copies = 6 * reduced  # of what is in the bucket, in bf16 and in fp32
-        bucket = 2 * _BUCKET + (copies if P > _BUCKET else 0)  # it is full in the middle of a backward pass
-        return StateMemory(2 * P, 0, 4 * S, 4 * S, 8 * S, bucket, 2 * _BUCKET + copies)
+        return StateMemory(2 * P, 0, 4 * S, 4 * S, 8 * S, 2 * _BUCKET, 2 * _BUCKET + copies, max(0, 1 - _BUCKET / P))
     if stage == 0:
         return StateMemory(4 * P, 4 * P, 0, 0, 8 * P, 0, 4 * reduced)
     gradients, sums = (4 * P, 0) if stage == 1 else (0, 4 * S)

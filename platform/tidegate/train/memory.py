@@ -77,7 +77,7 @@ def predict(job: Job) -> MemoryPrediction:
         moments=state.moments,
         activations=passes.saved + batch,
         working=largest - passes.saved,
-        step=state.step,
+        step=state.step + round(state.still_saved * passes.saved),
         margin=0,
     )
     return prediction._replace(margin=round(_MARGIN * prediction.total))
