@@ -79,9 +79,15 @@ class RandomMask(UnitGates):
         super().__init__(units, keep, freeze_tokens, width)
         self.config = config
 
+    @torch.no_grad()
     def init_weights(self, draw: Draw) -> None:
         super().init_weights(draw)
-        self.freeze()
+        self.frozen_mask.copy_(self.units.select(self.scores(), self.keep))
+        self.is_frozen.fill_(True)
+
+    @property
+    def frozen(self) -> bool:
+        return True
 
     def scores(self) -> torch.Tensor:
         key = derive_key(self.config.seed, "unit_gates", "random")
