@@ -82,8 +82,8 @@ class Exchange:
 def _kept(values: torch.Tensor, flags: torch.Tensor, number: int) -> torch.Tensor:
     """(number,) the values that are flagged, in order; `number` is known, so that nothing waits for the device."""
     flags = flags.flatten()
-    place = torch.where(flags, flags.cumsum(0) - 1, number)
-    return values.new_empty(number + 1).scatter_(0, place, values.flatten())[:number]
+    at = torch.where(flags, flags.cumsum(0) - 1, number)  # the others share a place past the end
+    return values.new_empty(number + 1).scatter_(0, at, values.flatten())[:number]
 
 
 class _Moved(torch.autograd.Function):

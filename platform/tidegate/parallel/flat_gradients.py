@@ -1,7 +1,7 @@
 """bf16 training at ZeRO 1 without DeepSpeed's passes over gradients that nobody needs.
 
 `BF16_Optimizer` of DeepSpeed 0.19 already keeps fp32 gradients flat, a buffer for each parameter group. What it does to
-them costs a third of a large model's step: the bf16 gradients of a micro-batch stay, are zeroed, are added to by
+them took a fifth of a large model's step: the bf16 gradients of a micro-batch stay, are zeroed, are added to by
 autograd, cast to new fp32 tensors and added; the sums are concatenated, all-reduced and copied back, whole on every
 rank; norms and the clip are passes of their own, and the host waits for them. `FlatGradients` takes over its hot path:
 

@@ -23,7 +23,7 @@ from tidegate.model.clock import Clock
 from tidegate.parallel import collectives
 from tidegate.train.instruments import EnergyMeter, Memory, Split, StepTimer, Trace, record_trace, synchronize
 from tidegate.train.job import Job
-from tidegate.train.loop import build_balancer, build_engine, build_observer, fit_routers
+from tidegate.train.loop import build_balancer, build_engine, build_loader, build_observer, fit_routers
 from tidegate.train.step import train_step, update_routers, update_units
 from tidegate.train.telemetry import Observer
 from tidegate.train.throughput import peak_flops
@@ -62,14 +62,7 @@ class _Training:
 
     def __init__(self, job: Job, dataset: TokenDataset) -> None:
         self.job = job
-        self.loader = TrainLoader(
-            dataset,
-            job.data,
-            global_batch=job.global_batch,
-            micro_batch=job.train.micro_batch,
-            rank=collectives.rank(),
-            world_size=collectives.world_size(),
-        )
+        self.loader = build_loader(job, dataset)
         self.engine, self.balancer = build_engine(job), build_balancer(job)
         fit_routers(job, self.engine, dataset)
         self.steps = 0

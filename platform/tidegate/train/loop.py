@@ -61,14 +61,7 @@ class Outcome(NamedTuple):
 def train(job: Job, world: World) -> Outcome:
     """Train until the job's last step or until asked to stop; every rank of the process group calls this."""
     dataset = TokenDataset.open(world.dataset, verify=False)  # the launcher has verified the checksums
-    loader = TrainLoader(
-        dataset,
-        job.data,
-        global_batch=job.global_batch,
-        micro_batch=job.train.micro_batch,
-        rank=collectives.rank(),
-        world_size=collectives.world_size(),
-    )
+    loader = build_loader(job, dataset)
     engine = build_engine(job)
     balancer = build_balancer(job)
     if world.resume_from is None:
@@ -133,6 +126,18 @@ def train(job: Job, world: World) -> Outcome:
             throughput.restart()
     loader.close()
     return Outcome(step, tokens, tokens >= job.train.tokens, evaluation)
+
+
+def build_loader(job: Job, dataset: TokenDataset) -> TrainLoader:
+    """This rank's batches of the job."""
+    return TrainLoader(
+        dataset,
+        job.data,
+        global_batch=job.global_batch,
+        micro_batch=job.train.micro_batch,
+        rank=collectives.rank(),
+        world_size=collectives.world_size(),
+    )
 
 
 def build_engine(job: Job) -> Engine:
