@@ -213,10 +213,10 @@ def tune(
                 present = table.kernels[kernel][size]
                 trials = _trials(kernel, size, device)
                 table.kernels[kernel][size] = fastest(present, choices, trials, measure or _median_ms, report)
-    try:
-        save(out, Table(_environment(device, commit), table.kernels))
-    except OSError as error:
-        raise TuningError(f"{out}: cannot be written ({error}); choose another file with --out") from error
+        try:  # after each kernel: it took minutes
+            save(out, Table(_environment(device, commit), table.kernels))
+        except OSError as error:
+            raise TuningError(f"{out}: cannot be written ({error}); choose another file with --out") from error
     return out
 
 

@@ -66,7 +66,7 @@ UNKNOWN = {
     ),
     "nothing near": (
         "parallel: {zzz: 1}",
-        "parallel.zzz: unknown field (got 1); known here: expert, zero_stage, pair_gradients, offload",
+        "parallel.zzz: unknown field (got 1); known here: expert, zero_stage, gradients_at_once, offload",
     ),
     "kind": (
         "model: {ffn: {router: {kind: softmax_topk}}}",

@@ -5,6 +5,7 @@ Letters: N rows, K experts a row, D width, E experts, F expert width. D and F ar
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 
 from tidegate_kernels.choice import Kernels, chosen
 from tidegate_kernels.moe_dispatch import place
-from tidegate_kernels.moe_experts import moe_experts, sorted_experts
+from tidegate_kernels.moe_experts import moe_experts
 from tidegate_kernels.moe_experts import triton as kernels_of
 
 E, D, F = 5, 24, 40
@@ -132,15 +133,24 @@ def test_a_wrong_activation_is_noticed() -> None:
     assert not torch.allclose(wrong.double(), exact, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sorted_experts_are_the_same_without_the_way(kernels: Kernels, dtype: torch.dtype) -> None:
-    case = inputs([1] * 63)
-    x, w1, w3, w2 = (t.to(dtype) for t in (case.x, case.w1, case.w3, case.w2))
-    slots = place(case.expert_A, E, per_row=1)
-    rows = x[case.expert_A.argsort(stable=True)]
-    alone = sorted_experts(rows, slots.ends_E, w1, w3, w2)
-    whole = moe_experts(x, torch.ones(63), slots, w1, w3, w2)
-    assert torch.equal(alone[slots.slot_A.long()], whole)
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+def test_kept_rows_change_nothing_but_what_is_kept(lengths: list[int]) -> None:
+    case = inputs(lengths)
+    held: list[int] = []
+    results = []
+    with chosen("triton"):
+        for keep_rows in (False, True):
+            sizes: list[int] = []
+
+            def pack(t: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+                sizes.append(t.numel())
+                return t
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                results.append(run(case, torch.bfloat16, functools.partial(moe_experts, keep_rows=keep_rows)))
+            held.append(sum(sizes))
+    assert all(map(torch.equal, *results))
+    assert held[1] - held[0] == sum(lengths) * D
 
 
 @pytest.mark.parametrize("counts", [[1, 0, 300, 0, 128], [0, 0, 0], [129], [127, 1]])
@@ -163,7 +173,8 @@ def test_registered_operation() -> None:
     slots = place(case.expert_A, E, per_row=0, starts_N1=torch.tensor([0, 2, 2, 3]))
     x, weights, w1, w3, w2 = (t.float().requires_grad_() for t in (case.x, case.weights, case.w1, case.w3, case.w2))
     arguments = (x, weights, slots.slot_A, slots.ends_E, slots.starts_N1, 0, w1, w3, w2)
-    torch.library.opcheck(torch.ops.tidegate.moe_experts.default, arguments)
+    for keep_rows in (False, True):
+        torch.library.opcheck(torch.ops.tidegate.moe_experts.default, (*arguments, keep_rows))
 
 
 def test_compiles_in_one_graph() -> None:

@@ -44,7 +44,7 @@ def test_a_shipped_file_is_complete_and_written_as_save_writes_it(path: Path, tm
     assert {kernel: tuple(entries) for kernel, entries in table.kernels.items()} == {
         kernel: sizes for kernel, (_, sizes) in KERNELS.items()
     }
-    assert table.tuned_with["how"].startswith("hand-chosen")
+    assert table.tuned_with["how"].startswith(("hand-chosen", "tidegate kernels tune"))
     tuning.save(tmp_path / "again.json", table)
     assert (tmp_path / "again.json").read_text() == path.read_text()
 
@@ -190,12 +190,11 @@ def test_tune_writes_the_kernels_it_was_given(monkeypatch: pytest.MonkeyPatch, t
     out = tmp_path / "new.json"
     assert tune(["gated_attention.keys"], out, lines.append, commit="abc", measure=rows) == out
     before, after = load(tuning.TUNED / "sm90.json"), load(out)
-    assert after.kernels["gated_attention.keys"] == {
-        "64": before.kernels["gated_attention.keys"]["64"],  # nothing has fewer rows than its 64
-        "128": before.kernels["gated_attention.keys"]["128"],
-        "256": Blocks((32, 32), 4, 1),
-        "fp32": before.kernels["gated_attention.keys"]["fp32"],
-    }
+    keys = before.kernels["gated_attention.keys"]
+    for size in ("64", "128", "256", "fp32"):
+        fewest = min(choice.block[0] for choice in [keys[size], *tuning.candidates("gated_attention.keys", size)])
+        assert after.kernels["gated_attention.keys"][size].block[0] == fewest
+    assert after.kernels["gated_attention.keys"] != keys
     for kernel in set(KERNELS) - {"gated_attention.keys"}:
         assert after.kernels[kernel] == before.kernels[kernel]
     assert after.tuned_with["device"] == "H100 of paper"
@@ -204,6 +203,22 @@ def test_tune_writes_the_kernels_it_was_given(monkeypatch: pytest.MonkeyPatch, t
     assert lines[0] == "gated_attention.keys 64"
     assert set(tuning.candidates("gated_attention.keys", "256")) < set(seen)
     assert [path.name for path in tmp_path.iterdir()] == ["new.json"]
+
+
+@pytest.mark.usefixtures("device")
+def test_what_is_tuned_before_an_interruption_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def report(line: str) -> None:
+        if line.startswith("gated_attention.queries"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuning, "_difference", lambda *_: 0.0)
+    out = tmp_path / "new.json"
+    kernels = ["gated_attention.keys", "gated_attention.queries"]
+    with pytest.raises(KeyboardInterrupt):
+        tune(kernels, out, report, commit="abc", measure=lambda call: call() and float(call.args[0].block[0]))
+    before, after = load(tuning.TUNED / "sm90.json"), load(out)
+    assert after.kernels["gated_attention.keys"] != before.kernels["gated_attention.keys"]
+    assert after.kernels["gated_attention.queries"] == before.kernels["gated_attention.queries"]
 
 
 @pytest.mark.usefixtures("device")

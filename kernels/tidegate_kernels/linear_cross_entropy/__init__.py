@@ -25,7 +25,7 @@ def linear_cross_entropy(
     z_loss: float,
     soft_cap: float | None,
     ignore_index: int,
-    max_bytes: int = 1 << 30,
+    max_bytes: int = 1600 << 20,
 ) -> LinearCrossEntropy:
     """`sum over n of weights[n] * (nll[n] + z_loss * logsumexp[n]^2)`; see the reference for arguments and source.
 

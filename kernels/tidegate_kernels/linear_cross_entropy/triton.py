@@ -15,7 +15,7 @@ import triton.language as tl
 
 __all__ = ["forward", "scaled"]
 
-_TILE = 8192
+_TILE = 16384
 """Columns at a time."""
 
 

@@ -11,16 +11,7 @@ import torch.nn.functional as F
 from tidegate_kernels.grouped_mm import rows_by_group
 from tidegate_kernels.moe_dispatch import reference as dispatch
 
-__all__ = ["moe_experts", "sorted_experts"]
-
-
-def sorted_experts(
-    rows_AD: torch.Tensor, ends_E: torch.Tensor, w1_EFD: torch.Tensor, w3_EFD: torch.Tensor, w2_EDF: torch.Tensor
-) -> torch.Tensor:
-    """(A, D) `w2 (silu(w1 x) * w3 x)` of rows sorted by expert."""
-    gate_AF = rows_by_group(rows_AD, w1_EFD.transpose(1, 2), ends_E)
-    up_AF = rows_by_group(rows_AD, w3_EFD.transpose(1, 2), ends_E)
-    return rows_by_group(F.silu(gate_AF) * up_AF, w2_EDF.transpose(1, 2), ends_E)
+__all__ = ["moe_experts"]
 
 
 def moe_experts(
@@ -36,5 +27,7 @@ def moe_experts(
 ) -> torch.Tensor:
     """(N, D) the weighted sum of each row's experts."""
     rows_AD = dispatch.fan_out(x_ND, slot_A, starts_N1, per_row)
-    outputs_AD = sorted_experts(rows_AD, ends_E, w1_EFD, w3_EFD, w2_EDF)
+    gate_AF = rows_by_group(rows_AD, w1_EFD.transpose(1, 2), ends_E)
+    up_AF = rows_by_group(rows_AD, w3_EFD.transpose(1, 2), ends_E)
+    outputs_AD = rows_by_group(F.silu(gate_AF) * up_AF, w2_EDF.transpose(1, 2), ends_E)
     return dispatch.combine(outputs_AD, weights_A, slot_A, starts_N1, per_row)

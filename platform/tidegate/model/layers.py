@@ -53,18 +53,22 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token embedding, initialised N(0, std^2)."""
+    """Token embedding, initialised N(0, std^2).
+
+    Its gradient is dense, unless an engine that can take the rows of a micro-batch's tokens alone says so.
+    """
 
     def __init__(self, vocab_size: int, width: int, std: float) -> None:
         super().__init__()
         self.std = std
+        self.sparse_gradient = False
         self.weight = nn.Parameter(torch.empty(vocab_size, width))
 
     def init_weights(self, draw: Draw) -> None:
         draw.normal_(self.weight, self.std, "weight")
 
     def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-        return F.embedding(tokens_BT, self.weight)
+        return F.embedding(tokens_BT, self.weight, sparse=self.sparse_gradient)
 
 
 class RMSNorm(nn.Module):

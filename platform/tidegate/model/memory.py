@@ -99,7 +99,7 @@ class LiveBytes(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
-                self._see(leaf.untyped_storage())
+                self._see((leaf._values() if leaf.is_sparse else leaf).untyped_storage())
         self.peak = max(self.peak, self.now + inner_bytes(func, args))
         return out
 
@@ -163,26 +163,27 @@ def _attention_backward(
     return lse.nbytes + (0 if scores is None else y.nbytes)
 
 
-def _experts(x: torch.Tensor, weights: Any, slot: Any, ends: Any, starts: Any, per_row: int, w1: Any, *_: Any) -> int:
-    """Activations and, where rows are not in expert order already, outputs and weights in it."""
-    if slot is None:
-        return _wide(x, w1, len(x))
+def _experts(
+    x: torch.Tensor, weights: Any, slot: torch.Tensor, ends: Any, starts: Any, per_row: int, w1: Any, w3: Any, w2: Any,
+    keep_rows: bool,
+) -> int:  # fmt: skip
+    """Activations, outputs and weights in expert order."""
     A = len(slot)
     return _wide(x, w1, A) + A * (x.shape[1] * x.element_size() + 4)
 
 
 def _experts_backward(
-    g: Any, x: torch.Tensor, weights: Any, slot: Any, ends: Any, starts: Any, k: int, w1: Any, *_: Any
+    g: Any, x: torch.Tensor, weights: Any, slot: torch.Tensor, ends: Any, starts: Any, k: int, w1: Any, *rest: Any
 ) -> int:
     """The largest of the moments of the backward pass, less what it returns."""
-    A = len(x) if slot is None else len(slot)
+    A, kept_AD = len(slot), rest[-1]
     hidden_AF, rows_AD = _wide(x, w1, A), A * x.shape[1] * x.element_size()
-    gathered_AD = 0 if slot is None else rows_AD + 4 * A
     gradients = 3 * w1.nbytes
+    again_AD = rows_AD if kept_AD is None else 0
     moments = (
-        gathered_AD + 4 * hidden_AF,  # in the backward pass of the activation
-        2 * hidden_AF + max(gathered_AD, rows_AD) + gradients,
-        2 * hidden_AF + rows_AD + x.nbytes + gradients if slot is not None else 0,
+        rows_AD + 4 * A + 4 * hidden_AF,  # in the backward pass of the activation
+        2 * hidden_AF + max(again_AD + 4 * A, rows_AD) + gradients,
+        2 * hidden_AF + rows_AD + x.nbytes + gradients,
     )
     return max(0, max(moments) - x.nbytes - gradients)
 

@@ -29,7 +29,7 @@ from tidegate.model.routers.top_k import TopKConfig
 from tidegate.model.unit_gates.units import NO_MASKS, LayerMasks
 from tidegate_kernels.grouped_mm import grouped_mm
 from tidegate_kernels.moe_dispatch import combine, fan_out
-from tidegate_kernels.moe_experts import moe_experts, sorted_experts
+from tidegate_kernels.moe_experts import moe_experts
 from tidegate_kernels.router_topk import router_signals
 
 __all__ = ["ExpertSize", "Experts", "MoE", "MoEConfig", "RoutingStats", "SharedExpertsConfig", "routing_stats"]
@@ -214,8 +214,6 @@ class Experts(nn.Module):
     ) -> torch.Tensor:
         """Run rows that are sorted by local expert; (N, D) in and out. Channel factors are those of all experts."""
         w2_EDF = self.masked_w2(channels_EF)
-        if self.activation == "swiglu":
-            return sorted_experts(rows_ND, counts_E.cumsum(0).to(torch.int32), self.w1, self.w3, w2_EDF)
         hidden_NF = grouped_mm(rows_ND, self.w1.transpose(1, 2), counts_E)
         up_NF = grouped_mm(rows_ND, self.w3.transpose(1, 2), counts_E) if is_gated(self.activation) else None
         coefficients_N4 = None
@@ -244,15 +242,25 @@ class MoE(nn.Module):
         std, out_std: initial standard deviations, of inner weights and of those that write to the residual stream.
         layer: which MoE layer this is.
         vocab_size: of the model, for routers that look at token ids.
+        keep_rows: keep rows in expert order for the backward pass instead of spreading them again.
     """
 
     def __init__(
-        self, config: MoEConfig, width: int, std: float, out_std: float, *, layer: int = 0, vocab_size: int = 0
+        self,
+        config: MoEConfig,
+        width: int,
+        std: float,
+        out_std: float,
+        *,
+        layer: int = 0,
+        vocab_size: int = 0,
+        keep_rows: bool = False,
     ) -> None:
         # Not super(): the expert-parallel subclass also derives from a DeepSpeed layer whose constructor does surgery.
         nn.Module.__init__(self)
         self.config = config
         self.top_k = config.top_k
+        self.keep_rows = keep_rows
         self.router: Router | None = None  # None: the decoder has one for all layers
         if config.capabilities.source_layer == "own":
             shape = RouterShape(width, config.num_experts, config.top_k, std, layer, vocab_size)
@@ -305,7 +313,9 @@ class MoE(nn.Module):
         experts, slots = self.experts, dispatch.slots()
         if experts.activation == "swiglu":
             w2_EDF = experts.masked_w2(channels_EF)
-            return moe_experts(x_ND, dispatch.weights_A, slots, experts.w1, experts.w3, w2_EDF)
+            return moe_experts(
+                x_ND, dispatch.weights_A, slots, experts.w1, experts.w3, w2_EDF, keep_rows=self.keep_rows
+            )
         outputs_AD = experts(fan_out(x_ND, slots), slots.counts_E, channels_EF)
         return combine(outputs_AD, dispatch.weights_A, slots)
 

@@ -18,9 +18,9 @@ class ParallelConfig(Config):
     zero_stage: Literal[0, 1, 2] = 1
     """What DeepSpeed spreads over data-parallel ranks: 0 nothing, 1 optimizer state, 2 gradients too. With bf16, stages
     1 and 2 sum gradients in fp32; at 0 DeepSpeed sums them in bf16, which loses digits at large accumulation."""
-    pair_gradients: bool = False
-    """With bf16 at stage 1: keep every other micro-batch's gradients, 2 bytes a parameter, and add two at once to the
-    fp32 sums. The same bits for 40 % less memory traffic; nothing to gain with one micro-batch a step."""
+    gradients_at_once: int = Field(default=1, ge=1, le=4)
+    """With bf16 at stage 1: hold the gradients of so many micro-batches, 2 bytes a parameter each but for the last, and
+    add them to the fp32 sums in one pass. The same bits; 2 take 40 % less memory traffic than 1, 4 take 60 % less."""
     offload: Literal["none", "optimizer"] = "none"
     """`optimizer`: master weights and moments live in the host's memory, 18 bytes a parameter over the ranks that ZeRO
     spreads them on, and AdamW runs on the host's cores. Needs stage 1 or 2; stage 2 leaves least on the GPU."""

@@ -46,6 +46,7 @@ class Engine:
         betas, eps, weight_decay: of AdamW; norms and constants are not decayed.
         gradient_clip: largest global gradient norm, 0 for none.
         recompute: activation checkpointing of every block.
+        keep_rows: rows in expert order are kept for the backward pass, not spread again.
     """
 
     def __init__(
@@ -62,10 +63,11 @@ class Engine:
         weight_decay: float,
         gradient_clip: float,
         recompute: bool,
+        keep_rows: bool = False,
     ) -> None:
         self.device = collectives.default_device()
         expert_rank = collectives.rank() % parallel.expert
-        moe = partial(ExpertParallelMoE, expert_size=parallel.expert, expert_rank=expert_rank)
+        moe = partial(ExpertParallelMoE, expert_size=parallel.expert, expert_rank=expert_rank, keep_rows=keep_rows)
         model = materialize(lambda: Decoder(model_config, moe, recompute), self.device, seed)
         tag_parameters(model)
         optimizer = torch.optim.AdamW(_parameter_groups(model, weight_decay), lr=0.0, betas=betas, eps=eps, fused=True)
@@ -90,7 +92,8 @@ class Engine:
             },
         )
         if precision == "bf16" and parallel.zero_stage == 1 and parallel.offload == "none":
-            FlatGradients.take_over(self._engine.optimizer, in_pairs=parallel.pair_gradients)
+            FlatGradients.take_over(self._engine.optimizer, at_once=parallel.gradients_at_once)
+            model.embedding.sparse_gradient = model.head is not None  # a tied head's gradient is dense
         self._clip = gradient_clip
         self._own_norm: torch.Tensor | None = None
         self._clips_itself = parallel.zero_stage == 0

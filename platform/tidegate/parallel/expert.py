@@ -48,7 +48,7 @@ class ExpertParallelMoE(MoE, AutoEPMoELayer):
 
     Args:
         config, width, std, out_std: as for `MoE`.
-        layer, vocab_size: as for `MoE`.
+        layer, vocab_size, keep_rows: as for `MoE`.
         expert_size: R; divides the number of slices and the world size.
         expert_rank: this rank's place in its group; holds experts `expert_rank * e .. (expert_rank + 1) * e`.
     """
@@ -62,11 +62,12 @@ class ExpertParallelMoE(MoE, AutoEPMoELayer):
         *,
         layer: int = 0,
         vocab_size: int = 0,
+        keep_rows: bool = False,
         expert_size: int,
         expert_rank: int,
     ) -> None:
         self._local = (config.num_slices // expert_size, expert_rank)
-        super().__init__(config, width, std, out_std, layer=layer, vocab_size=vocab_size)
+        super().__init__(config, width, std, out_std, layer=layer, vocab_size=vocab_size, keep_rows=keep_rows)
         self.num_experts = config.num_slices
         self.num_local_experts = config.num_slices // expert_size
         self.hidden_size = width

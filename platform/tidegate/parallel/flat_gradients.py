@@ -5,7 +5,8 @@ them took a fifth of a large model's step: the bf16 gradients of a micro-batch s
 autograd, cast to new fp32 tensors and added; the sums are concatenated, all-reduced and copied back, whole on every
 rank; norms and the clip are passes of their own, and the host waits for them. `FlatGradients` takes over its hot path:
 
-- a gradient is added to its sum, in one pass, as soon as autograd has it, and let go;
+- a gradient is added to its sum, in one pass, as soon as autograd has it, and let go; of an embedding only the rows of
+  the micro-batch's tokens are computed and added;
 - sums are reduce-scattered in place: a rank receives the part whose weights it updates;
 - one norm a group; the average over ranks and the clip are a factor inside AdamW, and so is the decision to skip a step
   whose gradients are not finite. The host waits for nothing;
@@ -16,6 +17,7 @@ State, checkpoints and the layout of everything stay DeepSpeed's.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from functools import partial
 from typing import Any
 
@@ -24,7 +26,7 @@ import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
 from tidegate_kernels.adamw import Rates, adamw, step_factors
-from tidegate_kernels.gradient_sum import add_gradients
+from tidegate_kernels.gradient_sum import add_gradients, add_rows
 
 __all__ = ["FlatGradients"]
 
@@ -34,23 +36,26 @@ class FlatGradients(BF16_Optimizer):
 
     _started: list[set[int]]
     """Of each group, which parameters have a sum in this step."""
-    _held: list[dict[int, torch.Tensor]] | None
-    """Of each group, gradients that wait for the next micro-batch's; None: none waits."""
+    _held: list[dict[int, list[torch.Tensor]]]
+    """Of each group, by parameter, gradients that wait for those of the next micro-batches."""
+    _at_once: int
+    """Gradients that are added in one pass."""
     _average_over: int
     """Ranks whose gradients the reduction sums."""
 
     @classmethod
-    def take_over(cls, optimizer: Any, *, in_pairs: bool) -> None:
+    def take_over(cls, optimizer: Any, *, at_once: int) -> None:
         """Turn DeepSpeed's optimizer, fresh from `deepspeed.initialize`, into this one.
 
         Args:
-            in_pairs: keep every other micro-batch's gradients until the next one's are there, and add both at once.
+            at_once: keep gradients until there are those of so many micro-batches, and add them in one pass.
         """
         assert type(optimizer) is BF16_Optimizer, type(optimizer)
         assert optimizer.grad_acc_dtype == torch.float32, optimizer.grad_acc_dtype
         optimizer.__class__ = cls
         optimizer._started = [set() for _ in optimizer.bf16_groups]
-        optimizer._held = [{} for _ in optimizer.bf16_groups] if in_pairs else None
+        optimizer._held = [defaultdict(list) for _ in optimizer.bf16_groups]
+        optimizer._at_once = at_once
         optimizer._average_over = dist.get_world_size(optimizer.dp_process_group)
         for group, parameters in enumerate(optimizer.bf16_groups):
             for index, parameter in enumerate(parameters):
@@ -60,18 +65,28 @@ class FlatGradients(BF16_Optimizer):
     def _add(self, group: int, index: int, parameter: torch.Tensor) -> None:
         """Take a micro-batch's gradient from its parameter."""
         assert parameter.grad is not None
-        gradient, parameter.grad = parameter.grad.reshape(-1), None
-        if self._held is None:
-            self._sum(group, index, gradient)
-        elif index in self._held[group]:
-            self._sum(group, index, self._held[group].pop(index), gradient)
-        else:
-            self._held[group][index] = gradient
+        gradient, parameter.grad = parameter.grad, None
+        if gradient.is_sparse:
+            self._sum_rows(group, index, gradient)
+            return
+        held = self._held[group][index]
+        held.append(gradient.reshape(-1))
+        if len(held) == self._at_once:
+            self._sum(group, index)
 
-    def _sum(self, group: int, index: int, gradient: torch.Tensor, other: torch.Tensor | None = None) -> None:
+    def _sum(self, group: int, index: int) -> None:
+        """Add what is held of a parameter."""
         started = self._started[group]
-        add_gradients(self.fp32_groups_gradients[group][index], gradient, other, first=index not in started)
+        total, gradients = self.fp32_groups_gradients[group][index], self._held[group].pop(index)
+        add_gradients(total, gradients, first=index not in started)
         started.add(index)
+
+    def _sum_rows(self, group: int, index: int, gradient: torch.Tensor) -> None:
+        total, started = self.fp32_groups_gradients[group][index].view(gradient.shape), self._started[group]
+        if index not in started:
+            total.zero_()
+            started.add(index)
+        add_rows(total, gradient._indices()[0], gradient._values())
 
     def backward_prologue(self) -> None:
         pass
@@ -85,8 +100,8 @@ class FlatGradients(BF16_Optimizer):
         assert not pipeline_parallel
         for group, gradients in enumerate(self.fp32_groups_gradients):
             for index, total in enumerate(gradients):
-                if self._held is not None and index in self._held[group]:  # of an odd number of micro-batches
-                    self._sum(group, index, self._held[group].pop(index))
+                if index in self._held[group]:  # micro-batches left over
+                    self._sum(group, index)
                 if index not in self._started[group]:
                     total.zero_()
             self._started[group].clear()

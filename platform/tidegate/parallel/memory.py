@@ -62,8 +62,9 @@ def state_memory(
     of_experts = [module for module in model.modules() if isinstance(module, Experts)]
     experts = sum(p.numel() for module in of_experts for p in module.parameters())
     P = sum(p.numel() for p in model.parameters())
+    by_rows = 0 if model.head is None else model.embedding.weight.numel()  # gradients that are added at once
     S = -(-(P - experts) // world_size) + -(-experts // (world_size // parallel.expert))
-    state = _state(P, S, min(max(experts, P - experts), _BUCKET), parallel, precision)
+    state = _state(P, P - by_rows, S, min(max(experts, P - experts), _BUCKET), parallel, precision)
     if parallel.offload == "none":
         return state
     # Sums of bf16 gradients stay on the GPU.
@@ -71,14 +72,16 @@ def state_memory(
     return state._replace(gradient_sums=sums, master_weights=0, moments=0)
 
 
-def _state(P: int, S: int, reduced: int, parallel: ParallelConfig, precision: Literal["fp32", "bf16"]) -> StateMemory:
-    """With all of it on the GPU; `reduced` numbers are reduced at a time."""
+def _state(
+    P: int, held: int, S: int, reduced: int, parallel: ParallelConfig, precision: Literal["fp32", "bf16"]
+) -> StateMemory:
+    """With all of it on the GPU; `held` numbers wait for other micro-batches, `reduced` are reduced at a time."""
     stage = parallel.zero_stage
     if precision == "bf16":
         if stage == 0:  # FP16_UnfusedOptimizer: gradients are cast when the optimizer steps
             return StateMemory(2 * P, 2 * P, 0, 4 * P, 8 * P, 0, 4 * P)
         if stage == 1 and parallel.offload == "none":  # FlatGradients: sums are whole on every rank, reduced in place
-            return StateMemory(2 * P, 2 * P if parallel.pair_gradients else 0, 4 * P, 4 * S, 8 * S, 0, 0)
+            return StateMemory(2 * P, 2 * held * (parallel.gradients_at_once - 1), 4 * P, 4 * S, 8 * S, 0, 0)
         if stage == 1:
             return StateMemory(2 * P, 0, 4 * P, 4 * S, 8 * S, 4 * _BUCKET, 4 * (_BUCKET + reduced + S))
         copies = 6 * reduced  # of what is in the bucket, in bf16 and in fp32

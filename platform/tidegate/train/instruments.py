@@ -215,6 +215,7 @@ def record_trace(step: Callable[[], object], device: torch.device) -> Trace:
         with profile(
             activities=activities,
             schedule=schedule(wait=0, warmup=1, active=1, repeat=1),
+            acc_events=True,  # some versions warn that they keep one cycle only; there is one
             on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
         ) as profiler:
             step()

@@ -46,6 +46,9 @@ class TrainConfig(Config):
     """Of the initial weights; the order of the data has its own, data.seed."""
     recompute: bool = False
     """Run each block again in the backward pass instead of keeping its activations."""
+    keep_rows: bool = False
+    """Keep the rows that experts read, in expert order, instead of spreading them again in the backward pass: a little
+    faster for top_k x model.width numbers a token and layer. PyTorch's kernels keep them always."""
     log_every: int = Field(default=10, ge=1)
     """Steps between two records; each costs one host sync and the observation of its step (docs/measurements.md)."""
     eval_every: int = Field(default=100, ge=1)
@@ -138,15 +141,22 @@ class Job(Config):
         problem = self.parallel.problem(self.resources.workers, spread, what)
         if problem:
             raise ValueError(problem)
-        if self.parallel.pair_gradients and (self.parallel.zero_stage != 1 or self.train.precision != "bf16"):
+        at_once = self.parallel.gradients_at_once
+        if at_once > 1 and (self.parallel.zero_stage != 1 or self.train.precision != "bf16"):
             raise ValueError(
-                f"parallel.pair_gradients=true acts with train.precision=bf16 at parallel.zero_stage=1 only, not with "
-                f"{self.train.precision} at {self.parallel.zero_stage}; set it to false"
+                f"parallel.gradients_at_once={at_once} acts with train.precision=bf16 at parallel.zero_stage=1 only, "
+                f"not with {self.train.precision} at {self.parallel.zero_stage}; set it to 1"
             )
-        if self.parallel.pair_gradients and self.parallel.offload == "optimizer":
+        if at_once > 1 and self.parallel.offload == "optimizer":
             raise ValueError(
-                "parallel.pair_gradients=true has no effect with parallel.offload=optimizer, whose gradients take "
-                "another path; set it to false"
+                f"parallel.gradients_at_once={at_once} has no effect with parallel.offload=optimizer, whose gradients "
+                "take another path; set it to 1"
+            )
+        if at_once > self.accumulation:
+            raise ValueError(
+                f"parallel.gradients_at_once={at_once} is more than the {self.accumulation} micro-batches of a step "
+                f"(train.batch_tokens={self.train.batch_tokens}, train.micro_batch={self.train.micro_batch}, "
+                f"resources.workers={self.resources.workers}); set it to {self.accumulation} at most"
             )
         return self
 

@@ -56,7 +56,7 @@ def predict(job: Job) -> MemoryPrediction:
     """Predict from the job alone; nothing is allocated."""
     train, parallel = job.train, job.parallel
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
-    moe = partial(MoEShare, expert_size=parallel.expert)
+    moe = partial(MoEShare, expert_size=parallel.expert, keep_rows=train.keep_rows)
     model = model_on_meta(job.model, dtype, moe=moe, recompute=train.recompute)
     state = state_memory(model, parallel, job.resources.workers, train.precision)
     passes = pass_memory(

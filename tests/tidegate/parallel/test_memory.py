@@ -82,7 +82,7 @@ def held_by_an_engine(parallel: ParallelConfig, precision: Literal["fp32", "bf16
 LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     *[(precision, {"zero_stage": stage}) for precision in ("bf16", "fp32") for stage in (0, 1, 2)],
     *[(precision, {"zero_stage": stage, "offload": "optimizer"}) for precision in ("bf16", "fp32") for stage in (1, 2)],
-    ("bf16", {"zero_stage": 1, "pair_gradients": True}),
+    ("bf16", {"zero_stage": 1, "gradients_at_once": 2}),
 ]
 
 

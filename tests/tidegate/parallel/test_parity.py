@@ -539,12 +539,15 @@ def test_a_step_with_infinite_gradients_changes_nothing_on_any_rank(on_ranks: An
             assert math.isfinite(result.norms[0] + result.norms[2] + sum(result.losses))
 
 
-def norms_and_weights(zero_stages: list[int]) -> list[tuple[float, dict[str, torch.Tensor]]]:
+def norms_and_weights(paths: list[tuple[int, bool]]) -> list[tuple[float, dict[str, torch.Tensor]]]:
+    """Of each ZeRO stage, with rows of the embedding's gradient or with all of it: after three steps."""
     from tidegate.train.step import train_step
 
     found = []
-    for zero_stage in zero_stages:
+    for zero_stage, rows_only in paths:
         engine = engine_for(ParallelConfig(expert=2, zero_stage=zero_stage), 2, "bf16", clip=0.05)
+        assert engine.model.embedding.sparse_gradient == (zero_stage == 1)
+        engine.model.embedding.sparse_gradient = rows_only
         engine.set_learning_rate(0.01)
         balancer = Balancer(EXACT, collectives.all_reduce, collectives.world_size(), 2)
         for step in range(3):
@@ -556,22 +559,25 @@ def norms_and_weights(zero_stages: list[int]) -> list[tuple[float, dict[str, tor
 
 def test_clipped_bf16_steps_are_those_of_deepspeeds_own_path(on_ranks: Any) -> None:
     """ZeRO 1 takes our path from gradient to optimizer, ZeRO 2 takes DeepSpeed's; EP 2 x DP 2."""
-    for (norm, weights), (other_norm, others) in on_ranks(4, norms_and_weights, [1, 2]):
-        assert norm == pytest.approx(other_norm, rel=1e-3)
-        for name, weight in weights.items():
-            apart = (weight - others[name]).abs().mean() / weight.abs().mean()
-            assert apart < 2e-3, name
+    # The sum over an embedding's rows is in fp32 by rows, and in bf16, which loses digits, otherwise.
+    bounds = {"rows of the embedding": (2e-3, 5e-3), "all of it": (1e-3, 2e-3)}
+    for *ours, (other_norm, others) in on_ranks(4, norms_and_weights, [(1, True), (1, False), (2, False)]):
+        for (path, (of_norm, of_weights)), (norm, weights) in zip(bounds.items(), ours, strict=True):
+            assert norm == pytest.approx(other_norm, rel=of_norm), path
+            for name, weight in weights.items():
+                apart = (weight - others[name]).abs().mean() / weight.abs().mean()
+                assert apart < of_weights, (path, name)
 
 
-def losses_in_pairs_and_singly(cuts: list[tuple[int, int]]) -> list[list[list[float]]]:
-    """Of each cut into (EP, micro-batches): losses of four steps without and with gradients added in pairs."""
+def losses_by_gradients_at_once(cuts: list[tuple[int, int]]) -> list[list[list[float]]]:
+    """Of each cut into (EP, micro-batches): losses of four steps, gradients added one, two and three at a time."""
     from tidegate.train.step import train_step
 
     found = []
     for expert, accumulation in cuts:
         runs = []
-        for pairs in (False, True):
-            parallel = ParallelConfig(expert=expert, zero_stage=1, pair_gradients=pairs)
+        for at_once in (1, 2, 3):
+            parallel = ParallelConfig(expert=expert, zero_stage=1, gradients_at_once=at_once)
             engine = engine_for(parallel, accumulation, "bf16", clip=0.3)
             engine.set_learning_rate(0.01)
             balancer = Balancer(EXACT, collectives.all_reduce, collectives.world_size(), accumulation)
@@ -585,8 +591,8 @@ def losses_in_pairs_and_singly(cuts: list[tuple[int, int]]) -> list[list[list[fl
     return found
 
 
-def test_gradients_added_in_pairs_are_the_same_bits(on_ranks: Any) -> None:
-    for rank in on_ranks(2, losses_in_pairs_and_singly, [(1, 1), (1, 2), (2, 3), (1, 4)]):
-        for singly, in_pairs in rank:
-            assert in_pairs == singly
+def test_gradients_added_at_once_are_the_same_bits(on_ranks: Any) -> None:
+    for rank in on_ranks(2, losses_by_gradients_at_once, [(1, 1), (1, 2), (2, 3), (1, 4)]):
+        for singly, in_pairs, in_threes in rank:
+            assert in_pairs == in_threes == singly
             assert len(set(singly)) == 4

@@ -38,15 +38,20 @@ CONFLICTS = {
         ["parallel.offload=optimizer", "parallel.zero_stage=0"],
         "parallel.offload=optimizer needs ZeRO, but parallel.zero_stage=0; use parallel.zero_stage=2",
     ),
-    "pairs with offload": (
-        ["train.precision=bf16", "parallel.pair_gradients=true", "parallel.offload=optimizer"],
-        "parallel.pair_gradients=true has no effect with parallel.offload=optimizer, whose gradients take another "
-        "path; set it to false",
+    "gradients at once with offload": (
+        ["train.precision=bf16", "parallel.gradients_at_once=2", "parallel.offload=optimizer"],
+        "parallel.gradients_at_once=2 has no effect with parallel.offload=optimizer, whose gradients take another "
+        "path; set it to 1",
     ),
-    "pairs at another stage": (
-        ["train.precision=bf16", "parallel.zero_stage=2", "parallel.pair_gradients=true"],
-        "parallel.pair_gradients=true acts with train.precision=bf16 at parallel.zero_stage=1 only, not with bf16 at "
-        "2; set it to false",
+    "gradients at once at another stage": (
+        ["train.precision=bf16", "parallel.zero_stage=2", "parallel.gradients_at_once=2"],
+        "parallel.gradients_at_once=2 acts with train.precision=bf16 at parallel.zero_stage=1 only, not with bf16 at "
+        "2; set it to 1",
+    ),
+    "gradients of more micro-batches than there are": (
+        ["train.precision=bf16", "parallel.gradients_at_once=4", "train.micro_batch=4"],
+        "parallel.gradients_at_once=4 is more than the 2 micro-batches of a step (train.batch_tokens=4096, "
+        "train.micro_batch=4, resources.workers=2); set it to 2 at most",
     ),
     "batch and sequence": (
         ["train.batch_tokens=4000"],
