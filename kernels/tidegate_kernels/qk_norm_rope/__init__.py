@@ -112,7 +112,7 @@ def _(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     num_weights = 0 if q_weight_d is None else 2
-    return _empty(q_BTHd), _empty(k_BTGd), q_BTHd.new_empty(num_weights, q_BTHd.shape[3], dtype=torch.float32)
+    return _empty(q_BTHd), _empty(k_BTGd), q_BTHd.new_empty(num_weights, q_BTHd.shape[3])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -126,7 +126,7 @@ def _differentiate(ctx: Any, gq: torch.Tensor, gk: torch.Tensor) -> tuple[torch.
     dq, dk, dweights_2d = _qk_norm_rope_backward(gq, gk, *saved, ctx.eps)
     if q_weight is None:
         return dq, dk, None, None, None, None, None
-    dq_weight, dk_weight = dweights_2d.to(q_weight.dtype).unbind(0)
+    dq_weight, dk_weight = dweights_2d.unbind(0)
     return dq, dk, dq_weight, dk_weight, None, None, None
 
 

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tidegate_kernels.column_sums import column_sums
 from tidegate_kernels.tiles import num_processors, row_tile
 
 __all__ = ["backward", "forward"]
@@ -109,4 +110,4 @@ def backward(
         g_ND, g_total, x_ND, weight_D, dx_ND, partial_PD, N, D, eps, g_ND.stride(0), g_total.stride(0), x_ND.stride(0),
         ADD=g_total_ND is not None, BLOCK_N=tile.rows, BLOCK_D=tile.columns, num_warps=tile.warps,
     )  # fmt: skip
-    return dx_ND, partial_PD.sum(dim=0).to(weight_D.dtype)
+    return dx_ND, column_sums(partial_PD, weight_D.dtype)
