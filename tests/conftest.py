@@ -58,8 +58,8 @@ def tiny_settings(folder: Path) -> dict[str, Any]:
             "precision": "fp32",
             "log_every": 1,
             "eval_every": 100,
-            "save_every": 2,
         },
+        "checkpoint": {"every": 2},
         "track": {"flush_every_s": 0.2},
     }
 

@@ -52,6 +52,28 @@ def train(
 
 
 @app.command()
+def checkpoints(
+    run: Annotated[str, typer.Argument(help="Name of a run, as train prints it", show_default=False)],
+    state_dir: StateOption = None,
+) -> None:
+    """List the checkpoints of a run: step, tokens, size, metrics, and what is wrong with one."""
+    from tidegate.launch.checkpoints import list_checkpoints
+
+    list_checkpoints(run, _state(state_dir))
+
+
+@app.command()
+def verify(
+    path: Annotated[str, typer.Argument(help="Folder or URI of a checkpoint, or of all of a run", show_default=False)],
+) -> None:
+    """Read checkpoints again and name every file that is not what was written; exit status 1 if there is one."""
+    from tidegate.launch.checkpoints import verify_checkpoints
+
+    if not verify_checkpoints(path):
+        raise typer.Exit(1)
+
+
+@app.command()
 def bench(
     job: JobFile,
     overrides: Overrides = [],  # noqa: B006

@@ -32,6 +32,9 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
+    moved: ClassVar[dict[str, str]] = {}
+    """Fields that are elsewhere now: the old name here to the whole new one."""
+
 
 class Variant(Config):
     """A kind that a user can choose, as `tidegate list` shows it."""
@@ -249,6 +252,8 @@ def _describe(problem: Any, schema: type[Config], path: str, sources: Mapping[st
             mine = "" if isinstance(value, (dict, Config)) else shown
             return f"{where}: {message}{mine}" if keys else f"{where} {message}{mine}"
         case "extra_forbidden":
+            if parent and keys[-1] in parent.moved:
+                return f"{where}: is called {parent.moved[keys[-1]]} now{shown}"
             known = list(parent.model_fields) if parent else []
             near = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"

@@ -313,16 +313,16 @@ def test_no_space_left(folder, tidegate, monkeypatch, storage):
         return namedtuple("Usage", "free")(free - 1)
 
     params = total(load("job.yaml", Job).config.model, 16).params
-    free = params * 16 * (5 + 1)
+    free = params * 16 * (5 + 2 + 1)
     monkeypatch.setattr("shutil.disk_usage", full)
-    arguments = ["train", "job.yaml", "--local", "--set", "resources.keep_checkpoints=5"]
-    ended = tidegate(*arguments, *(["--set", f"resources.storage={storage}"] if storage else []))
+    arguments = ["train", "job.yaml", "--local", "--set", "checkpoint={keep_last: 5, keep_best: {n: 2}}"]
+    ended = tidegate(*arguments, *(["--set", f"checkpoint.storage={storage}"] if storage else []))
     where = folder / (storage or ".tidegate/checkpoints")
     assert ended == Ended(
         2,
         "",
-        f"tidegate: {where}: no space left for the checkpoints: {free / 1e9:.1f} GB for resources.keep_checkpoints=5 "
-        f"plus one being written, {free / 1e9:.1f} GB are free\n",
+        f"tidegate: {where}: no space left for the checkpoints: {free / 1e9:.1f} GB for 7 that stay "
+        f"(checkpoint.keep_last=5) and one being written; {free / 1e9:.1f} GB are free\n",
     )
     assert looked == [folder if storage else folder / ".tidegate"]
     assert leaves_nothing(folder / ".tidegate")
@@ -367,14 +367,14 @@ def test_a_state_directory_that_is_a_file(folder, tidegate):
 def test_resuming_an_unknown_run_lists_those_there_are(folder, tidegate):
     runs = folder / ".tidegate" / "runs"
     assert tidegate("train", "--resume", "tiny-9") == Ended(
-        2, "", f"tidegate: --resume tiny-9: no such run in {runs}; there are: none\n"
+        2, "", f"tidegate: tiny-9: no such run in {runs}; there are: none\n"
     )
     for name in ("tiny-2", "tiny-1", "broken-1"):
         (runs / name).mkdir(parents=True)
     for name in ("tiny-2", "tiny-1"):
         (runs / name / "job.json").write_text("{}", encoding="utf-8")
     assert tidegate("train", "--resume", "tiny-9") == Ended(
-        2, "", f"tidegate: --resume tiny-9: no such run in {runs}; there are: tiny-1, tiny-2\n"
+        2, "", f"tidegate: tiny-9: no such run in {runs}; there are: tiny-1, tiny-2\n"
     )
     assert not (folder / ".tidegate" / "mlflow").exists()
 

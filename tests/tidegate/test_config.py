@@ -51,6 +51,11 @@ def message(write) -> Callable[..., str]:
 
 UNKNOWN = {
     "top level": ("modle: {width: 3}", "modle: unknown field (got a mapping); did you mean 'model'?"),
+    "moved": ("train: {save_every: 8}", "train.save_every: is called checkpoint.every now (got 8)"),
+    "moved elsewhere": (
+        "resources: {keep_checkpoints: 3}",
+        "resources.keep_checkpoints: is called checkpoint.keep_last now (got 3)",
+    ),
     "nested": ("train: {microbatch: 8}", "train.microbatch: unknown field (got 8); did you mean 'micro_batch'?"),
     "in a variant": (
         "model: {attention: {gate: {kind: value, granularitty: headwise}}}",
@@ -302,7 +307,7 @@ def test_numbers_with_an_exponent_are_numbers(write, text):
 
 
 def test_an_override_may_be_a_mapping_or_empty(write):
-    loaded = load("base.yaml", Job, ["balance={scope: sequence, z_loss_weight: 0}", "resources.storage="])
+    loaded = load("base.yaml", Job, ["balance={scope: sequence, z_loss_weight: 0}", "checkpoint.storage="])
     assert loaded.config.balance.model_dump() == {
         "scope": "sequence",
         "loss_weight": 0.01,
@@ -311,7 +316,7 @@ def test_an_override_may_be_a_mapping_or_empty(write):
         "bias_rate": 0.0,
         "budget": None,
     }
-    assert loaded.config.resources.storage is None
+    assert loaded.config.checkpoint.storage is None
 
 
 def test_yaml_merge_keys_work(write):
@@ -351,7 +356,7 @@ def apply(changes: dict[str, Any], before: dict[str, Any], gone: set[str]) -> di
     [
         ["train.seed=5"],
         ["model.attention.gate={kind: none}"],
-        ["data.domains=[{name: only, hub: x/y}]", "resources.storage=s3://b"],
+        ["data.domains=[{name: only, hub: x/y}]", "checkpoint.storage=s3://b"],
         ["model.ffn={kind: dense, hidden_dim: 3}", "parallel.expert=1"],
     ],
 )

@@ -18,5 +18,3 @@ class Ended(NamedTuple):
     outcome: Outcome
     delivery: Delivery
     """What MLflow took."""
-    checkpoint: str
-    """The last checkpoint, a folder or URI."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from types import FrameType
 from tidegate.launch.ended import Ended
 from tidegate.parallel import collectives
 from tidegate.track import MetricLogger
+from tidegate.train.checkpoint import Tracker
 from tidegate.train.job import Job
 from tidegate.train.loop import World, train
 from tidegate.train.telemetry import Record
@@ -18,8 +18,15 @@ from tidegate.train.telemetry import Record
 __all__ = ["run_local"]
 
 
-def run_local(job: Job, dataset: Path, storage: Path, logger: MetricLogger, show: Callable[[Record], None]) -> Ended:
-    """Train here, with checkpoints in `storage`; continues from the newest one there."""
+def run_local(
+    job: Job,
+    dataset: Path,
+    checkpoints: str,
+    logger: MetricLogger,
+    show: Callable[[Record], None],
+    notice: Callable[[str], None],
+) -> Ended:
+    """Train here; continues from the newest of the run's checkpoints."""
     made = collectives.start(alone=True)
     assert made
     stop = _StopOnSignal()
@@ -28,29 +35,15 @@ def run_local(job: Job, dataset: Path, storage: Path, logger: MetricLogger, show
         show(record)
         logger.log(record.metrics, step=record.step, tokens=record.tokens)
 
-    def publish(folder: Path, at: Record) -> None:
-        folder.replace(storage / f"step_{at.step:08d}")
-        for old in _checkpoints(storage)[: -job.resources.keep_checkpoints]:
-            shutil.rmtree(old)
-
-    def new_checkpoint(step: int) -> Path:
-        folder = storage / ".writing"
-        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed while it wrote
-        return folder
-
-    existing = _checkpoints(storage)
-    world = World(dataset, new_checkpoint, publish, record, stop.requested, existing[-1] if existing else None)
+    tracker = Tracker(logger.unsent, logger.adopt)
+    world = World(dataset, checkpoints, record, notice, stop.requested, tracker)
     try:
         with stop:
             outcome = train(job, world)
     finally:
         delivery = logger.close()
         collectives.stop()
-    return Ended(outcome, delivery, str(_checkpoints(storage)[-1]))
-
-
-def _checkpoints(storage: Path) -> list[Path]:
-    return sorted(storage.glob("step_*"))
+    return Ended(outcome, delivery)
 
 
 class _StopOnSignal:

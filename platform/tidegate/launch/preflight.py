@@ -28,8 +28,6 @@ def check_machine(job: Job, *, local: bool, remote: bool) -> None:
             f"--local runs one process, but resources.workers={job.resources.workers}; add --workers 1"
             + (" --set parallel.expert=1" if job.parallel.expert > 1 else "")
         )
-    if local and "://" in (job.resources.storage or ""):
-        raise ConfigError(f"--local writes to a folder, but resources.storage={job.resources.storage} is a URI")
     if job.resources.gpu and not remote:
         import torch
 
@@ -51,15 +49,15 @@ def hide_gpus(job: Job) -> None:
 def check_space(job: Job, storage: Path) -> None:
     """A folder that can be written, with room for the checkpoints that are kept and the one being written."""
     params = total(job.model, job.data.sequence_length).params
-    needed = params * BYTES_PER_PARAMETER * (job.resources.keep_checkpoints + 1)
+    needed = params * BYTES_PER_PARAMETER * (job.checkpoint.kept + 1)
     existing = next(p for p in [storage, *storage.parents] if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ConfigError(f"resources.storage={storage}: {existing} is not a folder that can be written to")
+        raise ConfigError(f"checkpoint.storage={storage}: {existing} is not a folder that can be written to")
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise ConfigError(
-            f"{storage}: no space left for the checkpoints: {needed / 1e9:.1f} GB for resources.keep_checkpoints="
-            f"{job.resources.keep_checkpoints} plus one being written, {free / 1e9:.1f} GB are free"
+            f"{storage}: no space left for the checkpoints: {needed / 1e9:.1f} GB for {job.checkpoint.kept} that stay "
+            f"(checkpoint.keep_last={job.checkpoint.keep_last}) and one being written; {free / 1e9:.1f} GB are free"
         )
 
 

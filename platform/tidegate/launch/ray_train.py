@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +20,7 @@ import fsspec
 import pyarrow.fs
 import ray
 import ray.train
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -33,6 +31,7 @@ from tidegate.launch.doctor import why_no_ray
 from tidegate.launch.ended import Ended
 from tidegate.parallel import collectives
 from tidegate.track import Delivery, MetricLogger, RunHandle
+from tidegate.train.checkpoint import Tracker
 from tidegate.train.job import Job
 from tidegate.train.loop import Outcome, World, train
 from tidegate.train.telemetry import Record
@@ -45,6 +44,7 @@ class _WorkerJob(NamedTuple):
 
     job: Job
     dataset: Path
+    checkpoints: str
     tracking: RunHandle
     spool: Path
     board: Any
@@ -78,16 +78,27 @@ def connect(address: str | None, job: Job) -> None:
 
 
 def run_on_ray(
-    job: Job, name: str, dataset: Path, storage: str, tracking: RunHandle, spool: Path, show: Callable[[Record], None]
+    job: Job,
+    checkpoints: str,
+    dataset: Path,
+    tracking: RunHandle,
+    spool: Path,
+    show: Callable[[Record], None],
+    notice: Callable[[str], None],
 ) -> Ended:
-    """Train on Ray Train workers; continues if the run `name` has checkpoints in `storage`."""
+    """Train on Ray Train workers; continues from the newest of the run's `checkpoints`.
+
+    Checkpoints do not go through `ray.train.report`, which would copy them once more and make each step wait for it:
+    workers write them beside what Ray keeps of the run, and find the newest by themselves when Ray starts them again.
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     board = _Board.options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    storage, _, name = checkpoints.rpartition("/")
     filesystem, path = storage_filesystem(storage)
     resources = job.resources
     trainer = TorchTrainer(
         _worker,  # type: ignore[arg-type]
-        train_loop_config={"worker_job": _WorkerJob(job, dataset, tracking, spool, board)},
+        train_loop_config={"worker_job": _WorkerJob(job, dataset, checkpoints, tracking, spool, board)},
         scaling_config=ScalingConfig(
             num_workers=resources.workers,
             use_gpu=resources.gpu,
@@ -99,16 +110,15 @@ def run_on_ray(
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=resources.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=resources.keep_checkpoints),
         ),
     )
-    with _watch(board, show):
+    with _watch(board, show, notice):
         try:
             result = trainer.fit()
         except ray.train.WorkerGroupError as error:
             raise _cause(error) from error
     outcome, delivery = result.return_value  # type: ignore[attr-defined]
-    return Ended(outcome, delivery, result.checkpoint.path if result.checkpoint else f"{storage}/{name}")
+    return Ended(outcome, delivery)
 
 
 def storage_filesystem(storage: str) -> tuple[pyarrow.fs.FileSystem | None, str]:
@@ -122,7 +132,7 @@ def storage_filesystem(storage: str) -> tuple[pyarrow.fs.FileSystem | None, str]
     try:
         filesystem, path = fsspec.core.url_to_fs(storage)
     except (ImportError, ValueError) as error:
-        raise ConfigError(f"resources.storage={storage}: {error}") from error
+        raise ConfigError(f"checkpoint.storage={storage}: {error}") from error
     return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), path
 
 
@@ -157,38 +167,32 @@ def _worker(config: dict[str, Any]) -> tuple[Outcome, Delivery] | None:
             question = task.board.stop_requested.remote()
         return answer
 
-    with contextlib.ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tidegate-")))
-        checkpoint = ray.train.get_checkpoint()
-        resume_from = Path(stack.enter_context(checkpoint.as_directory())) if checkpoint else None
+    def notice(line: str) -> None:
+        task.board.push.remote(line)
 
-        def publish(folder: Path, at: Record) -> None:
-            ray.train.report({"step": at.step, "tokens": at.tokens}, checkpoint=Checkpoint.from_directory(folder))
-            shutil.rmtree(folder)
-
-        world = World(task.dataset, lambda step: scratch / f"step_{step}", publish, record, should_stop, resume_from)
-        try:
-            outcome = train(task.job, world)
-        finally:
-            delivery = logger.close() if logger is not None else None
+    tracker = Tracker(logger.unsent, logger.adopt) if logger is not None else None
+    try:
+        outcome = train(task.job, World(task.dataset, task.checkpoints, record, notice, should_stop, tracker))
+    finally:
+        delivery = logger.close() if logger is not None else None
     return (outcome, delivery) if delivery is not None else None
 
 
 @ray.remote
 class _Board:
-    """Holds records until the driver takes them, and the driver's wish to stop."""
+    """Holds records and notices until the driver takes them, and the driver's wish to stop."""
 
     def __init__(self) -> None:
-        self._records: list[Record] = []
+        self._records: list[Record | str] = []
         self._stop = False
 
-    def push(self, record: Record) -> None:
+    def push(self, record: Record | str) -> None:
         self._records.append(record)
 
     def stop_requested(self) -> bool:
         return self._stop
 
-    def drain(self) -> list[Record]:
+    def drain(self) -> list[Record | str]:
         records, self._records = self._records, []
         return records
 
@@ -197,8 +201,8 @@ class _Board:
 
 
 @contextlib.contextmanager
-def _watch(board: Any, show: Callable[[Record], None]) -> Iterator[None]:
-    """Show records as they come; SIGTERM asks the run to stop after its step."""
+def _watch(board: Any, show: Callable[[Record], None], notice: Callable[[str], None]) -> Iterator[None]:
+    """Show records and notices as they come; SIGTERM asks the run to stop after its step."""
     done = threading.Event()
 
     def drain() -> None:
@@ -206,7 +210,7 @@ def _watch(board: Any, show: Callable[[Record], None]) -> Iterator[None]:
             finished = done.wait(0.5)
             with contextlib.suppress(ray.exceptions.RayActorError):
                 for record in ray.get(board.drain.remote()):
-                    show(record)
+                    notice(record) if isinstance(record, str) else show(record)
             if finished:
                 return
 

@@ -17,7 +17,7 @@ from tidegate.launch.ended import Ended
 from tidegate.launch.preflight import check_dataset, check_machine, check_space, hide_gpus
 from tidegate.launch.report import Reporter
 from tidegate.launch.show import notes
-from tidegate.launch.state import RunFolder, StateDir
+from tidegate.launch.state import RunFolder, RunRecord, StateDir
 from tidegate.track import (
     MetricLogger,
     RunHandle,
@@ -29,7 +29,9 @@ from tidegate.track import (
     resolve_tracking_uri,
     run_url,
 )
+from tidegate.train.checkpoint_store import CheckpointStore
 from tidegate.train.job import Job
+from tidegate.train.storage import Storage
 
 __all__ = ["Request", "prepare_data", "run"]
 
@@ -71,12 +73,12 @@ def run(request: Request) -> bool:
         storage_filesystem(storage)
         connect(request.address, job)
     dataset = prepare_data(job, request.state, plan.job_dir, reporter)
-    run_folder, tracking = _open(request, plan, reporter)
+    run_folder, tracking, checkpoints = _open(request, plan, storage, reporter)
     status: RunStatus = "FAILED"
     try:
         _introduce(request, run_folder, tracking, reporter)
         reporter.start()
-        ended = _train(request, job, run_folder, dataset, storage, tracking, reporter)
+        ended = _train(request, job, run_folder, dataset, checkpoints, tracking, reporter)
         status = "FINISHED" if ended.outcome.finished else "KILLED"
     except (KeyboardInterrupt, SystemExit):  # Ray ends the process on Ctrl-C
         status = "KILLED"
@@ -110,9 +112,6 @@ def _plan(request: Request) -> _Plan:
     if request.resume is not None:
         resumed = request.state.run(request.resume)
         record = resumed.read()
-        if record.local != request.local:
-            started = "with" if record.local else "without"
-            raise ConfigError(f"--resume {request.resume}: the run was started {started} --local; resume it likewise")
         loaded = load(resumed.job_file, Job, request.overrides)
         return _Plan(loaded, loaded.config, Path(record.job_dir), resumed)
     if request.job_file is None:
@@ -121,12 +120,20 @@ def _plan(request: Request) -> _Plan:
     return _Plan(loaded, loaded.config, request.job_file.absolute().parent, None)
 
 
-def _open(request: Request, plan: _Plan, reporter: Reporter) -> tuple[RunFolder, RunHandle]:
+class _Opened(NamedTuple):
+    folder: RunFolder
+    tracking: RunHandle
+    checkpoints: str
+    """Folder or URI of this run's."""
+
+
+def _open(request: Request, plan: _Plan, storage: str, reporter: Reporter) -> _Opened:
     """Create or re-open the run, here and in MLflow."""
     job, resumed = plan.job, plan.resumed
+    record = resumed.read() if resumed else None
     run_folder = resumed or request.state.new_run(job.name)
+    checkpoints = _resumed_from(plan, storage, record, run_folder.name, reporter) if record else None
     try:
-        record = resumed.read() if resumed else None
         tracking = open_run(
             record.tracking_uri if record else resolve_tracking_uri(job.track, request.state.root),
             job.track,
@@ -142,16 +149,36 @@ def _open(request: Request, plan: _Plan, reporter: Reporter) -> tuple[RunFolder,
         if resumed is None:
             run_folder.folder.rmdir()  # nothing half-written: the name is free again
         raise
-    if resumed is None:
-        run_folder.write(job, plan.job_dir, tracking, sys.argv, local=request.local)
+    checkpoints = checkpoints or _checkpoints(storage, run_folder.name, tracking.run_id)
+    run_folder.write(job, plan.job_dir, tracking, record.command if record else sys.argv, checkpoints)
+    return _Opened(run_folder, tracking, checkpoints)
+
+
+def _checkpoints(storage: str, run: str, run_id: str) -> str:
+    """Unique also where several state directories share one storage."""
+    return f"{storage}/{run}-{run_id[:8]}"
+
+
+def _resumed_from(plan: _Plan, storage: str, record: RunRecord, run: str, reporter: Reporter) -> str:
+    """Where a resumed run's checkpoints are; says where it goes on. Which of them are damaged, the workers find."""
+    moved = "checkpoint.storage" in plan.loaded.overrides
+    checkpoints = _checkpoints(storage, run, record.run_id) if moved else record.checkpoints
+    valid = CheckpointStore(Storage(checkpoints)).valid()
+    if moved and not valid:
+        raise ConfigError(
+            f"checkpoint.storage={plan.job.checkpoint.storage} holds no checkpoint of this run; first copy "
+            f"{record.checkpoints} to {checkpoints}"
+        )
+    if valid:
+        reporter.say(f"checkpoints: {checkpoints}, the newest is of step {valid[-1].step}")
     else:
-        resumed.write_job(job)
-    return run_folder, tracking
+        reporter.say(f"{checkpoints} holds no checkpoint: the run begins again from its first step")
+    return checkpoints
 
 
 def _storage(request: Request, job: Job) -> str:
     """Where checkpoints go: a URI as it is, a folder absolute, and with room."""
-    storage = job.resources.storage or str(request.state.checkpoints)
+    storage = job.checkpoint.storage or str(request.state.checkpoints)
     if "://" in storage:
         return storage
     folder = Path(storage).absolute()
@@ -170,31 +197,23 @@ def _introduce(request: Request, run_folder: RunFolder, tracking: RunHandle, rep
             reporter.say("and MLflow is a SQLite file there; set MLFLOW_TRACKING_URI to a server for several machines")
 
 
-def _checkpoint_name(run_folder: RunFolder, tracking: RunHandle) -> str:
-    """Unique also where several state directories share one storage."""
-    return f"{run_folder.name}-{tracking.run_id[:8]}"
-
-
 def _train(
     request: Request,
     job: Job,
     run_folder: RunFolder,
     dataset: Path,
-    storage: str,
+    checkpoints: str,
     tracking: RunHandle,
     reporter: Reporter,
 ) -> Ended:
-    name = _checkpoint_name(run_folder, tracking)
     if not request.local:
         from tidegate.launch.ray_train import run_on_ray
 
-        return run_on_ray(job, name, dataset, storage, tracking, run_folder.spool, reporter.record)
+        return run_on_ray(job, checkpoints, dataset, tracking, run_folder.spool, reporter.record, reporter.say)
     from tidegate.launch.local import run_local
 
     logger = MetricLogger(tracking.uri, tracking.run_id, spool=run_folder.spool, flush_every_s=job.track.flush_every_s)
-    folder = Path(storage) / name
-    folder.mkdir(parents=True, exist_ok=True)
-    return run_local(job, dataset, folder, logger, reporter.record)
+    return run_local(job, dataset, checkpoints, logger, reporter.record, reporter.say)
 
 
 def _conclude(
@@ -207,8 +226,8 @@ def _conclude(
     ended: Ended,
 ) -> None:
     """Store the last artifacts and print the tables."""
-    outcome, delivery, checkpoint = ended
-    log_dict(tracking, {"step": outcome.step, "tokens": outcome.tokens, "path": checkpoint}, "checkpoint.json")
+    outcome, delivery = ended
+    log_dict(tracking, {"step": outcome.step, "tokens": outcome.tokens, "path": outcome.checkpoint}, "checkpoint.json")
     log_file(tracking, dataset_folder / "tokenizer.json")
     if outcome.evaluation is not None:
         dataset = TokenDataset.open(dataset_folder, verify=False)
@@ -230,5 +249,5 @@ def _conclude(
             f"MLflow did not take {delivery.undelivered} records; they are in {delivery.spool} "
             f"and go out when the run is resumed"
         )
-    reporter.say(f"checkpoint: {checkpoint}")
+    reporter.say(f"checkpoint: {outcome.checkpoint} (training stood still {outcome.stalled_s:.1f} s for checkpoints)")
     reporter.say(f"run {run_folder.name} in MLflow: {run_url(tracking)}")

@@ -173,10 +173,10 @@ def _summary(job: Job) -> Iterator[str]:
     per_parameter = tokens / cost.active_params
     yield f"length: {job.total_steps:,} steps, {tokens:,} tokens, {per_parameter:.3g} tokens an active parameter"
     yield f"training: {cost.flops_per_token * tokens:.3e} FLOPs"
-    size_gb, keep = cost.params * BYTES_PER_PARAMETER / 1e9, job.resources.keep_checkpoints
+    size_gb, keep = cost.params * BYTES_PER_PARAMETER / 1e9, job.checkpoint.kept
     yield (
         f"checkpoint: about {size_gb:.3g} GB ({BYTES_PER_PARAMETER} bytes a parameter), {size_gb * (keep + 1):.3g} GB "
-        f"for resources.keep_checkpoints={keep} and the one being written"
+        f"for {keep} that stay (checkpoint.keep_last={job.checkpoint.keep_last}) and the one being written"
     )
     if job.model.units is not None:
         yield _unit_gates(job.model, job.model.units)

@@ -5,19 +5,20 @@
   data/                            token shards (tidegate.data)
   mlflow/                          the embedded store (tidegate.track)
   runs/<run>/                      job.json (resolved), run.json (what `resume` needs), undelivered metrics
-  checkpoints/<run>-<MLflow run>/   unless resources.storage says elsewhere
+  checkpoints/<run>-<MLflow run>/   unless checkpoint.storage says elsewhere
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from tidegate.config import Config, ConfigError, load_stored
 from tidegate.track import RunHandle
 from tidegate.train.job import Job
 
-__all__ = ["LAYOUT_VERSION", "RunFolder", "StateDir", "default_state_dir"]
+__all__ = ["LAYOUT_VERSION", "RunFolder", "RunRecord", "StateDir", "default_state_dir"]
 
 LAYOUT_VERSION = "1"
 
@@ -32,8 +33,8 @@ class RunRecord(Config):
 
     job_dir: str
     """The folder that `{job}` stands for in the job's paths."""
-    local: bool
-    """Started with --local; the two launchers lay checkpoints out differently."""
+    checkpoints: str
+    """Folder or URI of the run's checkpoints."""
     tracking_uri: str
     run_id: str
     command: tuple[str, ...]
@@ -50,11 +51,11 @@ class RunFolder:
         self.spool = folder / "undelivered_metrics.jsonl"
         self._record_file = folder / "run.json"
 
-    def write(self, job: Job, job_dir: Path, handle: RunHandle, command: list[str], *, local: bool) -> None:
+    def write(self, job: Job, job_dir: Path, handle: RunHandle, command: Sequence[str], checkpoints: str) -> None:
         """Store what `resume` needs."""
         record = RunRecord(
             job_dir=str(job_dir),
-            local=local,
+            checkpoints=checkpoints,
             tracking_uri=handle.uri,
             run_id=handle.run_id,
             command=tuple(command),
@@ -121,12 +122,15 @@ class StateDir:
         run = RunFolder(self._runs / name)
         if not run.job_file.exists():
             known = sorted(p.parent.name for p in self._runs.glob("*/job.json")) if self._runs.exists() else []
-            raise ConfigError(f"--resume {name}: no such run in {self._runs}; there are: {', '.join(known) or 'none'}")
+            raise ConfigError(f"{name}: no such run in {self._runs}; there are: {', '.join(known) or 'none'}")
         return run
 
 
 def _write_whole(path: Path, text: str) -> None:
     """Write to a neighbour and rename, so that a crash leaves the old file or the new one."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,11 +15,15 @@ __all__ = [
     "all_reduce_max",
     "default_device",
     "free_port",
+    "gather",
     "rank",
     "start",
     "stop",
     "world_size",
 ]
+
+
+T = TypeVar("T")
 
 
 def default_device() -> torch.device:
@@ -71,6 +76,13 @@ def all_reduce_max(tensor: torch.Tensor) -> None:
     """Largest over all ranks, in place."""
     if dist.get_world_size() > 1:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value, in the order of ranks, on every rank; for small Python objects, at the start of a run."""
+    values: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
 
 
 class HostCopy:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -27,10 +27,9 @@ from deepspeed.utils import logger as deepspeed_logger
 from tidegate.parallel.expert import ExpertParallelMoE, tag_parameters
 from tidegate.parallel.flat_gradients import FlatGradients
 from tidegate.parallel.master_weights import scale_rows
+from tidegate.parallel.snapshot import Fetch, HostSnapshots, Put
 
 __all__ = ["Engine"]
-
-_TAG = "state"
 
 
 class Engine:
@@ -94,6 +93,7 @@ class Engine:
         if precision == "bf16" and parallel.zero_stage == 1 and parallel.offload == "none":
             FlatGradients.take_over(self._engine.optimizer, at_once=parallel.gradients_at_once)
             model.embedding.sparse_gradient = model.head is not None  # a tied head's gradient is dense
+        self._snapshots = HostSnapshots(self._engine, self.device)
         self._clip = gradient_clip
         self._own_norm: torch.Tensor | None = None
         self._clips_itself = parallel.zero_stage == 0
@@ -157,19 +157,26 @@ class Engine:
     def train(self, mode: bool = True) -> None:
         self._engine.train(mode)
 
-    def save(self, folder: Path, state: dict[str, Any]) -> None:
-        """Write this rank's part of the checkpoint and, with it, the trainer's `state`."""
-        self._engine.save_checkpoint(str(folder), tag=_TAG, client_state={"tidegate": state})
+    def save(self, put: Put, state: dict[str, Any]) -> None:
+        """Copy this rank's part of a checkpoint to host memory and, with it, the trainer's plain `state`.
 
-    def load(self, folder: Path) -> dict[str, Any]:
+        Args:
+            put: takes each file's name and content, which stays as it is until the next `save`.
+        """
+        self._snapshots.take(put, {"tidegate": state})
+
+    def load(self, fetch: Fetch, names: Iterable[str]) -> dict[str, Any]:
         """Load a checkpoint written at the same layout; returns the trainer's `state`.
 
         Weights, moments and counts come from the checkpoint; AdamW's settings and the clip stay those of the job.
+
+        Args:
+            fetch: opens a file by the name that `put` got.
+            names: of all ranks' files.
         """
         groups = self._engine.optimizer.param_groups
         settings = [{key: group[key] for key in ("betas", "eps", "weight_decay")} for group in groups]
-        path, state = self._engine.load_checkpoint(str(folder), tag=_TAG)
-        assert path is not None, folder
+        state = self._snapshots.restore(fetch, names)
         for group, setting in zip(self._engine.optimizer.param_groups, settings, strict=True):
             group.update(setting)
         if not self._clips_itself:

@@ -11,11 +11,11 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tidegate.track.client import import_mlflow, one_line, without_password
 from tidegate.track.delivery import Rejection, Sender, deliver, next_batch
@@ -72,6 +72,7 @@ class MetricLogger:
         # Guards all that `log`, `close` and the thread share; held for list operations only, never for I/O.
         self._lock = threading.Lock()
         self._inbox: list[Record] = []
+        self._adopted: list[Record] = []
         self._pending = deque(self._spool.load())
         self._rejected: list[Record] = []
         self._artifacts: deque[_Artifact] = deque()
@@ -117,6 +118,19 @@ class MetricLogger:
             self._last_ms = max(now_ms, self._last_ms + 1)  # distinct and rising, also when the clock is set back
             self._inbox.append(Record(self._last_ms, step, values))
 
+    def unsent(self) -> list[dict[str, Any]]:
+        """The records that the store has not acknowledged, as plain values for a checkpoint."""
+        with self._lock:
+            waiting = {record.timestamp_ms: record for record in [*self._adopted, *self._pending, *self._inbox]}
+        return [waiting[time_ms]._asdict() for time_ms in sorted(waiting)]
+
+    def adopt(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Deliver also what `unsent` gave in an earlier process of this run; what arrived since is not sent twice."""
+        with self._lock:
+            self._refuse_if_closed()
+            self._adopted = [Record(r["timestamp_ms"], r["step"], dict(r["metrics"])) for r in records]
+            self._last_ms = max([self._last_ms, *(record.timestamp_ms for record in self._adopted)])
+
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """Store a file as an artifact under `folder`, best effort: a failure is logged as a warning.
 
@@ -157,7 +171,7 @@ class MetricLogger:
         self._thread.join(timeout_s)
         with self._lock:
             self._abandoned = True  # a request still under way is no longer counted; a replay finds out
-            left = [*self._rejected, *self._pending, *self._inbox]
+            left = [*self._rejected, *self._adopted, *self._pending, *self._inbox]
             artifacts = [str(artifact.path) for artifact in self._artifacts]
             delivered = self._delivered
         self._stop.set()
@@ -179,6 +193,7 @@ class MetricLogger:
                 self._wake.wait(self._flush_every_s)
             with self._lock:
                 closing = self._closing  # read with the inbox: nothing is logged after it
+                self._take_adopted()
                 self._pending.extend(self._inbox)
                 self._inbox.clear()
             if self._failures:
@@ -188,6 +203,14 @@ class MetricLogger:
             with self._lock:
                 if closing and not self._pending and not self._artifacts:
                     return
+
+    def _take_adopted(self) -> None:
+        known = {record.timestamp_ms for record in self._pending}
+        fresh = [record for record in self._adopted if record.timestamp_ms not in known]
+        self._adopted.clear()
+        if fresh:
+            self._pending = deque(sorted([*fresh, *self._pending], key=lambda record: record.timestamp_ms))
+            self._unsure = True
 
     def _deliver_pending(self) -> None:
         try:

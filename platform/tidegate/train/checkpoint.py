@@ -1,16 +1,18 @@
-"""Checkpoint folders: DeepSpeed's sharded state, each rank's generators, and a small JSON that says what it is.
+"""What a checkpoint holds, and saving and resuming as the loop sees them.
 
-`save` fills a folder that belongs to this rank; the launcher publishes it (Ray's storage merges the ranks' folders).
-The JSON is written by rank 0 and read before anything is loaded, so that a layout that does not fit is an error with
-both layouts in it and not a shape mismatch deep inside DeepSpeed.
+DeepSpeed's shards hold weights, controllers and masks (buffers of the model), optimizer state and, with them, the
+`Position`. Beside them, each rank keeps its generators, and rank 0 the metrics that MLflow had not yet taken. What
+must fit for all that to mean something, the layout and the model, is in the manifest and is read first.
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import random
+import time
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from tidegate import __version__
@@ -18,11 +20,12 @@ from tidegate.config import ConfigError, diff, flatten
 from tidegate.model.decoder import ModelConfig
 from tidegate.parallel import collectives
 from tidegate.parallel.engine import Engine
+from tidegate.train.checkpoint_store import CheckpointStore, Manifest, finite
 from tidegate.train.job import Job
+from tidegate.train.saver import Saver
+from tidegate.train.storage import Storage
 
-__all__ = ["Position", "load", "save"]
-
-_ABOUT = "tidegate.json"
+__all__ = ["Checkpoints", "Position", "Tracker"]
 
 
 class Position(NamedTuple):
@@ -38,51 +41,148 @@ class Position(NamedTuple):
     """`LossSpikes.state`."""
 
 
-def save(folder: Path, engine: Engine, job: Job, position: Position) -> None:
-    """Write this rank's part of a checkpoint into `folder`; every rank must call it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    engine.save(folder, position._asdict())
-    torch.save(_generators(), folder / _generator_file())
-    if collectives.rank() == 0:
-        about = {
-            "version": __version__,
-            "step": position.step,
-            "tokens": position.tokens,
-            "layout": _layout(job),
-            "model": job.model.model_dump(mode="json"),
-        }
-        (folder / _ABOUT).write_text(json.dumps(about, indent=2), encoding="utf-8")
+class Tracker(NamedTuple):
+    """What rank 0 knows of metrics on their way to the store; plain values."""
+
+    unsent: Callable[[], list[dict[str, Any]]]
+    adopt: Callable[[list[dict[str, Any]]], None]
 
 
-def load(folder: Path, engine: Engine, job: Job) -> Position:
-    """Restore engine and generators from a checkpoint of the same layout; every rank must call it.
+class Checkpoints:
+    """One rank's view of its run's checkpoints; every rank calls every method. Leaving the context finishes the saves.
 
-    Raises:
-        ConfigError: the folder holds no checkpoint, or one of another layout or model.
+    Args:
+        location: folder or URI of the run's checkpoints, the same on every rank.
+        job: the run's.
+        engine: whose state is saved and restored.
+        tracker: of rank 0; None elsewhere.
+        notice: shows a line to the user; called on rank 0.
     """
-    about = _about(folder)
-    model = ModelConfig.model_validate(about["model"])  # fills in fields that are younger than the checkpoint
-    older = {"parallel.offload": "none"}  # of checkpoints from before there was a choice
-    stored = older | about["layout"] | {f"model.{field}": value for field, value in flatten(model).items()}
-    wanted = _layout(job) | {f"model.{field}": value for field, value in flatten(job.model).items()}
-    for field in diff(stored, wanted):
-        raise ConfigError(
-            f"{folder}: the checkpoint was written at {field}={stored.get(field)}, this job has "
-            f"{field}={wanted.get(field)}; resume with the checkpoint's"
+
+    def __init__(
+        self, location: str, job: Job, engine: Engine, tracker: Tracker | None, notice: Callable[[str], None]
+    ) -> None:
+        self._job, self._engine, self._tracker, self._notice = job, engine, tracker, notice
+        self._store = CheckpointStore(Storage(location))
+        self._rank, self._world_size = collectives.rank(), collectives.world_size()
+        attempt = collectives.gather(f"{time.time_ns() // 1_000_000:x}")[0]
+        self._saver = Saver(self._store, job.checkpoint, rank=self._rank, world_size=self._world_size, attempt=attempt)
+        self._saved_step = 0
+        self.stalled_s = 0.0
+        """Seconds for which training stood still so far: snapshots, and waiting for the save before."""
+        self._read_s = 0.0
+
+    def resume(self) -> Position | None:
+        """Restore engine, generators and tracker from the newest checkpoint that is whole.
+
+        Without one, generators start from the job's seed, and the answer is None.
+
+        Raises:
+            ConfigError: the checkpoint is of another layout or model.
+        """
+        if self._rank == 0:
+            for left in self._store.unfinished():  # by an attempt that was killed while it wrote
+                self._store.delete(left)
+        name = self._newest_whole()
+        if name is None:
+            _seed_generators(self._job.train.seed, self._rank)
+            return None
+        manifest = self._store.manifest(name)
+        state = self._engine.load(lambda file: self._store.open(name, file), manifest.files)
+        with self._store.open(name, _generator_file(self._rank)) as file:
+            _restore_generators(torch.load(file, weights_only=True), self._engine.device)
+        if self._tracker is not None:
+            with self._store.open(name, _TRACKER) as file:
+                self._tracker.adopt(torch.load(file, weights_only=True))
+        self._saver.newest, self._saved_step = name, manifest.step
+        return Position(**state)
+
+    def save(self, position: Position, metrics: Mapping[str, float]) -> None:
+        """Take a snapshot and begin to write it.
+
+        Args:
+            metrics: of this step; the training loss and the one of `checkpoint.keep_best` are kept.
+
+        Raises:
+            StorageError: the save before failed.
+        """
+        begun = time.monotonic()
+        self._saver.wait()
+        files: dict[str, Any] = {}
+        self._engine.save(files.__setitem__, position._asdict())
+        files[_generator_file(self._rank)] = _generators()
+        if self._tracker is not None:
+            files[_TRACKER] = self._tracker.unsent()
+        best = self._job.checkpoint.keep_best
+        kept = {"train/loss", best.metric if best else "train/loss"}
+        manifest = Manifest(
+            tidegate=__version__,
+            step=position.step,
+            tokens=position.tokens,
+            layout=_layout(self._job),
+            model=self._job.model.model_dump(mode="json"),
+            metrics=finite({name: value for name, value in metrics.items() if name in kept}),
+            files={},
         )
-    state = engine.load(folder)
-    generators = torch.load(folder / _generator_file(), weights_only=True)
-    torch.set_rng_state(generators["cpu"])
-    if "cuda" in generators and engine.device.type == "cuda":
-        torch.cuda.set_rng_state(generators["cuda"])
-    return Position(**state)
+        self._saver.save(manifest, files)
+        self._saved_step = position.step
+        self.stalled_s += time.monotonic() - begun
 
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add held-out metrics to the checkpoint of the step, if it has one."""
+        if self._rank == 0 and step == self._saved_step:
+            self._saver.annotate({name: value for name, value in metrics.items() if name.startswith("val/")})
 
-def _about(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{folder}: not a Tidegate checkpoint ({error})") from error
+    def check(self) -> None:
+        """Raise the error of a save in the background, if one failed; does not wait."""
+        self._saver.check()
+
+    def read(self) -> dict[str, float]:
+        """Metrics since the last reading."""
+        stalled_s, self._read_s = self.stalled_s - self._read_s, self.stalled_s
+        return {"checkpoint/stall_s": stalled_s, "checkpoint/write_s": self._saver.written_s}
+
+    @property
+    def newest(self) -> str:
+        """Path or URI of the last checkpoint."""
+        return self._store.storage.path(self._saver.newest or "")
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._saver.close()
+        else:
+            self._saver.abandon()
+
+    def _newest_whole(self) -> str | None:
+        """The name of the newest checkpoint whose contents are what was written; each rank reads its share of it."""
+        listed = [(entry.name, entry.problem) for entry in self._store.entries()] if self._rank == 0 else []
+        for name, problem in reversed(collectives.gather(listed)[0]):
+            problems = [problem] if problem else []
+            if not problems:
+                self._refuse_other_layout(name)
+                mine = self._store.damage(name, slice(self._rank, None, self._world_size))
+                problems = [line for lines in collectives.gather(mine) for line in lines]
+            if not problems:
+                return name
+            self._saver.ignored.add(name)
+            if self._rank == 0:
+                self._notice(f"{self._store.storage.path(name)} is not used: {problems[0]}")
+        return None
+
+    def _refuse_other_layout(self, name: str) -> None:
+        manifest = self._store.manifest(name)
+        model = ModelConfig.model_validate(manifest.model)  # fills in fields that are younger than the checkpoint
+        stored = manifest.layout | {f"model.{field}": value for field, value in flatten(model).items()}
+        job = self._job
+        wanted = _layout(job) | {f"model.{field}": value for field, value in flatten(job.model).items()}
+        for field in diff(stored, wanted):
+            raise ConfigError(
+                f"{self._store.storage.path(name)}: the checkpoint was written at {field}={stored.get(field)}, this "
+                f"job has {field}={wanted.get(field)}; resume with the checkpoint's"
+            )
 
 
 def _layout(job: Job) -> dict[str, Any]:
@@ -95,12 +195,35 @@ def _layout(job: Job) -> dict[str, Any]:
     }
 
 
-def _generator_file() -> str:
-    return f"generators_rank_{collectives.rank():05d}.pt"
+_TRACKER = "rank_00000/tracker.pt"
 
 
-def _generators() -> dict[str, torch.Tensor]:
-    states = {"cpu": torch.get_rng_state()}
+def _generator_file(rank: int) -> str:
+    return f"rank_{rank:05d}/generators.pt"
+
+
+def _seed_generators(seed: int, rank: int) -> None:
+    """The model draws from the clock of its steps and from nothing here; what does not know of it is seeded too."""
+    for start in (random.seed, np.random.seed, torch.manual_seed):
+        start(seed + rank)
+
+
+def _generators() -> dict[str, Any]:
+    algorithm, keys, *rest = np.random.get_state(legacy=True)
+    states = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (str(algorithm), torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+    }
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
+
+
+def _restore_generators(states: Mapping[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["python"])
+    algorithm, keys, *rest = states["numpy"]
+    np.random.set_state((algorithm, keys.numpy().astype(np.uint32), *rest))
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,7 @@ from tidegate.model.routers.dense_to_sparse import DenseToSparseConfig
 from tidegate.parallel.config import ParallelConfig
 from tidegate.track.config import TrackConfig
 from tidegate.train.oracle import LARGEST_ENUMERATION
+from tidegate.train.retention import CheckpointConfig
 from tidegate.train.schedule import ScheduleConfig
 from tidegate_kernels.choice import Kernels, interpreted
 
@@ -55,7 +56,8 @@ class TrainConfig(Config):
     oracle_sequences: int = Field(default=0, ge=0)
     """Held-out sequences on which the last evaluation tries every path through the experts; 0: none. For one expert a
     token and few layers, see `train/oracle.py`."""
-    save_every: int = Field(default=100, ge=1)
+
+    moved: ClassVar[dict[str, str]] = {"save_every": "checkpoint.every"}
 
 
 class ResourcesConfig(Config):
@@ -65,9 +67,8 @@ class ResourcesConfig(Config):
     cpus_per_worker: int = Field(default=1, ge=1)
     max_failures: int = Field(default=0, ge=-1)
     """How often Ray restarts the workers from the last checkpoint; -1 is without end."""
-    storage: str | None = None
-    """Folder or fsspec URI of the checkpoints; None: the state directory."""
-    keep_checkpoints: int = Field(default=2, ge=1)
+
+    moved: ClassVar[dict[str, str]] = {"storage": "checkpoint.storage", "keep_checkpoints": "checkpoint.keep_last"}
 
 
 class Job(Config):
@@ -77,6 +78,7 @@ class Job(Config):
     data: DataConfig
     optimizer: OptimizerConfig
     train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
     parallel: ParallelConfig = ParallelConfig()
     resources: ResourcesConfig = ResourcesConfig()
     track: TrackConfig = TrackConfig()
@@ -157,6 +159,20 @@ class Job(Config):
                 f"parallel.gradients_at_once={at_once} is more than the {self.accumulation} micro-batches of a step "
                 f"(train.batch_tokens={self.train.batch_tokens}, train.micro_batch={self.train.micro_batch}, "
                 f"resources.workers={self.resources.workers}); set it to {self.accumulation} at most"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> Job:
+        best, every, train = self.checkpoint.keep_best, self.checkpoint.every, self.train
+        if best is None:
+            return self
+        name = "eval_every" if best.metric.startswith("val/") else "log_every"
+        measured = getattr(train, name)
+        if every % measured and measured % every:
+            raise ValueError(
+                f"checkpoint.keep_best.metric={best.metric} is measured every train.{name}={measured} steps, which "
+                f"checkpoint.every={every} misses; make one a multiple of the other"
             )
         return self
 

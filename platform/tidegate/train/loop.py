@@ -19,8 +19,7 @@ from tidegate.model.clock import Clock
 from tidegate.model.moe import MoEConfig
 from tidegate.parallel import collectives
 from tidegate.parallel.engine import Engine
-from tidegate.train import checkpoint
-from tidegate.train.checkpoint import Position
+from tidegate.train.checkpoint import Checkpoints, Position, Tracker
 from tidegate.train.evaluate import Evaluation, evaluate, evaluate_oracle
 from tidegate.train.job import Job
 from tidegate.train.step import StepLosses, train_step, update_routers, update_units
@@ -32,20 +31,20 @@ __all__ = ["Outcome", "World", "train"]
 
 
 class World(NamedTuple):
-    """What a launcher gives to the loop. Every rank gets the same functions; `record` is called on rank 0 only."""
+    """What a launcher gives to the loop. `record` and `notice` are called on rank 0 only."""
 
     dataset: Path
     """The prepared tokens."""
-    new_checkpoint: Callable[[int], Path]
-    """An empty folder for this rank's part of the checkpoint of a step."""
-    publish: Callable[[Path, Record], None]
-    """Make a filled folder durable; blocks until it is. Every rank calls it for every checkpoint."""
+    checkpoints: str
+    """Folder or URI of the run's checkpoints, which all ranks reach; training continues from the newest one."""
     record: Callable[[Record], None]
     """Show and track metrics; must not block."""
+    notice: Callable[[str], None]
+    """Show a line to the user; must not block."""
     should_stop: Callable[[], bool]
     """Whether this rank was asked to end gracefully."""
-    resume_from: Path | None = None
-    """A checkpoint to continue from."""
+    tracker: Tracker | None = None
+    """Metrics on their way, for checkpoints; on rank 0."""
 
 
 class Outcome(NamedTuple):
@@ -56,6 +55,10 @@ class Outcome(NamedTuple):
     finished: bool
     """False if it was stopped before the last step."""
     evaluation: Evaluation | None
+    checkpoint: str
+    """The last one, a folder or URI."""
+    stalled_s: float
+    """Seconds for which this rank stood still for checkpoints."""
 
 
 def train(job: Job, world: World) -> Outcome:
@@ -64,68 +67,66 @@ def train(job: Job, world: World) -> Outcome:
     loader = build_loader(job, dataset)
     engine = build_engine(job)
     balancer = build_balancer(job)
-    if world.resume_from is None:
-        fit_routers(job, engine, dataset)
     spikes, pending = LossSpikes(engine.device), None
-    step, tokens = _resume(job, world, engine, loader, spikes)
-    throughput = Throughput(job, peak_flops(engine.device))
     isolate = job.data.documents == "isolate"
-
     evaluation, stopping = None, False
-    while tokens < job.train.tokens and not stopping:
-        batch = next(loader)
-        step += 1
-        tokens += job.train.batch_tokens
-        learning_rate = job.optimizer.schedule.at(tokens, job.train.tokens)
-        engine.set_learning_rate(learning_rate)
-        clock = Clock(step, tokens, job.train.seed)
-        last = tokens >= job.train.tokens
-        logged = step % job.train.log_every == 0 or last
-        observer = build_observer(job, dataset) if logged else None
-        losses, stops, last_nll = train_step(
-            engine,
-            balancer,
-            batch,
-            clock,
-            isolate=isolate,
-            stop=world.should_stop(),
-            last_nll=pending,
-            observer=observer,
-        )
-        if pending is not None:
-            spikes.see(last_nll)
-        pending = losses.nll
-        if balancer is not None:
-            update_routers(engine.model, balancer, clock, job.balance.bias_rate)
-        update_units(engine.model, losses, clock)
-        throughput.count(job.train.batch_tokens)
 
-        stopping = stops.read() > 0  # waits for the beginning of this step, not for its end
-        if logged or stopping:
-            kept = torch.full((), torch.nan, device=engine.device)  # not made on the host: a copy would wait
-            if engine.model.units is not None:
-                kept = engine.model.units.expected_cost(clock).detach() / engine.model.units.units.total_cost
-            alike = [engine.gradient_norm(), spikes.state[3], kept]
-            metrics = _read(job, losses, torch.stack(alike), observer)
-            metrics |= throughput.read() | {"train/learning_rate": learning_rate}
-            _record(world, Record(step, tokens, metrics))
+    with Checkpoints(world.checkpoints, job, engine, world.tracker, world.notice) as checkpoints:
+        step, tokens = _begin(job, checkpoints, engine, dataset, loader, spikes)
+        if step and _evaluates(job, step, tokens):  # the run may have ended before it did, or while
+            evaluation = _evaluate(world, job, checkpoints, engine, dataset, step, tokens)
+        throughput = Throughput(job, peak_flops(engine.device))
+        while tokens < job.train.tokens and not stopping:
+            batch = next(loader)
+            step += 1
+            tokens += job.train.batch_tokens
+            learning_rate = job.optimizer.schedule.at(tokens, job.train.tokens)
+            engine.set_learning_rate(learning_rate)
+            clock = Clock(step, tokens, job.train.seed)
+            last = tokens >= job.train.tokens
+            logged = step % job.train.log_every == 0 or last
+            observer = build_observer(job, dataset) if logged else None
+            losses, stops, last_nll = train_step(
+                engine,
+                balancer,
+                batch,
+                clock,
+                isolate=isolate,
+                stop=world.should_stop(),
+                last_nll=pending,
+                observer=observer,
+            )
+            if pending is not None:
+                spikes.see(last_nll)
+            pending = losses.nll
+            if balancer is not None:
+                update_routers(engine.model, balancer, clock, job.balance.bias_rate)
+            update_units(engine.model, losses, clock)
+            throughput.count(job.train.batch_tokens)
 
-        # Save before evaluating: an evaluation that runs out of memory must not cost the run.
-        if step % job.train.save_every == 0 or last or stopping:
-            collectives.all_reduce(pending)
-            spikes.see(pending)
-            pending = None
-            _save(world, engine, job, Position(step, tokens, loader.state_dict(), spikes.state.tolist()))
-            throughput.restart()
-        if step % job.train.eval_every == 0 or last:
-            evaluation = evaluate(engine, job, dataset)
-            metrics = _evaluation_metrics(evaluation)
-            if last and job.train.oracle_sequences:
-                metrics |= evaluate_oracle(engine, job, dataset).metrics()
-            _record(world, Record(step, tokens, metrics))
-            throughput.restart()
-    loader.close()
-    return Outcome(step, tokens, tokens >= job.train.tokens, evaluation)
+            metrics: dict[str, float] = {}
+            stopping = stops.read() > 0  # waits for the beginning of this step, not for its end
+            if logged or stopping:
+                kept = torch.full((), torch.nan, device=engine.device)  # not made on the host: a copy would wait
+                if engine.model.units is not None:
+                    kept = engine.model.units.expected_cost(clock).detach() / engine.model.units.units.total_cost
+                alike = [engine.gradient_norm(), spikes.state[3], kept]
+                metrics = _read(job, losses, torch.stack(alike), observer)
+                metrics |= throughput.read() | checkpoints.read() | {"train/learning_rate": learning_rate}
+                _record(world, Record(step, tokens, metrics))
+
+            # Save before evaluating: an evaluation that runs out of memory must not cost the run.
+            checkpoints.check()
+            if step % job.checkpoint.every == 0 or last or stopping:
+                collectives.all_reduce(pending)
+                spikes.see(pending)
+                pending = None
+                checkpoints.save(Position(step, tokens, loader.state_dict(), spikes.state.tolist()), metrics)
+            if _evaluates(job, step, tokens):
+                evaluation = _evaluate(world, job, checkpoints, engine, dataset, step, tokens)
+                throughput.restart()
+        loader.close()
+    return Outcome(step, tokens, tokens >= job.train.tokens, evaluation, checkpoints.newest, checkpoints.stalled_s)
 
 
 def build_loader(job: Job, dataset: TokenDataset) -> TrainLoader:
@@ -181,20 +182,33 @@ def build_observer(job: Job, dataset: TokenDataset) -> Observer:
     return Observer(dataset.domains, top_k, collectives.rank(), collectives.world_size())
 
 
-def _resume(job: Job, world: World, engine: Engine, loader: TrainLoader, spikes: LossSpikes) -> tuple[int, int]:
-    """Steps and tokens that are behind us."""
-    if world.resume_from is None:
+def _begin(
+    job: Job, checkpoints: Checkpoints, engine: Engine, dataset: TokenDataset, loader: TrainLoader, spikes: LossSpikes
+) -> tuple[int, int]:
+    """Continue from the last checkpoint or make the model ready for its first step; steps and tokens behind us."""
+    position = checkpoints.resume()
+    if position is None:
+        fit_routers(job, engine, dataset)
         return 0, 0
-    position = checkpoint.load(world.resume_from, engine, job)
     loader.load_state_dict(position.data)
     spikes.state = torch.tensor(position.spikes, device=engine.device)
     return position.step, position.tokens
 
 
-def _save(world: World, engine: Engine, job: Job, position: Position) -> None:
-    folder = world.new_checkpoint(position.step)
-    checkpoint.save(folder, engine, job, position)
-    world.publish(folder, Record(position.step, position.tokens, {}))
+def _evaluates(job: Job, step: int, tokens: int) -> bool:
+    return step % job.train.eval_every == 0 or tokens >= job.train.tokens
+
+
+def _evaluate(
+    world: World, job: Job, checkpoints: Checkpoints, engine: Engine, dataset: TokenDataset, step: int, tokens: int
+) -> Evaluation:
+    evaluation = evaluate(engine, job, dataset)
+    metrics = _evaluation_metrics(evaluation)
+    if tokens >= job.train.tokens and job.train.oracle_sequences:
+        metrics |= evaluate_oracle(engine, job, dataset).metrics()
+    _record(world, Record(step, tokens, metrics))
+    checkpoints.evaluated(step, metrics)
+    return evaluation
 
 
 def _record(world: World, record: Record) -> None:

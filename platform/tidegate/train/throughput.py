@@ -43,7 +43,7 @@ class Throughput:
         return metrics
 
     def restart(self) -> None:
-        """Forget the time since the last reading: it went into saving or evaluating."""
+        """Forget the time since the last reading: it went into evaluating."""
         self._since, self._tokens = time.monotonic(), 0
 
 

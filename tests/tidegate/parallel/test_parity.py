@@ -7,7 +7,6 @@ process without engine that sees the whole batch; the truth of training is the e
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -389,6 +388,28 @@ def test_a_rank_whose_experts_get_no_rows_takes_part(on_ranks: Callable[..., lis
     assert all(torch.isfinite(torch.tensor(loss)) for loss in on_ranks(2, all_dead_but_one))
 
 
+class Files:
+    """A checkpoint in a folder, the plain way."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.contents: dict[str, Any] = {}
+
+    def put(self, name: str, content: Any) -> None:
+        self.contents[name] = content
+
+    def write(self) -> None:
+        for name, content in self.contents.items():
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            torch.save(content, self.folder / name)
+
+    def fetch(self, name: str) -> Any:
+        return (self.folder / name).open("rb")
+
+    def names(self) -> list[str]:
+        return [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*.pt")]
+
+
 def continue_from_checkpoint(
     folder: str, layouts: list[Layout], precision: str, model: ModelConfig = MODEL, offload: Any = "none"
 ) -> list[tuple[list[float], list[float]]]:
@@ -409,16 +430,15 @@ def continue_from_checkpoint(
     runs = []
     for number, (expert, zero_stage, accumulation) in enumerate(layouts):
         parallel = ParallelConfig(expert=expert, zero_stage=zero_stage, offload=offload)
-        # Each rank writes to a folder of its own, as on Ray; the folders are merged before loading.
-        own, merged = Path(folder) / f"{number}-rank{collectives.rank()}", Path(folder) / f"{number}-merged"
+        files = Files(Path(folder) / str(number))
         engine = engine_for(parallel, accumulation, precision, clip=0.3, model=model)
         steps(engine, accumulation, range(3))
-        engine.save(own, {"step": 3})
+        engine.save(files.put, {"step": 3})
         straight = steps(engine, accumulation, range(3, 5))
-        shutil.copytree(own, merged, dirs_exist_ok=True)
+        files.write()  # only now: the snapshot must not have followed the steps
         torch.distributed.barrier()
         resumed = engine_for(parallel, accumulation, precision, clip=0.3, model=model)
-        assert resumed.load(merged) == {"step": 3}
+        assert resumed.load(files.fetch, files.names()) == {"step": 3}
         runs.append((straight, steps(resumed, accumulation, range(3, 5))))
     return runs
 
@@ -459,9 +479,11 @@ def settings_after_load(folder: str) -> list[tuple[float, float]]:
     found = []
     for zero_stage in (0, 1, 2):
         parallel = ParallelConfig(zero_stage=zero_stage)
-        engine_for(parallel, 1, clip=0.3).save(Path(folder) / str(zero_stage), {})
+        files = Files(Path(folder) / str(zero_stage))
+        engine_for(parallel, 1, clip=0.3).save(files.put, {})
+        files.write()
         engine = engine_for(parallel, 1, clip=9.0, weight_decay=0.5)
-        engine.load(Path(folder) / str(zero_stage))
+        engine.load(files.fetch, files.names())
         inner = engine._engine.optimizer
         decay = max(group["weight_decay"] for group in inner.param_groups)
         found.append((decay, engine._clip if zero_stage == 0 else inner.clip_grad))

@@ -249,6 +249,27 @@ def test_a_spool_of_an_earlier_process_goes_first(handle, spool, sent, history):
     assert not spool.exists()
 
 
+def test_records_of_a_checkpoint_arrive_once_and_before_later_ones(handle, spool, tmp_path, sent, history):
+    sent.before = [ConnectionError("refused")] * 100
+    killed = MetricLogger(handle.uri, handle.run_id, spool=tmp_path / "lost", flush_every_s=60)
+    log_steps(killed, range(4))
+    unsent = killed.unsent()
+    assert [record["step"] for record in unsent] == [0, 1, 2, 3]
+    sent.before.clear()
+    Sender(handle.uri, handle.run_id).send([Record(**unsent[0])])  # arrived after the checkpoint was taken
+
+    sent.requests.clear()
+    logger = MetricLogger(handle.uri, handle.run_id, spool=spool, flush_every_s=60)
+    logger.adopt(unsent)
+    log_steps(logger, range(4, 6))
+    assert [record["step"] for record in logger.unsent()] == [0, 1, 2, 3, 4, 5]
+    assert logger.close() == Delivery(delivered=6, undelivered=0, spool=None)
+    assert sent.steps == [1, 2, 3, 4, 5]
+    assert [step for step, _ in history(handle.uri, handle.run_id, "loss")] == list(range(6))
+    assert logger.unsent() == []
+    killed.close(timeout_s=0)
+
+
 def test_another_runs_spool_is_left_alone(handle, spool):
     Spool(spool, "b" * 32).append([Record(1, 1, {"tokens": 1.0})])
     before = spool.read_bytes()

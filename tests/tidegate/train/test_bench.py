@@ -27,8 +27,7 @@ def measured_and_losses_of_the_loop(job: Job, tokens: Path, folder: Path) -> tup
         if "train/loss" in record.metrics:
             found.append(record.metrics["train/loss"])
 
-    folder.mkdir()
-    train(job, World(tokens, lambda step: folder / str(step), lambda *_: None, record, lambda: False))
+    train(job, World(tokens, str(folder), record, print, lambda: False))
     return measure(job, tokens, STEPS), found
 
 
@@ -44,7 +43,7 @@ def measured_and_losses_of_the_loop(job: Job, tokens: Path, folder: Path) -> tup
 def test_the_losses_are_those_of_the_loop(
     tiny_job: Callable[..., Path], on_ranks: Callable[..., Any], tmp_path: Path, overrides: list[str]
 ) -> None:
-    path = tiny_job(train={"tokens": 512 * (WARM_UP + STEPS), "save_every": 1000})
+    path = tiny_job(train={"tokens": 512 * (WARM_UP + STEPS)}, checkpoint={"every": 1000})
     job: Job = load(path, Job, overrides).config
     tokens = tmp_path / "tokens"
     tokens.mkdir()

@@ -248,6 +248,16 @@ CONFLICTS = {
         ["model.ffn.router.kind=thor", "model.units={over: [heads], method: {kind: random}}"],
         "model: units.over=['heads'] does not fit ffn.router.kind=thor, whose two passes a step would draw two masks",
     ),
+    "best without evaluation": (
+        ["train.eval_every=150", "checkpoint={every: 100, keep_best: {n: 2}}"],
+        "checkpoint.keep_best.metric=val/loss is measured every train.eval_every=150 steps, which checkpoint.every=100 "
+        "misses; make one a multiple of the other",
+    ),
+    "best without a record": (
+        ["train.log_every=7", "checkpoint={every: 10, keep_best: {metric: train/loss}}"],
+        "checkpoint.keep_best.metric=train/loss is measured every train.log_every=7 steps, which checkpoint.every=10 "
+        "misses; make one a multiple of the other",
+    ),
     "domains": (
         ["data.domains.1.name=prose"],
         "data: two domains share the name 'prose'",

@@ -6,6 +6,7 @@ Letters: X domains, L layers, E experts, B sequences, T tokens.
 from __future__ import annotations
 
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -313,14 +314,8 @@ def names_of_a_run(path: str, scratch: str) -> set[str]:
     job = load(path, Job).config
     folder = prepare(job.data, cache_dir=Path(scratch) / "data", job_dir=Path(path).parent)
     names: set[str] = set()
-    world = World(
-        folder,
-        lambda step: Path(scratch) / f"step{step}",
-        lambda *_: None,
-        lambda record: names.update(record.metrics),
-        lambda: False,
-    )
-    train(job, world)
+    checkpoints = f"{scratch}/checkpoints-{len(os.listdir(scratch))}"  # a run of its own, not resumed
+    train(job, World(folder, checkpoints, lambda record: names.update(record.metrics), print, lambda: False))
     return names
 
 
