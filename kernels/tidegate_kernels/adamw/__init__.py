@@ -22,9 +22,11 @@ def adamw(
     square_N: torch.Tensor,
     factors: StepFactors,
     rates: Rates,
+    *,
+    place: int = 0,
 ) -> None:
     """Move weights and moments; see the reference for arguments. All of them are contiguous."""
-    arguments = weights_N, in_use_N, gradients_N, mean_N, square_N, factors, rates
+    arguments = weights_N, in_use_N, gradients_N, mean_N, square_N, factors, rates, place
     if takes_triton(weights_N):
         from tidegate_kernels.adamw import triton
 

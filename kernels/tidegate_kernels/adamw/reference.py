@@ -32,6 +32,8 @@ class StepFactors(NamedTuple):
     """1 / (1 - beta2^t)."""
     skip: torch.Tensor
     """1: leave everything as it is, whatever the gradients hold; else 0."""
+    seed: torch.Tensor
+    """Of the step's roundings; int64 below 2^32."""
 
 
 def step_factors(
@@ -40,7 +42,22 @@ def step_factors(
     """The factors of a step, from its () number t, counted from 1."""
     powers = step.double().unsqueeze(0).new_tensor(betas).pow(step.double())
     correction1, correction2 = (1 / (1 - powers)).float().unbind()
-    return StepFactors(scale.float(), correction1, correction2, skip.float())
+    return StepFactors(scale.float(), correction1, correction2, skip.float(), _mixed(step.long()))
+
+
+def _mixed(x: torch.Tensor) -> torch.Tensor:
+    """A bijection of 32-bit numbers, held in int64, in which every bit of the result hangs on every bit of `x`."""
+    x = x & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def _rounded(x_N: torch.Tensor, bits_N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x` itself in fp32; to bf16 it is rounded up with the probability of what is cut off, by 16 random bits each."""
+    if dtype == torch.float32:
+        return x_N
+    return ((x_N.view(torch.int32) + bits_N.int()) & -0x10000).view(torch.float32).to(dtype)
 
 
 def adamw(
@@ -51,6 +68,7 @@ def adamw(
     square_N: torch.Tensor,
     factors: StepFactors,
     rates: Rates,
+    place: int,
 ) -> None:
     """One step of AdamW in place, and the weights in their dtype in use.
 
@@ -58,18 +76,23 @@ def adamw(
         weights_N: (N,) fp32 master weights.
         in_use_N: (N,) what the model computes with, of any floating dtype; becomes a copy of the weights.
         gradients_N: (N,) fp32.
-        mean_N, square_N: (N,) fp32, running means of gradients and of their squares.
+        mean_N, square_N: (N,) running means of gradients and of their squares, both fp32 or both bf16. bf16 ones are
+            rounded stochastically: to the nearest, a mean of squares that a step changes by less than 2^-9 of itself
+            (any that falls, for beta2 > 0.998) would stand still.
         factors: of this step.
         rates: hyperparameters.
+        place: of the first weight among all weights: the random bits hang on a weight's place and on the step alone.
 
     Source: Loshchilov and Hutter 2019 (arXiv 1711.05101), Algorithm 2, with the schedule as part of the learning rate.
     """
     (beta1, beta2), lr = rates.betas, rates.learning_rate
     g = gradients_N * factors.scale
-    mean = mean_N + (1 - beta1) * (g - mean_N)
-    square = beta2 * square_N + (1 - beta2) * g * g
+    mean = mean_N.float() + (1 - beta1) * (g - mean_N.float())
+    square = beta2 * square_N.float() + (1 - beta2) * g * g
     direction = mean * factors.correction1 / ((square * factors.correction2).sqrt() + rates.eps)
     weights = weights_N * (1 - lr * rates.weight_decay) - lr * direction
+    bits = _mixed(torch.arange(place, place + len(g), device=g.device) ^ factors.seed)
+    mean, square = _rounded(mean, bits & 0xFFFF, mean_N.dtype), _rounded(square, bits >> 16, square_N.dtype)
     skip = factors.skip != 0
     for old, new in ((mean_N, mean), (square_N, square), (weights_N, weights)):
         old.copy_(torch.where(skip, old, new))

@@ -44,6 +44,7 @@ class Engine:
         accumulation: micro-batches a step.
         betas, eps, weight_decay: of AdamW; norms and constants are not decayed.
         gradient_clip: largest global gradient norm, 0 for none.
+        optimizer_state: dtype of AdamW's moments; bf16 with bf16 weights at ZeRO 1 without offload.
         recompute: activation checkpointing of every block.
         keep_rows: rows in expert order are kept for the backward pass, not spread again.
     """
@@ -61,6 +62,7 @@ class Engine:
         eps: float,
         weight_decay: float,
         gradient_clip: float,
+        optimizer_state: Literal["fp32", "bf16"] = "fp32",
         recompute: bool,
         keep_rows: bool = False,
     ) -> None:
@@ -91,7 +93,8 @@ class Engine:
             },
         )
         if precision == "bf16" and parallel.zero_stage == 1 and parallel.offload == "none":
-            FlatGradients.take_over(self._engine.optimizer, at_once=parallel.gradients_at_once)
+            moments = torch.bfloat16 if optimizer_state == "bf16" else torch.float32
+            FlatGradients.take_over(self._engine.optimizer, at_once=parallel.gradients_at_once, moments=moments)
             model.embedding.sparse_gradient = model.head is not None  # a tied head's gradient is dense
         self._snapshots = HostSnapshots(self._engine, self.device)
         self._clip = gradient_clip

@@ -40,15 +40,18 @@ class FlatGradients(BF16_Optimizer):
     """Of each group, by parameter, gradients that wait for those of the next micro-batches."""
     _at_once: int
     """Gradients that are added in one pass."""
+    _moments: torch.dtype
+    """Of AdamW's running means."""
     _average_over: int
     """Ranks whose gradients the reduction sums."""
 
     @classmethod
-    def take_over(cls, optimizer: Any, *, at_once: int) -> None:
+    def take_over(cls, optimizer: Any, *, at_once: int, moments: torch.dtype) -> None:
         """Turn DeepSpeed's optimizer, fresh from `deepspeed.initialize`, into this one.
 
         Args:
             at_once: keep gradients until there are those of so many micro-batches, and add them in one pass.
+            moments: fp32, or bf16, which are rounded stochastically.
         """
         assert type(optimizer) is BF16_Optimizer, type(optimizer)
         assert optimizer.grad_acc_dtype == torch.float32, optimizer.grad_acc_dtype
@@ -56,6 +59,7 @@ class FlatGradients(BF16_Optimizer):
         optimizer._started = [set() for _ in optimizer.bf16_groups]
         optimizer._held = [defaultdict(list) for _ in optimizer.bf16_groups]
         optimizer._at_once = at_once
+        optimizer._moments = moments
         optimizer._average_over = dist.get_world_size(optimizer.dp_process_group)
         for group, parameters in enumerate(optimizer.bf16_groups):
             for index, parameter in enumerate(parameters):
@@ -123,9 +127,11 @@ class FlatGradients(BF16_Optimizer):
         torch._foreach_add_([state["step"] for state in states], 1 - skip)
         groups = self.optimizer.param_groups
         factors = step_factors(states[0]["step"], groups[0]["betas"], scale, skip)  # alike for all groups
+        before = 0  # weights of the groups before
         for index, (group, state) in enumerate(zip(groups, states, strict=True)):
             ranks = self.real_dp_process_group[index]
-            mine = self.bf16_partitioned_groups[index][dist.get_rank(ranks)]
+            rank = dist.get_rank(ranks)
+            mine = self.bf16_partitioned_groups[index][rank]
             adamw(
                 self.fp32_groups_flat_partition[index],
                 mine,
@@ -134,7 +140,9 @@ class FlatGradients(BF16_Optimizer):
                 state["exp_avg_sq"],
                 factors,
                 Rates(group["lr"], group["betas"], group["eps"], group["weight_decay"]),
+                place=before + rank * len(mine),
             )
+            before += self.bf16_groups_flat[index].numel()
             if dist.get_world_size(ranks) > 1:
                 dist.all_gather_into_tensor(self.bf16_groups_flat[index], mine, group=ranks)
         self._lazy_init_hp_params_optimizer_state()
@@ -144,8 +152,14 @@ class FlatGradients(BF16_Optimizer):
         state = self.optimizer.state[weights]
         if not state:
             state["step"] = torch.zeros((), device=weights.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weights), torch.zeros_like(weights)
+            state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(weights, dtype=self._moments) for _ in range(2))
         return state
+
+    def load_state_dict(self, *args: Any, **keywords: Any) -> None:
+        super().load_state_dict(*args, **keywords)
+        for state in self.optimizer.state.values():  # PyTorch gives moments the dtype of the weights
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = state[name].to(self._moments)
 
     def _norm(self) -> torch.Tensor:
         """() of the averaged gradients of all parameters, each counted once: it lies on one rank."""

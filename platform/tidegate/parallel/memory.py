@@ -38,7 +38,7 @@ class StateMemory(NamedTuple):
     master_weights: int
     """The fp32 truth behind bf16 weights, or a rank's part of fp32 ones."""
     moments: int
-    """Of AdamW, fp32."""
+    """Of AdamW."""
     bucket: int
     """Held from a backward pass's first gradient until gradients are reduced."""
     step: int
@@ -49,7 +49,11 @@ class StateMemory(NamedTuple):
 
 
 def state_memory(
-    model: Decoder, parallel: ParallelConfig, world_size: int, precision: Literal["fp32", "bf16"]
+    model: Decoder,
+    parallel: ParallelConfig,
+    world_size: int,
+    precision: Literal["fp32", "bf16"],
+    optimizer_state: Literal["fp32", "bf16"] = "fp32",
 ) -> StateMemory:
     """What DeepSpeed and `FlatGradients` hold; padding of a partition (a few numbers a rank) is left out.
 
@@ -58,6 +62,7 @@ def state_memory(
         parallel: the layout.
         world_size: ranks.
         precision: of the weights in use.
+        optimizer_state: dtype of AdamW's moments.
     """
     of_experts = [module for module in model.modules() if isinstance(module, Experts)]
     experts = sum(p.numel() for module in of_experts for p in module.parameters())
@@ -65,6 +70,8 @@ def state_memory(
     by_rows = 0 if model.head is None else model.embedding.weight.numel()  # gradients that are added at once
     S = -(-(P - experts) // world_size) + -(-experts // (world_size // parallel.expert))
     state = _state(P, P - by_rows, S, min(max(experts, P - experts), _BUCKET), parallel, precision)
+    if optimizer_state == "bf16":
+        state = state._replace(moments=state.moments // 2)
     if parallel.offload == "none":
         return state
     # Sums of bf16 gradients stay on the GPU.

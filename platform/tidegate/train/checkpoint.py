@@ -192,6 +192,7 @@ def _layout(job: Job) -> dict[str, Any]:
         "parallel.zero_stage": job.parallel.zero_stage,
         "parallel.offload": job.parallel.offload,
         "train.precision": job.train.precision,
+        "optimizer.state": job.optimizer.state,
     }
 
 

@@ -33,6 +33,8 @@ class OptimizerConfig(Config):
     """Of matrices; norms and gate constants are not decayed."""
     gradient_clip: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 is off."""
+    state: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of both moments; bf16 ones are rounded stochastically and save 4 bytes a weight."""
 
 
 class TrainConfig(Config):
@@ -143,6 +145,13 @@ class Job(Config):
         problem = self.parallel.problem(self.resources.workers, spread, what)
         if problem:
             raise ValueError(problem)
+        if self.optimizer.state == "bf16" and (
+            self.train.precision != "bf16" or self.parallel.zero_stage != 1 or self.parallel.offload != "none"
+        ):
+            raise ValueError(
+                "optimizer.state=bf16 needs train.precision=bf16, parallel.zero_stage=1 and parallel.offload=none, not "
+                f"{self.train.precision}, {self.parallel.zero_stage} and {self.parallel.offload}; set it to fp32"
+            )
         at_once = self.parallel.gradients_at_once
         if at_once > 1 and (self.parallel.zero_stage != 1 or self.train.precision != "bf16"):
             raise ValueError(

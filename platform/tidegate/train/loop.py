@@ -155,6 +155,7 @@ def build_engine(job: Job) -> Engine:
         eps=job.optimizer.eps,
         weight_decay=job.optimizer.weight_decay,
         gradient_clip=job.optimizer.gradient_clip,
+        optimizer_state=job.optimizer.state,
         recompute=job.train.recompute,
         keep_rows=job.train.keep_rows,
     )

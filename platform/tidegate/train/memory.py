@@ -58,7 +58,7 @@ def predict(job: Job) -> MemoryPrediction:
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
     moe = partial(MoEShare, expert_size=parallel.expert, keep_rows=train.keep_rows)
     model = model_on_meta(job.model, dtype, moe=moe, recompute=train.recompute)
-    state = state_memory(model, parallel, job.resources.workers, train.precision)
+    state = state_memory(model, parallel, job.resources.workers, train.precision, job.optimizer.state)
     passes = pass_memory(
         model,
         micro_batch=train.micro_batch,

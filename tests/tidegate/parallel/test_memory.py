@@ -43,11 +43,13 @@ def batch() -> tuple[torch.Tensor, ...]:
     return tokens[:, :-1], tokens[:, 1:], torch.ones(B, T, dtype=torch.bool)
 
 
-def engine_of(parallel: ParallelConfig, precision: Literal["fp32", "bf16"]) -> Engine:
+def engine_of(
+    parallel: ParallelConfig, precision: Literal["fp32", "bf16"], optimizer_state: Literal["fp32", "bf16"] = "fp32"
+) -> Engine:
     from tidegate.parallel.engine import Engine
 
     adam = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "gradient_clip": 1.0}
-    rest = {"seed": 0, "micro_batch": B, "accumulation": 2, "recompute": False}
+    rest = {"seed": 0, "micro_batch": B, "accumulation": 2, "recompute": False, "optimizer_state": optimizer_state}
     return Engine(MODEL, parallel, precision=precision, **adam, **rest)
 
 
@@ -63,10 +65,12 @@ class Held(NamedTuple):
     predicted: StateMemory
 
 
-def held_by_an_engine(parallel: ParallelConfig, precision: Literal["fp32", "bf16"]) -> Held:
+def held_by_an_engine(
+    parallel: ParallelConfig, precision: Literal["fp32", "bf16"], optimizer_state: Literal["fp32", "bf16"]
+) -> Held:
     live = OnTheHost()
     with live:
-        engine = engine_of(parallel, precision)
+        engine = engine_of(parallel, precision, optimizer_state)
         engine.set_learning_rate(1e-3)
         for _ in range(4):
             torch.distributed.barrier()  # gloo's threads hold tensors a little longer
@@ -75,7 +79,7 @@ def held_by_an_engine(parallel: ParallelConfig, precision: Literal["fp32", "bf16
             engine.backward(engine.forward(*batch()).nll)
             reducing, live.peak = live.peak, live.now
             engine.step()
-    predicted = state_memory(engine.model, parallel, collectives.world_size(), precision)
+    predicted = state_memory(engine.model, parallel, collectives.world_size(), precision, optimizer_state)
     return Held(between, reducing, live.peak, predicted)
 
 
@@ -84,10 +88,13 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     *[(precision, {"zero_stage": stage, "offload": "optimizer"}) for precision in ("bf16", "fp32") for stage in (1, 2)],
     ("bf16", {"zero_stage": 1, "gradients_at_once": 2}),
 ]
+WITH_BF16_MOMENTS = ("bf16", {"zero_stage": 1})
 
 
 def held_by_engines(expert: int) -> list[Held]:
-    return [held_by_an_engine(ParallelConfig(expert=expert, **layout), precision) for precision, layout in LAYOUTS]
+    held = [held_by_an_engine(ParallelConfig(expert=expert, **layout), dtype, "fp32") for dtype, layout in LAYOUTS]
+    precision, layout = WITH_BF16_MOMENTS
+    return [*held, held_by_an_engine(ParallelConfig(expert=expert, **layout), precision, "bf16")]
 
 
 def on_the_host(layout: dict[str, Any], precision: str, world_size: int, expert: int) -> int:
@@ -108,7 +115,9 @@ def on_the_host(layout: dict[str, Any], precision: str, world_size: int, expert:
 @pytest.mark.parametrize(("world_size", "expert"), [(1, 1), (2, 1), (2, 2)])
 def test_state_is_what_engines_hold(world_size, expert, on_ranks):
     for rank in on_ranks(world_size, held_by_engines, expert):
-        for (precision, layout), (between, reducing, stepping, predicted) in zip(LAYOUTS, rank, strict=True):
+        for (precision, layout), (between, reducing, stepping, predicted) in zip(
+            [*LAYOUTS, WITH_BF16_MOMENTS], rank, strict=True
+        ):
             case = precision, layout
             held = sum(predicted[:5]) + on_the_host(layout, precision, world_size, expert)
             # DeepSpeed's bucket stays between micro-batches at stage 1 only.

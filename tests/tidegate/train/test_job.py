@@ -43,6 +43,11 @@ CONFLICTS = {
         "parallel.gradients_at_once=2 has no effect with parallel.offload=optimizer, whose gradients take another "
         "path; set it to 1",
     ),
+    "moments in bf16 at another stage": (
+        ["train.precision=bf16", "parallel.zero_stage=2", "optimizer.state=bf16"],
+        "optimizer.state=bf16 needs train.precision=bf16, parallel.zero_stage=1 and parallel.offload=none, not bf16, 2 "
+        "and none; set it to fp32",
+    ),
     "gradients at once at another stage": (
         ["train.precision=bf16", "parallel.zero_stage=2", "parallel.gradients_at_once=2"],
         "parallel.gradients_at_once=2 acts with train.precision=bf16 at parallel.zero_stage=1 only, not with bf16 at "
