@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 
 import pytest
@@ -16,6 +17,7 @@ from tidegate.model.moe import MoEConfig, SharedExpertsConfig
 from tidegate.model.norms import GatedNormConfig
 from tidegate.model.unit_gates.export import export
 from tidegate.train.instruments import EnergyMeter, Memory, StepTimer, record_trace
+from tidegate_kernels.choice import choose
 from tidegate_kernels.gated_attention import Documents
 from tidegate_kernels.gated_attention.sdpa import BACKENDS, attend_with_sink
 from tidegate_kernels.grouped_mm import grouped_mm
@@ -255,3 +257,91 @@ def test_the_instruments_read_the_device() -> None:
     assert x.nbytes < memory.allocated_bytes <= memory.reserved_bytes
     assert meter.missing is None, meter.missing
     assert meter.read_j() >= before_j > 0
+
+
+# --- experts in the host's memory
+
+STORED = CONFIG.model_copy(
+    update={"num_layers": 6, "ffn": MoEConfig(num_experts=13, top_k=3, expert_dim=512), "width": 512}
+)
+_CYCLES = 5_000_000  # a few milliseconds: longer than anything else here takes
+
+
+def steps_with_stored_experts(cases: list[tuple[bool, str]]) -> list[tuple[list[list[float]], int]]:
+    """Losses and norms of three steps of two micro-batches, and the most memory of the last two.
+
+    Args:
+        cases: whether activations are recomputed, and what is slowed down so that missing waits show: the copies `up`
+            or `down`, the computation `compute`, or nothing; `off` keeps experts on the GPU.
+    """
+    from tidegate.parallel import collectives
+    from tidegate.parallel.config import ParallelConfig
+    from tidegate.parallel.engine import Engine
+    from tidegate.parallel.stored_moe import StoredMoE
+
+    torch.distributed.destroy_process_group()
+    collectives.start(alone=True)
+    choose("auto")
+    adam = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "gradient_clip": 0.3}
+    found = []
+    for recompute, slow in cases:
+        layout = ParallelConfig(offload="none" if slow == "off" else "experts")
+        engine = Engine(
+            STORED, layout, precision="bf16", seed=0, micro_batch=4, accumulation=2, recompute=recompute, **adam
+        )
+        if slow in ("up", "down"):
+            assert engine.store is not None
+            lane = engine.store.arrivals if slow == "up" else engine.store._down
+
+            def late(target, source, lane=lane, copy=lane.copy):  # type: ignore[no-untyped-def]
+                with torch.cuda.stream(lane._stream):
+                    torch.cuda._sleep(_CYCLES)
+                copy(target, source)
+
+            lane.copy = late
+        if slow == "compute":
+            for module in engine.model.modules():
+                if isinstance(module, StoredMoE):
+                    module.register_forward_pre_hook(lambda *_: torch.cuda._sleep(_CYCLES))
+        rows = []
+        for step in range(3):
+            engine.set_learning_rate(1e-3)
+            if step == 1:
+                torch.cuda.reset_peak_memory_stats()
+            total = torch.zeros((), device="cuda")
+            for micro_batch in range(2):
+                generator = torch.Generator().manual_seed(2 * step + micro_batch)
+                tokens = torch.randint(0, 503, (4, 129), generator=generator).cuda()
+                counted = torch.ones(4, 128, dtype=torch.bool, device="cuda")
+                loss = engine.forward(tokens[:, :-1], tokens[:, 1:], counted).nll / 512
+                engine.backward(loss)
+                engine.step()
+                total += loss.detach()
+            rows.append([float(total), float(engine.gradient_norm())])
+        found.append((rows, torch.cuda.max_memory_allocated()))
+        del engine, loss
+        gc.collect()
+    return found
+
+
+def test_stored_experts_train_as_those_on_the_gpu(on_ranks) -> None:  # type: ignore[no-untyped-def]
+    """Whatever is slow. Before the first update losses have the same bits; after it AdamW rounds elsewhere."""
+    cases = [(r, slow) for r in (False, True) for slow in ("off", "nothing", "up", "down", "compute")]
+    ((*runs,),) = on_ranks(1, steps_with_stored_experts, cases)
+    for first in (0, 5):
+        rows, _ = runs[first]
+        assert len({loss for loss, _ in rows}) == 3
+        for case, (stored, _) in list(zip(cases, runs, strict=True))[first + 1 : first + 5]:
+            assert stored[0][0] == rows[0][0], case
+            assert stored[0][1] == pytest.approx(rows[0][1], rel=1e-5), case
+            torch.testing.assert_close(
+                torch.tensor(stored), torch.tensor(rows), rtol=2e-3, atol=0, msg=lambda m, at=case: f"{at}: {m}"
+            )
+            assert stored == runs[first + 1][0], (case, "what is slow changes nothing, to the bit")
+
+
+def test_stored_experts_leave_the_gpu(on_ranks) -> None:  # type: ignore[no-untyped-def]
+    """Two of six layers are there; what stays away is 18 bytes a parameter of theirs, and 12 of the two."""
+    ((off, on),) = on_ranks(1, steps_with_stored_experts, [(True, "off"), (True, "nothing")])
+    layer = 13 * 3 * 512 * 512
+    assert off[1] - on[1] == pytest.approx(18 * 6 * layer - 6 * 2 * layer, rel=0.1)

@@ -71,7 +71,8 @@ UNKNOWN = {
     ),
     "nothing near": (
         "parallel: {zzz: 1}",
-        "parallel.zzz: unknown field (got 1); known here: expert, zero_stage, gradients_at_once, offload",
+        "parallel.zzz: unknown field (got 1); known here: expert, zero_stage, gradients_at_once, offload, "
+        "offload_folder",
     ),
     "kind": (
         "model: {ffn: {router: {kind: softmax_topk}}}",

@@ -209,6 +209,8 @@ def _rows(result: BenchResult) -> list[_Row]:
         ms("  backward", split.backward_s),
         ms("  optimizer", split.optimizer_s),
         ms("  other", split.other_s),
+        ms("  waiting for experts", split.experts_s or None),
+        _Row("  of the step", split.experts_s / result.step_s or None, "{:.1%}"),
         _Row("observed step over plain", result.observed_over_plain, "{:.3f}"),
         ms("data, host time a batch", result.data_s),
         ms("traced step", trace.step_s if trace else None),

@@ -10,6 +10,7 @@ from tidegate.config import ConfigError
 from tidegate.data import TokenDataset, check_tokenizer
 from tidegate.model.flops import total
 from tidegate.train.job import Job
+from tidegate.train.memory import predict
 
 __all__ = ["BYTES_PER_PARAMETER", "check_dataset", "check_machine", "check_space", "hide_gpus"]
 
@@ -38,6 +39,21 @@ def check_machine(job: Job, *, local: bool, remote: bool) -> None:
                 f"resources.workers={job.resources.workers} needs as many GPUs, this machine has "
                 f"{torch.cuda.device_count()}"
             )
+    if job.parallel.offload_folder is not None and not remote:
+        _check_offload_folder(job, Path(job.parallel.offload_folder))
+
+
+def _check_offload_folder(job: Job, folder: Path) -> None:
+    """A folder that can be written, with room for the experts' master weights and moments."""
+    name = f"parallel.offload_folder={folder}"
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"{name} is not a folder that can be written to on this machine; make it or name another")
+    needed, free = predict(job).disk * job.resources.workers, shutil.disk_usage(folder).free
+    if needed > free:
+        raise ConfigError(
+            f"{name}: no space left for master weights and moments of the experts: {needed / 1e9:.1f} GB, "
+            f"{free / 1e9:.1f} GB are free; name another folder, or none to keep them in memory"
+        )
 
 
 def hide_gpus(job: Job) -> None:

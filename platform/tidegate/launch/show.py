@@ -159,6 +159,12 @@ def _memory_table(job: Job) -> Table:
             table.add_row(name.replace("_", " "), f"{size / 2**30:,.2f}")
     table.add_section()
     table.add_row("peak", f"{prediction.total / 2**30:,.2f}")
+    elsewhere = {"on the host beside it": prediction.host, "in parallel.offload_folder": prediction.disk}
+    if any(elsewhere.values()):
+        table.add_section()
+    for name, size in elsewhere.items():
+        if size:
+            table.add_row(name, f"{size / 2**30:,.2f}")
     return table
 
 

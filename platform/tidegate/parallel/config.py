@@ -21,9 +21,14 @@ class ParallelConfig(Config):
     gradients_at_once: int = Field(default=1, ge=1, le=4)
     """With bf16 at stage 1: hold the gradients of so many micro-batches, 2 bytes a parameter each but for the last, and
     add them to the fp32 sums in one pass. The same bits; 2 take 40 % less memory traffic than 1, 4 take 60 % less."""
-    offload: Literal["none", "optimizer"] = "none"
+    offload: Literal["none", "optimizer", "experts"] = "none"
     """`optimizer`: master weights and moments live in the host's memory, 18 bytes a parameter over the ranks that ZeRO
-    spreads them on, and AdamW runs on the host's cores. Needs stage 1 or 2; stage 2 leaves least on the GPU."""
+    spreads them on, and AdamW runs on the host's cores. Needs stage 1 or 2; stage 2 leaves least on the GPU.
+    `experts`: all of the routed experts does, and their weights come to the GPU layer by layer, for models that do not
+    fit. With bf16 at stage 1; docs/memory.md says from which micro-batch on it costs little time."""
+    offload_folder: str | None = None
+    """With `offload: experts`: a folder on a local disk for their master weights and moments, 12 bytes a parameter that
+    the host's memory need not hold. Its files go with the process."""
 
     def problem(self, world_size: int, num_experts: int | None, what: str = "model.ffn.num_experts") -> str | None:
         """Why this layout cannot run, or None. `what` names the experts that are spread."""
@@ -34,6 +39,18 @@ class ParallelConfig(Config):
             )
         if self.offload == "optimizer" and self.zero_stage == 0:
             return "parallel.offload=optimizer needs ZeRO, but parallel.zero_stage=0; use parallel.zero_stage=2"
+        if self.offload == "experts" and self.zero_stage != 1:
+            return (
+                f"parallel.offload=experts works at parallel.zero_stage=1 only, not at {self.zero_stage}; use "
+                "parallel.zero_stage=1"
+            )
+        if self.offload == "experts" and num_experts is None:
+            return "parallel.offload=experts needs experts, but model.ffn.kind=dense; use parallel.offload=optimizer"
+        if self.offload_folder is not None and self.offload != "experts":
+            return (
+                f"parallel.offload_folder={self.offload_folder} holds experts, but parallel.offload={self.offload}; "
+                "use parallel.offload=experts or remove the folder"
+            )
         if num_experts is None and self.expert > 1:
             return f"parallel.expert={self.expert} needs experts, but model.ffn.kind=dense; set parallel.expert=1"
         if num_experts is not None and num_experts % self.expert:

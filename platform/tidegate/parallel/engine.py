@@ -6,11 +6,12 @@ import logging
 import os
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from tidegate.model.decoder import Decoder, DecoderOutput, ModelConfig, materialize
+from tidegate.model.decoder import Decoder, DecoderOutput, ModelConfig, MoEFactory, materialize
 from tidegate.model.layers import FeedForward
 from tidegate.model.moe import Experts
 from tidegate.parallel import collectives
@@ -25,9 +26,11 @@ from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_gr
 from deepspeed.utils import logger as deepspeed_logger
 
 from tidegate.parallel.expert import ExpertParallelMoE, tag_parameters
+from tidegate.parallel.expert_store import ExpertStore, StoreSettings
 from tidegate.parallel.flat_gradients import FlatGradients
 from tidegate.parallel.master_weights import scale_rows
 from tidegate.parallel.snapshot import Fetch, HostSnapshots, Put
+from tidegate.parallel.stored_moe import StoredMoE
 
 __all__ = ["Engine"]
 
@@ -68,7 +71,16 @@ class Engine:
     ) -> None:
         self.device = collectives.default_device()
         expert_rank = collectives.rank() % parallel.expert
-        moe = partial(ExpertParallelMoE, expert_size=parallel.expert, expert_rank=expert_rank, keep_rows=keep_rows)
+        share: dict[str, Any] = {"expert_size": parallel.expert, "expert_rank": expert_rank, "keep_rows": keep_rows}
+        moe: MoEFactory = partial(ExpertParallelMoE, **share)
+        self.store: ExpertStore | None = None
+        """The routed experts, where they are not on the device."""
+        if parallel.offload == "experts":
+            replicas, replica = collectives.world_size() // parallel.expert, collectives.rank() // parallel.expert
+            folder = None if parallel.offload_folder is None else Path(parallel.offload_folder)
+            settings = StoreSettings(betas, eps, weight_decay, replicas, replica, folder)
+            self.store = ExpertStore(self.device, settings)
+            moe = partial(StoredMoE, store=self.store, recompute=recompute, **share)
         model = materialize(lambda: Decoder(model_config, moe, recompute), self.device, seed)
         tag_parameters(model)
         optimizer = torch.optim.AdamW(_parameter_groups(model, weight_decay), lr=0.0, betas=betas, eps=eps, fused=True)
@@ -92,9 +104,10 @@ class Engine:
                 **(fp32_sums if precision == "bf16" and parallel.zero_stage > 0 else {}),
             },
         )
-        if precision == "bf16" and parallel.zero_stage == 1 and parallel.offload == "none":
+        if precision == "bf16" and parallel.zero_stage == 1 and parallel.offload != "optimizer":
             moments = torch.bfloat16 if optimizer_state == "bf16" else torch.float32
-            FlatGradients.take_over(self._engine.optimizer, at_once=parallel.gradients_at_once, moments=moments)
+            at_once = parallel.gradients_at_once
+            FlatGradients.take_over(self._engine.optimizer, at_once=at_once, moments=moments, experts=self.store)
             model.embedding.sparse_gradient = model.head is not None  # a tied head's gradient is dense
         self._snapshots = HostSnapshots(self._engine, self.device)
         self._clip = gradient_clip
@@ -103,7 +116,7 @@ class Engine:
         self._expert_replicas = collectives.world_size() // parallel.expert
 
     def _offload(self, parallel: ParallelConfig) -> dict[str, Any]:
-        if parallel.offload == "none":
+        if parallel.offload != "optimizer":
             return {}
         return {"offload_optimizer": {"device": "cpu", "pin_memory": self.device.type == "cuda"}}
 
@@ -117,6 +130,8 @@ class Engine:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Backward of one micro-batch; the engine averages over ranks and accumulation steps."""
+        if self.store is not None:
+            self.store.begin_backward(last=self._engine.is_gradient_accumulation_boundary())
         self._engine.backward(loss)
 
     def step(self) -> None:
@@ -164,9 +179,13 @@ class Engine:
         """Copy this rank's part of a checkpoint to host memory and, with it, the trainer's plain `state`.
 
         Args:
-            put: takes each file's name and content, which stays as it is until the next `save`.
+            put: takes each file's name and content, which stays as it is until the next `save`; but experts that are
+                in `store` are not copied, and stay until the next `step` only.
         """
         self._snapshots.take(put, {"tidegate": state})
+        if self.store is not None:
+            for layer, content in enumerate(self.store.state()):
+                put(_experts_file(layer), content)
 
     def load(self, fetch: Fetch, names: Iterable[str]) -> dict[str, Any]:
         """Load a checkpoint written at the same layout; returns the trainer's `state`.
@@ -184,7 +203,18 @@ class Engine:
             group.update(setting)
         if not self._clips_itself:
             self._engine.optimizer.clip_grad = self._clip
+        if self.store is not None:
+            self.store.load_state(partial(_read_experts, fetch))
         return state["tidegate"]
+
+
+def _experts_file(layer: int) -> str:
+    return f"experts_rank_{collectives.rank():05d}_layer_{layer:03d}.pt"
+
+
+def _read_experts(fetch: Fetch, layer: int) -> dict[str, Any]:
+    with fetch(_experts_file(layer)) as file:
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _parameter_groups(model: Decoder, weight_decay: float) -> list[dict[str, Any]]:

@@ -31,6 +31,7 @@ from deepspeed.checkpoint.constants import (
 )
 from deepspeed.module_inject.auto_ep_folding import mark_autoep_folding_router_parameter
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.utils import groups
 from torch.distributed.nn.functional import all_gather
 
 from tidegate.model.decoder import Decoder
@@ -40,10 +41,10 @@ from tidegate.model.routers import RouterContext, Routing
 from tidegate.model.routers.sinkhorn import Sinkhorn
 from tidegate.parallel.exchange import Exchange
 
-__all__ = ["ExpertParallelMoE", "tag_parameters"]
+__all__ = ["ExpertParallelMoE", "SpreadMoE", "join_expert_groups", "replica_group", "tag_parameters"]
 
 
-class ExpertParallelMoE(MoE, AutoEPMoELayer):
+class SpreadMoE(MoE):
     """`MoE` whose experts are spread over the `expert_size` ranks of a group; equal to `MoE` in what it computes.
 
     Args:
@@ -109,6 +110,10 @@ class ExpertParallelMoE(MoE, AutoEPMoELayer):
         """(N, ...) of this rank to (R, N, ...) of the group; gradients come back to the rank that sent the rows."""
         return torch.stack(all_gather(rows, group=self.ep_group))
 
+
+class ExpertParallelMoE(SpreadMoE, AutoEPMoELayer):
+    """A spread mixture whose experts DeepSpeed reduces, partitions and saves."""
+
     def tag_parameters(self) -> None:
         """Tell DeepSpeed which parameters are expert-parallel. Call when they are allocated for good."""
         weight: Any  # the tags are plain attributes
@@ -132,6 +137,16 @@ class ExpertParallelMoE(MoE, AutoEPMoELayer):
             weight.allreduce = True
             mark_autoep_folding_router_parameter(weight)
             weight.ds_zero_placement_family = "replicated"
+
+
+def join_expert_groups(layer: SpreadMoE) -> None:
+    """Give the layer its process group as DeepSpeed makes it; DeepSpeed's engine need not know the layer's class."""
+    AutoEPMoELayer.set_deepspeed_parallelism(layer)
+
+
+def replica_group(layer: SpreadMoE) -> Any:
+    """The process group of the ranks that hold the same experts as this one."""
+    return groups._get_expert_data_parallel_group(layer.ep_group_name)
 
 
 def tag_parameters(model: Decoder) -> None:

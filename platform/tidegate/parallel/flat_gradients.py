@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
+from tidegate.parallel.expert_store import ExpertStore
 from tidegate_kernels.adamw import Rates, adamw, step_factors
 from tidegate_kernels.gradient_sum import add_gradients, add_rows
 
@@ -44,14 +45,19 @@ class FlatGradients(BF16_Optimizer):
     """Of AdamW's running means."""
     _average_over: int
     """Ranks whose gradients the reduction sums."""
+    _experts: ExpertStore | None
+    """Weights that are elsewhere, but belong to the same step."""
 
     @classmethod
-    def take_over(cls, optimizer: Any, *, at_once: int, moments: torch.dtype) -> None:
+    def take_over(
+        cls, optimizer: Any, *, at_once: int, moments: torch.dtype, experts: ExpertStore | None = None
+    ) -> None:
         """Turn DeepSpeed's optimizer, fresh from `deepspeed.initialize`, into this one.
 
         Args:
             at_once: keep gradients until there are those of so many micro-batches, and add them in one pass.
             moments: fp32, or bf16, which are rounded stochastically.
+            experts: that DeepSpeed does not know of; they are clipped, skipped and moved with the others.
         """
         assert type(optimizer) is BF16_Optimizer, type(optimizer)
         assert optimizer.grad_acc_dtype == torch.float32, optimizer.grad_acc_dtype
@@ -60,6 +66,7 @@ class FlatGradients(BF16_Optimizer):
         optimizer._held = [defaultdict(list) for _ in optimizer.bf16_groups]
         optimizer._at_once = at_once
         optimizer._moments = moments
+        optimizer._experts = experts
         optimizer._average_over = dist.get_world_size(optimizer.dp_process_group)
         for group, parameters in enumerate(optimizer.bf16_groups):
             for index, parameter in enumerate(parameters):
@@ -145,6 +152,8 @@ class FlatGradients(BF16_Optimizer):
             before += self.bf16_groups_flat[index].numel()
             if dist.get_world_size(ranks) > 1:
                 dist.all_gather_into_tensor(self.bf16_groups_flat[index], mine, group=ranks)
+        if self._experts is not None:
+            self._experts.step(scale, skip, groups[0]["lr"])
         self._lazy_init_hp_params_optimizer_state()
 
     def _state(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -163,8 +172,10 @@ class FlatGradients(BF16_Optimizer):
 
     def _norm(self) -> torch.Tensor:
         """() of the averaged gradients of all parameters, each counted once: it lies on one rank."""
-        norms = torch.stack([torch.linalg.vector_norm(part) for part in self.fp32_groups_gradient_flat_partition])
-        square = norms.square().sum()
+        norms = [torch.linalg.vector_norm(part) for part in self.fp32_groups_gradient_flat_partition]
+        if self._experts is not None:
+            norms.append(self._experts.gradient_norm())
+        square = torch.stack(norms).square().sum()
         if self._average_over > 1:
             dist.all_reduce(square, group=self.dp_process_group)
         return square.sqrt() / self._average_over

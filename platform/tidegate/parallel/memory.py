@@ -17,6 +17,7 @@ from tidegate.model.dispatch import Dispatch
 from tidegate.model.moe import Experts, MoE
 from tidegate.parallel.config import ParallelConfig
 from tidegate.parallel.exchange import Exchange
+from tidegate.parallel.expert_store import BUFFERS
 
 __all__ = ["LOAD_SKEW", "MoEShare", "StateMemory", "state_memory"]
 
@@ -46,6 +47,10 @@ class StateMemory(NamedTuple):
     still_saved: float = 0.0
     """Share of the activations that are there when gradients are first reduced: a bucket that does not hold all of them
     is full in the middle of a backward pass."""
+    host: int = 0
+    """In the host's memory: what the optimizer keeps there, or experts and all that belongs to them."""
+    disk: int = 0
+    """In `parallel.offload_folder`."""
 
 
 def state_memory(
@@ -68,7 +73,20 @@ def state_memory(
     experts = sum(p.numel() for module in of_experts for p in module.parameters())
     P = sum(p.numel() for p in model.parameters())
     by_rows = 0 if model.head is None else model.embedding.weight.numel()  # gradients that are added at once
-    S = -(-(P - experts) // world_size) + -(-experts // (world_size // parallel.expert))
+    replicas = world_size // parallel.expert
+    S = -(-(P - experts) // world_size) + -(-experts // replicas)
+    if parallel.offload == "experts":
+        dense = P - experts
+        state = _state(dense, dense - by_rows, -(-dense // world_size), 0, parallel, precision)
+        layers = [sum(p.numel() for p in module.parameters()) for module in of_experts]
+        buffers = min(BUFFERS, len(layers)) * max(layers)
+        kept, in_files = 12 * -(-experts // replicas), parallel.offload_folder is not None  # master weights and moments
+        return state._replace(
+            weights=state.weights + 2 * buffers,
+            gradient_sums=state.gradient_sums + 4 * buffers,
+            host=(2 + 4) * experts + (0 if in_files else kept),
+            disk=kept if in_files else 0,
+        )
     state = _state(P, P - by_rows, S, min(max(experts, P - experts), _BUCKET), parallel, precision)
     if optimizer_state == "bf16":
         state = state._replace(moments=state.moments // 2)
@@ -76,7 +94,8 @@ def state_memory(
         return state
     # Sums of bf16 gradients stay on the GPU.
     sums = state.gradient_sums if precision == "bf16" else 0
-    return state._replace(gradient_sums=sums, master_weights=0, moments=0)
+    size = 2 if precision == "bf16" else 4  # of weights in use: there is a copy of them too
+    return state._replace(gradient_sums=sums, master_weights=0, moments=0, host=(16 + size) * S)
 
 
 def _state(
@@ -87,7 +106,8 @@ def _state(
     if precision == "bf16":
         if stage == 0:  # FP16_UnfusedOptimizer: gradients are cast when the optimizer steps
             return StateMemory(2 * P, 2 * P, 0, 4 * P, 8 * P, 0, 4 * P)
-        if stage == 1 and parallel.offload == "none":  # FlatGradients: sums are whole on every rank, reduced in place
+        if stage == 1 and parallel.offload != "optimizer":
+            # FlatGradients: sums are whole on every rank, reduced in place.
             return StateMemory(2 * P, 2 * held * (parallel.gradients_at_once - 1), 4 * P, 4 * S, 8 * S, 0, 0)
         if stage == 1:
             return StateMemory(2 * P, 0, 4 * P, 4 * S, 8 * S, 4 * _BUCKET, 4 * (_BUCKET + reduced + S))

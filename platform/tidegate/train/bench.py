@@ -159,6 +159,10 @@ def _timer(training: _Training) -> StepTimer:
     }
     for method, phase in phases.items():
         setattr(engine, method, timer.during(phase, getattr(engine, method)))
+    if engine.store is not None:
+        arrivals = engine.store.arrivals
+        for method in ("wait",) if engine.device.type == "cuda" else ("copy",):
+            setattr(arrivals, method, timer.during(lambda: "experts", getattr(arrivals, method)))
     return timer
 
 

@@ -125,6 +125,8 @@ class Checkpoints:
             files={},
         )
         self._saver.save(manifest, files)
+        if self._engine.store is not None:  # as large as all of the host's memory, so there is no copy to write from
+            self._saver.wait()
         self._saved_step = position.step
         self.stalled_s += time.monotonic() - begun
 

@@ -68,14 +68,15 @@ class StepTimer:
         self._steps[-1].append((phase, self._now()))
 
     def during(self, phase: Callable[[], str], function: Callable[..., R]) -> Callable[..., R]:
-        """The function, timed as a phase that is named at each call."""
+        """The function, timed as a phase that is named at each call and interrupts the one around it."""
 
         def timed(*args: Any, **keywords: Any) -> R:
             if not self._steps:
                 return function(*args, **keywords)
+            around = self._steps[-1][-1][0]
             self.begin(phase())
             result = function(*args, **keywords)
-            self.begin(OTHER)
+            self.begin(around)
             return result
 
         return timed
@@ -126,6 +127,8 @@ class Split(Config):
     """With clipping and the exchange of weights under ZeRO."""
     other_s: float
     """Copying the batch, balance losses, router and unit updates, waiting for data."""
+    experts_s: float = 0.0
+    """Waiting for what comes from the host with `parallel.offload: experts`."""
 
     @classmethod
     def median(cls, steps: Sequence[Mapping[str, float]]) -> Split:

@@ -110,7 +110,7 @@ class Job(Config):
         """For people: how the run is laid over its workers."""
         replicas = self.resources.workers // self.parallel.expert
         kernels = "Triton" if self.runs_triton else "PyTorch"
-        offload = ", optimizer on the host" if self.parallel.offload == "optimizer" else ""
+        offload = "" if self.parallel.offload == "none" else f", {self.parallel.offload} on the host"
         return (
             f"EP {self.parallel.expert} x DP {replicas}, ZeRO {self.parallel.zero_stage}{offload}, "
             f"{self.train.precision}, {kernels} kernels"
@@ -182,6 +182,28 @@ class Job(Config):
             raise ValueError(
                 f"checkpoint.keep_best.metric={best.metric} is measured every train.{name}={measured} steps, which "
                 f"checkpoint.every={every} misses; make one a multiple of the other"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _experts_can_be_elsewhere(self) -> Job:
+        if self.parallel.offload != "experts":
+            return self
+        if self.train.precision != "bf16":
+            raise ValueError(
+                f"parallel.offload=experts works with train.precision=bf16 only, not with {self.train.precision}; "
+                "use train.precision=bf16"
+            )
+        if self.model.units is not None:
+            raise ValueError(
+                f"parallel.offload=experts has no weights at hand that model.units.over={list(self.model.units.over)} "
+                "could be gates of; remove model.units or use parallel.offload=optimizer"
+            )
+        ffn = self.model.ffn
+        if isinstance(ffn, MoEConfig) and ffn.capabilities.double_forward:
+            raise ValueError(
+                f"parallel.offload=experts takes one gradient of a layer a micro-batch, but model.ffn.router.kind="
+                f"{ffn.router.kind} runs two forward passes; use another router or parallel.offload=optimizer"
             )
         return self
 

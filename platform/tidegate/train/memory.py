@@ -37,6 +37,10 @@ class MemoryPrediction(NamedTuple):
     """What the reduction of gradients and the optimizer hold in place of activations and working memory."""
     margin: int
     """For what libraries allocate, and for blocks that do not fit."""
+    host: int = 0
+    """Not on the GPU but in the host's memory, for this rank: what `parallel.offload` keeps there."""
+    disk: int = 0
+    """Of this rank in `parallel.offload_folder`."""
 
     @property
     def parts(self) -> dict[str, int]:
@@ -45,6 +49,7 @@ class MemoryPrediction(NamedTuple):
         in_pass = self.activations + self.working >= self.step
         for elsewhere in ("step",) if in_pass else ("activations", "working"):
             del parts[elsewhere]
+        del parts["host"], parts["disk"]
         return parts
 
     @property
@@ -79,5 +84,7 @@ def predict(job: Job) -> MemoryPrediction:
         working=largest - passes.saved,
         step=state.step + round(state.still_saved * passes.saved),
         margin=0,
+        host=state.host,
+        disk=state.disk,
     )
     return prediction._replace(margin=round(_MARGIN * prediction.total))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,6 +74,19 @@ def test_one_worker_and_two_take_the_same_steps(tiny_job: Callable[..., Path], t
     assert "energy was not measured: a CPU has no counter" in printed
 
 
+@pytest.mark.slow
+def test_waiting_for_experts_is_measured(tiny_job: Callable[..., Path], tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    job = tiny_job(train={"precision": "bf16"}, parallel={"offload": "experts"}, model={"num_layers": 3})
+    printed = bench(job, "--out", out)
+    result = read_result(out)
+    waited = result.split.experts_s
+    assert 0 < waited < result.step_s
+    assert sum(result.split.model_dump().values()) == pytest.approx(result.step_s, rel=0.3)
+    assert row(printed, "waiting for experts") == [f"{1e3 * waited:,.2f} ms"]
+    assert row(printed, "of the step") == [f"{waited / result.step_s:.1%}"]
+
+
 @pytest.mark.parametrize("content", [None, "no JSON", "{}", '{"kind": "tidegate bench"}', "[1]"])
 def test_what_is_no_result_is_refused_by_name(tiny_job: Callable[..., Path], tmp_path: Path, content: str) -> None:
     other = tmp_path / "other.json"
@@ -93,6 +107,11 @@ def test_what_is_no_result_is_refused_by_name(tiny_job: Callable[..., Path], tmp
             {},
             "resources.workers=2 needs as many GPUs, this machine has 1",
         ),
+        (
+            ["train.precision=bf16", "parallel.offload=experts", "parallel.offload_folder=/gone"],
+            {},
+            "parallel.offload_folder=/gone is not a folder that can be written to on this machine; make it or name",
+        ),
         (["model.width=7"], {}, "--set model.width=7: model.width: .* multiple of 8"),
     ],
 )
@@ -104,3 +123,13 @@ def test_a_mistake_is_refused_before_anything_is_measured(
     defaults = {"steps": 1, "out": None, "against": [], "commit": None}
     with pytest.raises(ConfigError, match=f"^{expected}"):
         bench_job(tiny_job(), overrides, **(defaults | options))
+
+
+def test_a_full_disk_is_refused_before_experts_go_to_it(
+    tiny_job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = 2 * 4 * 3 * 32 * 16  # layers, experts, matrices
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=12 * experts - 1))
+    overrides = ["train.precision=bf16", "parallel.offload=experts", f"parallel.offload_folder={tmp_path}"]
+    with pytest.raises(ConfigError, match=f"^parallel.offload_folder={tmp_path}: no space left for master weights"):
+        bench_job(tiny_job(), overrides, steps=1, out=None, against=[], commit=None)

@@ -107,3 +107,20 @@ def test_a_cpu_says_why_it_has_no_counters() -> None:
     assert math.isnan(meter.read_j())
     Memory.restart(CPU)
     assert Memory.peak(CPU) is None
+
+
+def test_a_phase_interrupts_the_one_around_it() -> None:
+    timer = StepTimer(CPU)
+    inner = timer.during(lambda: "inner", lambda: time.sleep(0.02))
+
+    def outer() -> None:
+        time.sleep(0.01)
+        inner()
+        time.sleep(0.01)
+
+    timer.begin_step()
+    timer.during(lambda: "outer", outer)()
+    (step,) = timer.read()
+    assert step["inner"] == pytest.approx(0.02, rel=0.5)
+    assert step["outer"] == pytest.approx(0.02, rel=0.5)
+    assert step["other"] < 0.01

@@ -38,6 +38,37 @@ CONFLICTS = {
         ["parallel.offload=optimizer", "parallel.zero_stage=0"],
         "parallel.offload=optimizer needs ZeRO, but parallel.zero_stage=0; use parallel.zero_stage=2",
     ),
+    "experts on the host at another stage": (
+        ["parallel.offload=experts", "parallel.zero_stage=2"],
+        "parallel.offload=experts works at parallel.zero_stage=1 only, not at 2; use parallel.zero_stage=1",
+    ),
+    "experts on the host in fp32": (
+        ["parallel.offload=experts", "train.precision=fp32"],
+        "parallel.offload=experts works with train.precision=bf16 only, not with fp32; use train.precision=bf16",
+    ),
+    "no experts for the host": (
+        [DENSE, "parallel.expert=1", "parallel.offload=experts"],
+        "parallel.offload=experts needs experts, but model.ffn.kind=dense; use parallel.offload=optimizer",
+    ),
+    "gates over experts on the host": (
+        [
+            "parallel.offload=experts",
+            "train.precision=bf16",
+            "model.units={over: [experts], method: {kind: random}}",
+        ],
+        "parallel.offload=experts has no weights at hand that model.units.over=['experts'] could be gates of; remove "
+        "model.units or use parallel.offload=optimizer",
+    ),
+    "two passes over experts on the host": (
+        ["parallel.offload=experts", "train.precision=bf16", "model.ffn.router={kind: thor}"],
+        "parallel.offload=experts takes one gradient of a layer a micro-batch, but model.ffn.router.kind=thor runs two "
+        "forward passes; use another router or parallel.offload=optimizer",
+    ),
+    "a folder for nothing": (
+        ["parallel.offload_folder=/disk"],
+        "parallel.offload_folder=/disk holds experts, but parallel.offload=none; use parallel.offload=experts or "
+        "remove the folder",
+    ),
     "gradients at once with offload": (
         ["train.precision=bf16", "parallel.gradients_at_once=2", "parallel.offload=optimizer"],
         "parallel.gradients_at_once=2 has no effect with parallel.offload=optimizer, whose gradients take another "

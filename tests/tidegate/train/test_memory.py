@@ -48,12 +48,20 @@ def peak_of_training(path: Path, overrides: list[str]) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", [[], ["train.recompute=true"], ["parallel.zero_stage=0"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["train.recompute=true"],
+        ["parallel.zero_stage=0"],
+        ["parallel.offload=experts", "model.num_layers=4", "model.ffn.expert_dim=256"],
+    ],
+)
 def test_a_training_step_takes_what_is_predicted(overrides, tiny_job, on_ranks):
     path = tiny_job(train={"precision": "bf16", "micro_batch": 4, "batch_tokens": 512})
     prediction = predict(load(path, Job, overrides).config)
     (found,) = on_ranks(1, peak_of_training, path, overrides)
-    assert prediction.total - prediction.margin == pytest.approx(found, rel=0.1)
+    assert prediction.total - prediction.margin + prediction.host == pytest.approx(found, rel=0.1)
 
 
 def test_parts_add_up_and_the_larger_moment_counts():
@@ -82,3 +90,25 @@ def test_layouts_shift_what_a_rank_holds():
     assert partitioned.gradient_sums == two.gradient_sums / 2
     host = of("parallel.zero_stage=2", "parallel.gradients_at_once=1", "parallel.offload=optimizer")
     assert (host.master_weights, host.moments, host.gradient_sums) == (0, 0, one.gradient_sums)
+    weights = one.weights // 2
+    assert (one.host, host.host) == (0, 18 * weights)
+
+
+def test_experts_on_the_host_take_two_layers_of_the_gpu():
+    def of(*overrides: str) -> MemoryPrediction:
+        return predict(load(H100, Job, ["parallel.gradients_at_once=1", *overrides]).config)
+
+    on, off = of(), of("parallel.offload=experts")
+    experts, layer = 4 * 64 * 3 * 2048 * 1024, 64 * 3 * 2048 * 1024
+    assert on.weights - off.weights == 2 * (experts - 2 * layer)
+    assert on.gradient_sums - off.gradient_sums == 4 * (experts - 2 * layer)
+    assert on.moments - off.moments == 8 * experts
+    assert (off.host, off.disk) == (18 * experts, 0)
+    assert off.total == sum(off.parts.values()), "the host is not the GPU"
+    in_files = of("parallel.offload=experts", "parallel.offload_folder=/disk")
+    assert (in_files.host, in_files.disk) == (6 * experts, 12 * experts)
+    deep = [of("parallel.offload=experts", f"model.num_layers={layers}") for layers in (4, 12)]
+    dense = deep[1].weights - deep[0].weights
+    assert dense < 0.1 * on.weights, "more layers take their dense weights only"
+    spread = of("parallel.offload=experts", "resources.workers=4", "parallel.expert=2")
+    assert spread.host == (6 + 12 // 2) * experts // 2

@@ -1,0 +1,342 @@
+"""Experts in the host's memory train as experts on the device do, in real processes under the real engine.
+
+With the device's AdamW in place of the host's, and without the clip, whose norm is summed in another order, training is
+the same to the bit: what is fetched, kept, summed and reduced is exact. The host's own AdamW rounds elsewhere.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from tidegate.data.loader import StepBatch
+from tidegate.model.balance import BalanceConfig, Balancer
+from tidegate.model.clock import Clock
+from tidegate.model.decoder import ModelConfig
+from tidegate.parallel import collectives, expert_store
+from tidegate.parallel.config import ParallelConfig
+from tidegate.parallel.expert_store import Layout, Piece
+from tidegate.parallel.host_adamw import host_adamw
+from tidegate.parallel.prefetch import Lane, Ring
+from tidegate_kernels.adamw import Rates, adamw, step_factors
+from tidegate_kernels.choice import chosen
+
+SEQUENCES, LENGTH, VOCAB = 8, 17, 97
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "width": 32,
+    "num_layers": 5,  # more than there are buffers
+    "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8},
+    "init_std": 0.1,
+}
+MOE = {"kind": "moe", "num_experts": 6, "top_k": 2, "expert_dim": 24, "shared": {"num": 1}}
+
+
+def model_of(num_layers: int = 5, **ffn: Any) -> ModelConfig:
+    return ModelConfig.model_validate({**SIZES, "num_layers": num_layers, "ffn": {**MOE, **ffn}})
+
+
+FIVE, THREE = model_of(), model_of(3)
+# A third tensor that is no matrix and is not decayed; none; one layer; experts of several slices.
+POLY, RELU2, ONE = model_of(2, activation="poly_norm"), model_of(3, activation="relu2"), model_of(1)
+UNEVEN = model_of(3, num_experts=4, sizes=[{"num": 1, "times": 0}, {"num": 2, "times": 1}, {"num": 1, "times": 3}])
+PRE_GATED = model_of(4, router={"kind": "softmax_top_k", "reads": "previous_block"})
+
+
+def part_of(step: int, accumulation: int) -> StepBatch:
+    """This rank's part of a step, in which sequences draw from different parts of the vocabulary."""
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.arange(SEQUENCES)[:, None] * 9 + torch.randint(0, 30, (SEQUENCES, LENGTH + 1), generator=generator)
+    counted = torch.rand(SEQUENCES, LENGTH, generator=generator) < 0.8
+    mine = torch.arange(SEQUENCES).view(accumulation, collectives.world_size(), -1)[:, collectives.rank()]
+    return StepBatch(tokens[mine], torch.zeros_like(tokens[mine][..., 1:]), counted[mine], torch.zeros_like(mine), mine)
+
+
+def clock_at(step: int) -> Clock:
+    return Clock(step + 1, (step + 1) * SEQUENCES * LENGTH, seed=0)
+
+
+def engine_for(
+    model: ModelConfig,
+    accumulation: int,
+    *,
+    offload: Any,
+    expert: int = 1,
+    clip: float = 0.0,
+    recompute: bool = False,
+    folder: str | None = None,
+) -> Any:
+    from tidegate.parallel.engine import Engine
+
+    return Engine(
+        model,
+        ParallelConfig(expert=expert, offload=offload, offload_folder=folder),
+        precision="bf16",
+        seed=0,
+        micro_batch=1,
+        accumulation=accumulation,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        weight_decay=0.1,
+        gradient_clip=clip,
+        recompute=recompute,
+    )
+
+
+def train(engine: Any, accumulation: int, steps: range, bad: int = -1) -> list[list[float]]:
+    """Per step: losses summed over ranks and the gradient norm, which is not finite in a bad step."""
+    from tidegate.train.step import train_step, update_routers
+
+    balance = BalanceConfig(loss_weight=0.1, bias_rate=0.01)
+    model = engine.model.config.ffn
+    balancer = Balancer(balance, collectives.all_reduce, collectives.world_size(), accumulation, model)
+    found = []
+    for step in steps:
+        engine.set_learning_rate(1e-2)
+        spoilt = step == bad and collectives.rank() == 0
+        hook = engine.model.norm.weight.register_hook(lambda g: g * torch.inf) if spoilt else None
+        result = train_step(engine, balancer, part_of(step, accumulation), clock_at(step), isolate=True)
+        if hook is not None:
+            hook.remove()
+        losses = torch.stack(result.losses[:3])
+        update_routers(engine.model, balancer, clock_at(step), balance.bias_rate)
+        collectives.all_reduce(losses)
+        found.append([*losses.tolist(), float(engine.gradient_norm())])
+    return found
+
+
+def as_on_the_device(w: Any, in_use: Any, g: Any, m: Any, v: Any, *, step: int, scale: float, rates: Rates) -> None:
+    factors = step_factors(torch.tensor(float(step)), rates.betas, torch.tensor(scale), torch.tensor(0.0))
+    adamw(w, in_use, g, m, v, factors, rates)
+
+
+Case = tuple[ModelConfig, int, int, bool]  # model, expert, accumulation, recompute
+
+
+def on_and_off(cases: list[Case], clip: float, exact: bool) -> list[tuple[list[list[float]], list[list[float]]]]:
+    """Per case: three steps with experts on the device, and with experts on the host."""
+    own = expert_store.host_adamw
+    expert_store.host_adamw = as_on_the_device if exact else own
+    found = []
+    for model, expert, accumulation, recompute in cases:
+        on, off = (
+            train(
+                engine_for(model, accumulation, offload=offload, expert=expert, clip=clip, recompute=recompute),
+                accumulation,
+                range(3),
+            )
+            for offload in ("experts", "none")
+        )
+        found.append((on, off))
+    expert_store.host_adamw = own
+    return found
+
+
+ALONE: list[Case] = [
+    (FIVE, 1, 2, False),
+    (FIVE, 1, 2, True),
+    (POLY, 1, 1, False),
+    (RELU2, 1, 1, True),
+    (ONE, 1, 2, True),
+    (UNEVEN, 1, 1, False),
+    (PRE_GATED, 1, 2, False),
+    (PRE_GATED, 1, 2, True),
+]
+SPREAD: list[Case] = [(FIVE, 2, 2, True), (FIVE, 1, 2, False), (POLY, 1, 1, True), (POLY, 2, 1, False)]
+
+
+def assert_same_training(runs: list[Any]) -> None:
+    for case, (on, off) in enumerate(runs):
+        a, b = torch.tensor(on), torch.tensor(off)
+        assert torch.equal(a[:, :3], b[:, :3]), case
+        torch.testing.assert_close(a[:, 3], b[:, 3], rtol=1e-6, atol=0)  # norms by layer, and over all layers
+        assert len(set(b[:, 0].tolist())) == 3, "nothing trained"
+
+
+def test_losses_are_the_same_to_the_bit(on_ranks: Any) -> None:
+    assert_same_training(on_ranks(1, on_and_off, ALONE, 0.0, True)[0])
+
+
+def test_losses_are_the_same_to_the_bit_on_two_ranks(on_ranks: Any) -> None:
+    """EP 2, and two replicas that share the optimizer's part."""
+    for rank in on_ranks(2, on_and_off, SPREAD, 0.0, True):
+        assert_same_training(rank)
+
+
+def test_with_clipping_and_the_hosts_adamw_losses_are_close(on_ranks: Any) -> None:
+    """The last digit of a factor now and then rounds a bf16 weight to its other neighbour, 1 in 256."""
+    for rank in on_ranks(2, on_and_off, SPREAD[:2], 0.3, False):
+        for on, off in rank:
+            torch.testing.assert_close(torch.tensor(on), torch.tensor(off), rtol=2e-3, atol=1e-4)
+            assert on[0][:3] == off[0][:3], "the first step has not moved anything yet"
+
+
+def triton_steps() -> list[list[list[float]]]:
+    with chosen("triton"):
+        return [train(engine_for(THREE, 1, offload=offload), 1, range(2)) for offload in ("experts", "none")]
+
+
+@pytest.mark.slow
+def test_the_kernels_of_a_gpu_keep_no_weights(on_ranks: Any) -> None:
+    ((on, off),) = on_ranks(1, triton_steps)
+    torch.testing.assert_close(torch.tensor(on), torch.tensor(off), rtol=1e-3, atol=1e-4)
+
+
+# --- one step, and checkpoints
+
+
+class Bad(NamedTuple):
+    norms: list[float]
+    untouched: bool
+    """Weights, moments and step counts are the same after the bad step as before."""
+    moved: bool
+
+
+def step_with_infinite_gradients() -> list[Bad]:
+    """The dense gradients of one rank are infinite in the second of three steps."""
+    found = []
+    for expert in (1, 2):
+        engine, norms, states = engine_for(FIVE, 1, offload="experts", expert=expert, clip=0.3), [], []
+        for step in range(3):
+            norms.append(train(engine, 1, range(step, step + 1), bad=1)[0][3])
+            state = [value for layer in engine.store.state() for value in layer.values()]
+            states.append([torch.as_tensor(value).clone() for value in state])
+        before, bad, after = states
+        found.append(Bad(norms, all(map(torch.equal, before, bad)), not any(map(torch.equal, bad, after))))
+    return found
+
+
+def test_a_step_with_infinite_gradients_elsewhere_moves_no_expert(on_ranks: Any) -> None:
+    for rank in on_ranks(2, step_with_infinite_gradients):
+        for result in rank:
+            assert result.untouched
+            assert result.moved
+            assert [math.isfinite(norm) for norm in result.norms] == [True, False, True]
+
+
+def continue_from_checkpoint(folder: str, layouts: list[int]) -> list[tuple[list[list[float]], list[list[float]]]]:
+    """Per size of the expert-parallel group: steps 3 and 4 straight through, and from a checkpoint after step 2; the
+    resumed engine keeps its master weights in files."""
+    found = []
+    for expert in layouts:
+        files = Path(folder) / str(expert)
+        files.mkdir(exist_ok=True)
+        names: list[str] = []
+
+        def put(name: str, content: Any, files: Path = files, names: list[str] = names) -> None:
+            names.append(name)
+            (files / name).parent.mkdir(exist_ok=True)
+            torch.save(content, files / name)
+
+        engine = engine_for(FIVE, 2, offload="experts", expert=expert, clip=0.3)
+        train(engine, 2, range(3))
+        engine.save(put, {"step": 3})
+        straight = train(engine, 2, range(3, 5))
+        resumed = engine_for(FIVE, 2, offload="experts", expert=expert, clip=0.3, folder=folder)
+        everyone = [name for names in collectives.gather(names) for name in names]
+        assert resumed.load(lambda name, files=files: (files / name).open("rb"), everyone) == {"step": 3}
+        found.append((straight, train(resumed, 2, range(3, 5))))
+    return found
+
+
+def test_a_checkpoint_continues_bitwise_and_with_weights_in_files(on_ranks: Any, tmp_path: Path) -> None:
+    for rank in on_ranks(2, continue_from_checkpoint, str(tmp_path), [1, 2]):
+        for straight, resumed in rank:
+            assert resumed == straight
+    assert not list(tmp_path.glob("tidegate-*")), "files of the experts are left"
+
+
+# --- parts
+
+
+def test_a_layout_says_where_experts_lie() -> None:
+    pieces = {"w1": Piece((3, 2, 2), True), "w2": Piece((3, 5), True), "w3": Piece((3, 1), False)}
+    layout = Layout(pieces, 4)
+    assert (layout.num_experts, layout.numbers, layout.padded) == (3, 30, 32)
+    assert layout.ranges(frozenset({0, 1, 2})) == [(0, 32)], "with the padding"
+    assert layout.ranges(frozenset({0, 1})) == [(0, 8), (12, 22), (27, 29)]
+    assert layout.ranges(frozenset({2, 0})) == [(0, 4), (8, 17), (22, 28), (29, 30)]
+    for expert in range(3):
+        flat = torch.zeros(32)
+        for start, stop in layout.ranges(frozenset({expert})):
+            flat[start:stop] = 1
+        for begins, ends, piece in layout.places():
+            assert flat[begins:ends].view(piece.shape).flatten(1).all(dim=1).nonzero().tolist() == [[expert]]
+
+
+def ring_of(num_layers: int, num: int) -> tuple[Ring, list[torch.Tensor], Lane]:
+    hosts = [torch.full((6,), float(layer)) for layer in range(num_layers)]
+    cpu = torch.device("cpu")
+    ranges = [lambda experts: [(2 * expert, 2 * expert + 2) for expert in sorted(experts)]] * num_layers
+    lane = Lane(cpu)
+    return Ring(hosts, num, cpu, ranges, lane), hosts, lane
+
+
+ALL = frozenset(range(3))
+
+
+def test_a_ring_keeps_what_was_used_last() -> None:
+    ring, hosts, _ = ring_of(4, 2)
+    assert ring.get(0, ALL).tolist() == [0.0] * 6
+    ring.prefetch(1, ALL)
+    hosts[0].fill_(7)  # nobody says so: what is here stays
+    hosts[1].fill_(7)
+    assert ring.get(1, ALL).tolist() == [1.0] * 6
+    assert ring.get(0, ALL).tolist() == [0.0] * 6
+    assert ring.get(2, ALL).tolist() == [2.0] * 6  # in the place of 1
+    assert ring.get(0, ALL).tolist() == [0.0] * 6
+    assert ring.get(1, ALL).tolist() == [7.0] * 6
+    ring.forget()
+    assert ring.get(0, ALL).tolist() == [7.0] * 6
+
+
+def test_a_ring_fetches_the_experts_that_are_missing() -> None:
+    ring, hosts, _ = ring_of(1, 2)
+    assert ring.get(0, frozenset({1}))[2:4].tolist() == [0.0] * 2
+    hosts[0].fill_(7)
+    assert ring.get(0, frozenset({1, 2})).tolist()[2:] == [0.0] * 2 + [7.0] * 2
+
+
+def test_a_ring_writes_back_what_was_overwritten() -> None:
+    ring, hosts, lane = ring_of(3, 2)
+    ring.overwrite(1, ALL).fill_(5)
+    ring.write_back(1, 2, 4, lane)
+    assert hosts[1].tolist() == [1.0, 1.0, 5.0, 5.0, 1.0, 1.0]
+    assert ring.get(1, ALL).tolist() == [5.0] * 6, "and it is still here"
+    ring.get(0, ALL), ring.get(2, ALL)
+    assert ring.get(1, ALL).tolist() == hosts[1].tolist()
+
+
+@pytest.mark.parametrize("numbers", [1, 63, 1000])
+def test_the_hosts_adamw_is_that_of_the_device(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To a few units of the last place of what is added up, over several chunks and steps."""
+    monkeypatch.setattr("tidegate.parallel.host_adamw._CHUNK", 64)
+    torch.manual_seed(numbers)
+    ours = [torch.randn(numbers), torch.zeros(numbers, dtype=torch.bfloat16), *torch.zeros(3, numbers)]
+    theirs = [x.clone() for x in ours]
+    rates = Rates(0.01, (0.9, 0.95), 1e-8, 0.1)
+    for step in (1, 2, 3):
+        gradients = torch.randn(numbers) * 10 ** torch.linspace(-4, 1, numbers)
+        for state, run in ((ours, host_adamw), (theirs, as_on_the_device)):
+            state[2].copy_(gradients)
+            run(*state, step=step, scale=0.3, rates=rates)
+        for one, other in zip(ours[3:], theirs[3:], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=1e-6)
+        assert torch.equal(ours[1], ours[0].bfloat16())
+
+
+def test_a_full_disk_is_an_error_and_not_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=f"{tmp_path}.*No space left"):
+        expert_store.zeros(tmp_path, "layer0.master", 10)
+    assert not list(tmp_path.iterdir())
