@@ -96,7 +96,8 @@ def test_layouts_shift_what_a_rank_holds():
 
 def test_experts_on_the_host_take_two_layers_of_the_gpu():
     def of(*overrides: str) -> MemoryPrediction:
-        return predict(load(H100, Job, ["parallel.gradients_at_once=1", *overrides]).config)
+        fixed = ["parallel.gradients_at_once=1", "optimizer.state=fp32"]
+        return predict(load(H100, Job, [*fixed, *overrides]).config)
 
     on, off = of(), of("parallel.offload=experts")
     experts, layer = 4 * 64 * 3 * 2048 * 1024, 64 * 3 * 2048 * 1024
