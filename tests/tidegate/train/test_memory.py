@@ -72,7 +72,7 @@ def test_parts_add_up_and_the_larger_moment_counts():
 
 def test_layouts_shift_what_a_rank_holds():
     def of(*overrides: str) -> MemoryPrediction:
-        return predict(load(H100, Job, list(overrides)).config)
+        return predict(load(H100, Job, ["optimizer.state=fp32", *overrides]).config)
 
     one, two, spread = of(), of("resources.workers=2"), of("resources.workers=2", "parallel.expert=2")
     assert two.moments == pytest.approx(one.moments / 2, rel=1e-6)
