@@ -180,7 +180,7 @@ def _storage(request: Request, job: Job) -> str:
     """Where checkpoints go: a URI as it is, a folder absolute, and with room."""
     storage = job.checkpoint.storage or str(request.state.checkpoints)
     if "://" in storage:
-        return storage
+        return storage.rstrip("/")
     folder = Path(storage).absolute()
     check_space(job, folder)
     return str(folder)

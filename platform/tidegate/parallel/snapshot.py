@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -143,8 +144,12 @@ class _Copier:
 
 def _pin(buffer: torch.Tensor) -> None:
     """Lock the memory, so that the device writes it directly. torch's own pinned memory comes in powers of two."""
-    if buffer.nbytes >= _SMALLEST_PINNED:
-        torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)  # refused: only a slower copy
+    if buffer.nbytes < _SMALLEST_PINNED:
+        return
+    refused = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
+    if refused:  # the copy is slower, and CUDA would blame its next kernel: let that be one that nobody misses
+        with suppress(RuntimeError):
+            torch.ones(1, device="cuda")
 
 
 def _unpin(buffer: torch.Tensor) -> None:

@@ -117,6 +117,7 @@ class Saver:
         deadline = time.monotonic() + _LONGEST_WAIT_S
         while True:
             for rank, written in list(writing.finished_ranks(sorted(missing))):
+                assert not files.keys() & written.keys(), "two ranks wrote one file"
                 files |= written
                 missing.remove(rank)
             if not missing:

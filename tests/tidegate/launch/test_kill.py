@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import sqlite3
 import subprocess
@@ -41,7 +42,11 @@ class Run:
 
     def start(self, *args: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "tidegate.cli", "train", *args, *self.flags, "--state-dir", str(self.state)]
-        environment = os.environ | {MARK: self.mark}
+        # Ray waits a minute for a control store that died; nobody brings this one back.
+        environment = os.environ | {MARK: self.mark, "RAY_gcs_rpc_server_reconnect_timeout_s": "5"}
+        self.log.touch()
+        self.printed_before = len(self.log.read_bytes())
+        self.written_before = set(self.folders())
         with self.log.open("ab") as log:
             return subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, cwd=self.state.parent, env=environment
@@ -93,8 +98,14 @@ class Run:
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.002)
 
+    def folders(self) -> list[Path]:
+        return list((self.state / "checkpoints").glob("tiny-1-*/step_*"))
+
     def printed(self, step: int) -> bool:
         return f"step {step}/".encode() in self.log.read_bytes()
+
+    def steps_since_start(self) -> int:
+        return len(re.findall(rb"^step \d+/", self.log.read_bytes()[self.printed_before :], re.MULTILINE))
 
     @property
     def store(self) -> CheckpointStore:
@@ -146,13 +157,14 @@ def assert_same(run: Run, undisturbed: Run, steps: int = STEPS) -> None:
 
 
 def writing(run: Run, file: str, step: int) -> Callable[[], bool]:
-    """Whether a file of a checkpoint of at least this step is there while its manifest is not."""
+    """Whether this start has written a file of a checkpoint of at least this step, and not yet its manifest."""
 
     def is_writing() -> bool:
-        for folder in (run.state / "checkpoints").glob("tiny-1-*/step_*"):
-            if int(folder.name[5:13]) >= step and not (folder / MANIFEST).exists() and any(folder.glob(file)):
-                return True
-        return False
+        return any(
+            int(folder.name[5:13]) >= step and not (folder / MANIFEST).exists() and any(folder.glob(file))
+            for folder in run.folders()
+            if folder not in run.written_before
+        )
 
     return is_writing
 
@@ -196,3 +208,50 @@ def test_a_run_may_be_killed_again_and_again(new_run: Callable[..., Run], tiny_j
         process.wait()
     run.finish()
     assert_same(run, undisturbed)
+
+
+def is_worker(command: list[str]) -> bool:
+    return "RayTrainWorker" in " ".join(command)
+
+
+def is_driver(command: list[str]) -> bool:
+    return "tidegate.cli" in command
+
+
+def is_raylet(command: list[str]) -> bool:
+    return bool(command) and command[0].endswith("/raylet")
+
+
+def is_control_store(command: list[str]) -> bool:
+    return bool(command) and command[0].endswith("/gcs_server")
+
+
+def is_anything(command: list[str]) -> bool:
+    return True
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_expert_parallel_runs_on_ray_survive_whatever_is_killed(
+    new_run: Callable[..., Run], tiny_job: Callable[..., Path]
+) -> None:
+    """A worker, the driver, the two processes of Ray's head, and all at once in the middle of a checkpoint."""
+    two = {"parallel": {"expert": 2}, "resources": {"workers": 2}, "data": {"eval_sequences": 2}}
+    steps = 120
+    job = tiny_job(**two, train={"tokens": 512 * steps, "eval_every": 50}, checkpoint={"every": 4, "keep_last": 1})
+    undisturbed, run = new_run(job), new_run(job)
+    undisturbed.finish()
+    # Workers go on for seconds without a head; on a fast machine to the end of the run.
+    for wanted in (is_worker, is_driver, is_anything, is_control_store, is_raylet):
+        process = run.start("--resume", "tiny-1") if run.began() else run.begin()
+        with suppress(Finished):
+            writes = writing(run, "state/*.pt", 0) if wanted is is_anything else lambda: run.steps_since_start() >= 6
+            run.wait_until(writes, process)
+            assert run.kill(wanted) >= 1, wanted
+        process.wait(timeout=150)  # by itself, whichever part died
+        deadline = time.monotonic() + 60
+        while left := run.processes():
+            assert time.monotonic() < deadline, [process.cmdline() for process in left]
+            time.sleep(0.2)
+    run.finish()
+    assert_same(run, undisturbed, steps)

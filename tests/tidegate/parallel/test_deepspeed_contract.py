@@ -74,3 +74,22 @@ def test_bf16_training_at_zero_1_is_the_optimizer_whose_gradient_path_is_replace
     assert "reduce_gradients" in vars(FlatGradients)
     engine = inspect.getsource(DeepSpeedEngine)
     assert "self.optimizer.reduce_gradients(" in engine, HINT + "the engine no longer lets ZeRO 1 reduce for itself"
+
+
+def test_checkpoints_go_through_one_door_and_are_looked_for_on_disk() -> None:
+    from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    from tidegate.parallel.snapshot import HostSnapshots
+
+    assert set(CheckpointEngine.__abstractmethods__) <= set(vars(HostSnapshots)), HINT + "see snapshot.py"
+    saving = inspect.getsource(DeepSpeedEngine.save_checkpoint)
+    for part in ("self.checkpoint_engine.create", "self.checkpoint_engine.makedirs", "if save_latest and"):
+        assert part in saving, HINT + f"save_checkpoint has no {part}; see snapshot.py"
+    for function in (DeepSpeedEngine._save_moe_checkpoint, DeepSpeedEngine._save_checkpoint):
+        source = inspect.getsource(function)
+        assert "self.checkpoint_engine.save(" in source, HINT + f"{function.__name__} writes otherwise"
+        assert "torch.save(" not in source, HINT + f"{function.__name__} writes otherwise"
+    assert "self._copy_recovery_script(" in inspect.getsource(DeepSpeedEngine._save_zero_checkpoint), HINT
+    for function in (DeepSpeedEngine._load_checkpoint, DeepSpeedEngine._load_zero_checkpoint):
+        assert "torch.load(" not in inspect.getsource(function), HINT + f"{function.__name__} reads otherwise"

@@ -18,7 +18,7 @@ from tidegate.data.loader import StepBatch
 from tidegate.model.attention import AttentionConfig
 from tidegate.model.balance import BalanceConfig, Balancer
 from tidegate.model.clock import Clock
-from tidegate.model.decoder import Decoder, ModelConfig, materialize
+from tidegate.model.decoder import Decoder, DenseConfig, ModelConfig, materialize
 from tidegate.model.moe import MoEConfig, SharedExpertsConfig
 from tidegate.model.norms import GatedNormConfig
 from tidegate.parallel import collectives
@@ -45,6 +45,7 @@ UNUSUAL = ModelConfig(
     init_std=0.1,
 )
 RELU2 = MODEL.model_copy(update={"ffn": MODEL.ffn.model_copy(update={"activation": "relu2"})})
+DENSE = MODEL.model_copy(update={"ffn": DenseConfig(hidden_dim=48)})
 EXACT = BalanceConfig(loss_weight=1.0, z_loss_weight=0.01)
 
 
@@ -445,11 +446,14 @@ def continue_from_checkpoint(
     def steps(engine: Any, accumulation: int, which: range) -> list[float]:
         balance = BalanceConfig(bias_rate=0.01)
         balancer = Balancer(balance, collectives.all_reduce, collectives.world_size(), accumulation)
+        if isinstance(model.ffn, DenseConfig):
+            balancer = None
         losses = []
         for step in which:
             engine.set_learning_rate(1e-2)
             result = train_step(engine, balancer, part_of(step, accumulation), clock_at(step), isolate=True)
-            update_routers(engine.model, balancer, clock_at(step), balance.bias_rate)
+            if balancer is not None:
+                update_routers(engine.model, balancer, clock_at(step), balance.bias_rate)
             losses += [*torch.stack(result.losses[:3]).tolist(), float(engine.gradient_norm())]
         return losses
 
@@ -481,6 +485,14 @@ def test_a_checkpoint_continues_bitwise_at_every_zero_stage(on_ranks: Any, tmp_p
 def test_experts_without_a_third_matrix_continue_bitwise(on_ranks: Any, tmp_path: Path, model: ModelConfig) -> None:
     layouts = [(2, 1, 1), (2, 0, 1)]
     for rank in on_ranks(2, continue_from_checkpoint, str(tmp_path), layouts, "bf16", model):
+        for layout, (straight, resumed) in zip(layouts, rank, strict=True):
+            assert resumed == straight, layout
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_dense_models_continue_bitwise(on_ranks: Any, tmp_path: Path, precision: str) -> None:
+    layouts = [(1, 0, 1), (1, 1, 2), (1, 2, 1)]
+    for rank in on_ranks(2, continue_from_checkpoint, str(tmp_path), layouts, precision, DENSE):
         for layout, (straight, resumed) in zip(layouts, rank, strict=True):
             assert resumed == straight, layout
 

@@ -277,16 +277,13 @@ def test_the_best_stay_and_what_is_damaged_counts_for_nothing(tmp_path: Path) ->
     save(store, 25, CheckpointConfig(keep_last=1), attempt="b")
     assert [(entry.step, entry.problem is None) for entry in store.entries()] == [(25, True), (30, False)]
 
-    # Damage that only reading finds, found by resuming.
-    contents_of = tmp_path / store.names()[0] / "state" / "weights_0.pt"
-    flipped = bytearray(contents_of.read_bytes())
-    flipped[70] ^= 1
-    contents_of.write_bytes(flipped)
-    resumed = saver(store, CheckpointConfig(keep_last=1), attempt="c")
-    resumed.ignored = {store.names()[0]}
-    resumed.save(manifest(21), contents(21))
+    # Damage that only reading finds, found by resuming from the one before.
+    save(store, 26, CheckpointConfig(keep_last=9), attempt="b")
+    resumed = saver(store, CheckpointConfig(keep_last=2), attempt="c")
+    resumed.ignored = {store.names()[1]}
+    resumed.save(manifest(25), contents(25))
     resumed.close()
-    assert [entry.step for entry in store.valid()] == [21, 25]
+    assert [entry.name for entry in store.valid()] == ["step_00000025-b", "step_00000025-c", "step_00000026-b"]
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "a//b", "./a", ".", "", "a\\b", MANIFEST, "a/"])
