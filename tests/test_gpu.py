@@ -345,3 +345,22 @@ def test_stored_experts_leave_the_gpu(on_ranks) -> None:  # type: ignore[no-unty
     ((off, on),) = on_ranks(1, steps_with_stored_experts, [(True, "off"), (True, "nothing")])
     layer = 13 * 3 * 512 * 512
     assert off[1] - on[1] == pytest.approx(18 * 6 * layer - 6 * 2 * layer, rel=0.1)
+
+
+def test_a_snapshot_of_device_tensors_lies_in_pinned_memory_that_stays() -> None:
+    from tidegate.parallel.snapshot import _Copier
+
+    buffers: dict[tuple[str, int], torch.Tensor] = {}
+    weight = torch.randn(1 << 20, device="cuda")
+    before = weight.cpu()
+    first = _Copier("file", buffers).on_host({"weight": weight, "part": weight[10:20], "number": weight[0]})
+    weight.zero_()  # queued behind the copies
+    torch.cuda.synchronize()
+    assert torch.equal(first["weight"], before)
+    assert torch.equal(first["part"], before[10:20])
+    assert first["number"] == before[0]
+    assert first["weight"].is_pinned()
+    second = _Copier("file", buffers).on_host({"weight": weight})
+    torch.cuda.synchronize()
+    assert second["weight"] is first["weight"]
+    assert not second["weight"].any()
