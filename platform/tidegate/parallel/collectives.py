@@ -86,7 +86,7 @@ def gather(value: T) -> list[T]:
 
 
 class HostCopy:
-    """A device scalar on its way to the host: reading it later does not wait for work queued after the copy."""
+    """A device tensor on its way to the host: reading it later does not wait for work queued after the copy."""
 
     def __init__(self, value: torch.Tensor) -> None:
         self._event = None
@@ -97,10 +97,14 @@ class HostCopy:
             self._event = torch.cuda.Event()
             self._event.record()
 
-    def read(self) -> float:
+    def tensor(self) -> torch.Tensor:
         if self._event is not None:
             self._event.synchronize()
-        return float(self._host)
+        return self._host
+
+    def read(self) -> float:
+        """Of a scalar."""
+        return float(self.tensor())
 
 
 def free_port() -> str:

@@ -30,7 +30,7 @@ from tidegate.parallel.expert_store import ExpertStore, StoreSettings
 from tidegate.parallel.flat_gradients import FlatGradients
 from tidegate.parallel.master_weights import scale_rows
 from tidegate.parallel.snapshot import Fetch, HostSnapshots, Put
-from tidegate.parallel.stored_moe import StoredMoE
+from tidegate.parallel.stored_moe import StoredMoE, announce_early_routers
 
 __all__ = ["Engine"]
 
@@ -83,6 +83,7 @@ class Engine:
             moe = partial(StoredMoE, store=self.store, recompute=recompute, **share)
         model = materialize(lambda: Decoder(model_config, moe, recompute), self.device, seed)
         tag_parameters(model)
+        announce_early_routers(model)
         optimizer = torch.optim.AdamW(_parameter_groups(model, weight_decay), lr=0.0, betas=betas, eps=eps, fused=True)
         _quiet_and_uncompiled(self.device)
         # Sums of bf16 gradients over micro-batches and ranks lose digits with every term; DeepSpeed sums in fp32 from

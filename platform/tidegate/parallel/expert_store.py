@@ -18,75 +18,22 @@ import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from tidegate.parallel.expert_layout import Layout, Piece
 from tidegate.parallel.host_adamw import host_adamw
 from tidegate.parallel.prefetch import Lane, Ring
 from tidegate_kernels.adamw import Rates
 from tidegate_kernels.gradient_sum import add_gradients
 
-__all__ = ["BUFFERS", "ExpertStore", "Layout", "Piece", "StoreSettings"]
+__all__ = ["BUFFERS", "ExpertStore", "StoreSettings"]
 
 BUFFERS = 2
 """Layers on the device at a time: one that computes, one that is fetched."""
-
-
-class Piece(NamedTuple):
-    """One of the tensors of a layer, (E, ...)."""
-
-    shape: tuple[int, ...]
-    decayed: bool
-    """Whether weight decay acts on it."""
-
-
-class Layout(NamedTuple):
-    """How a layer's tensors lie one behind the other in a flat one."""
-
-    pieces: Mapping[str, Piece]
-    num_replicas: int
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return next(iter(self.pieces.values())).shape[0]
-
-    @property
-    def numbers(self) -> int:
-        """Without padding."""
-        return sum(prod(piece.shape) for piece in self.pieces.values())
-
-    @property
-    def padded(self) -> int:
-        """n."""
-        return -(-self.numbers // self.num_replicas) * self.num_replicas
-
-    def places(self) -> list[tuple[int, int, Piece]]:
-        """(start, stop, piece) of each."""
-        found, start = [], 0
-        for piece in self.pieces.values():
-            stop = start + prod(piece.shape)
-            found.append((start, stop, piece))
-            start = stop
-        return found
-
-    def ranges(self, experts: frozenset[int]) -> list[tuple[int, int]]:
-        """(start, stop) of the numbers of some experts, as few as there can be."""
-        if len(experts) == self.num_experts:
-            return [(0, self.padded)]
-        found: list[tuple[int, int]] = []
-        for start, _, piece in self.places():
-            row = prod(piece.shape[1:])
-            for expert in sorted(experts):
-                begins, ends = start + expert * row, start + (expert + 1) * row
-                if found and found[-1][1] == begins:
-                    begins = found.pop()[0]
-                found.append((begins, ends))
-        return found
 
 
 class StoreSettings(NamedTuple):
@@ -134,10 +81,17 @@ class ExpertStore:
         self._layers: list[_Layer] = []
         self._step = 0
         self._last = False
+        self._backward_follows = False
         self._started: set[int] = set()
         """Layers that have a sum in this step."""
         self._norms: list[torch.Tensor] = []
         """() of the parts of the sums, of the layers that are complete."""
+        self._announced: set[int] = set()
+        """Layers whose experts are known before their turn, in every forward pass."""
+        self._chosen: dict[int, frozenset[int]] = {}
+        """Of them, the experts of the last forward pass."""
+        self._missed = torch.zeros((), dtype=torch.bool, device=device)
+        """Whether a row went to an expert that was not announced, in this step."""
         self._anchor = torch.zeros((), device=device, requires_grad=True)
 
     # --- filling
@@ -186,20 +140,41 @@ class ExpertStore:
     def lend(self, layer: int) -> dict[str, torch.Tensor]:
         """A layer's weights by name, for autograd to give their gradients to this store."""
         pieces = self._layers[layer].layout.pieces
+        self._backward_follows = torch.is_grad_enabled()  # inside of the function below it is not
         return dict(zip(pieces, _Lent.apply(self._anchor, self, layer), strict=True))
 
     def flat(self, layer: int) -> torch.Tensor:
         """(n,) of a layer's weights on the device; the layer that is next in this pass is fetched meanwhile."""
-        weights_n = self._weights.get(layer, self._all(layer))
-        in_backward = _in_backward()
-        following = layer - 1 if in_backward else layer + 1
-        if in_backward and layer in self._started:
+        weights_n = self._weights.get(layer, self._wanted(layer))
+        backward = in_backward()
+        following = layer - 1 if backward else layer + 1
+        if backward and layer in self._started:
             self._sums.prefetch(layer, self._all(layer))
-        if following == len(self._layers) and not torch.is_grad_enabled():
+        if following == len(self._layers) and not self._backward_follows:
             following = 0  # the next pass is a forward pass; before a backward pass the last layers stay
-        if 0 <= following < len(self._layers):
-            self._weights.prefetch(following, self._all(following))
+        if 0 <= following < len(self._layers) and (backward or following not in self._announced):
+            self._weights.prefetch(following, self._wanted(following))
         return weights_n
+
+    def announces(self, layer: int) -> None:
+        """From now on `choose` is called for the layer before its turn."""
+        self._announced.add(layer)
+
+    def choose(self, layer: int, chosen_E: torch.Tensor) -> None:
+        """Fetch the experts that a layer will need in this pass, and no others.
+
+        Args:
+            chosen_E: (E,) bool, on the host.
+        """
+        self._chosen[layer] = frozenset(chosen_E.nonzero().flatten().tolist())
+        self._weights.prefetch(layer, self._chosen[layer])
+
+    def check(self, used_E: torch.Tensor, chosen_E: torch.Tensor) -> None:
+        """Note on the device whether a layer uses experts that were not announced; `step` refuses then."""
+        self._missed |= (used_E & ~chosen_E).any()
+
+    def _wanted(self, layer: int) -> frozenset[int]:
+        return self._chosen.get(layer, self._all(layer))
 
     def views(self, layer: int) -> tuple[torch.Tensor, ...]:
         """A layer's weights on the device, piece by piece."""
@@ -212,7 +187,7 @@ class ExpertStore:
 
     def release(self, layer: int) -> None:
         """All that reads a layer's weights in this forward pass is queued."""
-        if not _in_backward():  # there it is a block that runs again, and whose backward pass follows
+        if not in_backward():  # there it is a block that runs again, and whose backward pass follows
             self._weights.release(layer)
 
     def begin_backward(self, *, last: bool) -> None:
@@ -254,7 +229,9 @@ class ExpertStore:
             skip: () 1 to leave everything as it is, else 0.
             learning_rate: of this step.
         """
-        scale_now, skipped = torch.stack([scale, skip]).tolist()  # the host waits for the end of the backward pass
+        # The host waits for the end of the backward pass.
+        scale_now, skipped, missed = torch.stack([scale, skip, self._missed.float()]).tolist()
+        assert not missed, "a router decided otherwise than it had announced"
         self._down.finish()
         self.arrivals.finish()
         self._started.clear()
@@ -296,7 +273,8 @@ class ExpertStore:
                 self._weights.write_back(layer, 0, held.layout.padded, self._down)
             self._down.finish()
         for layer in range(min(BUFFERS, len(self._layers))):
-            self._weights.prefetch(layer, self._all(layer))
+            if layer not in self._announced:
+                self._weights.prefetch(layer, self._all(layer))
 
     # --- checkpoints
 
@@ -340,7 +318,7 @@ class _Lent(torch.autograd.Function):
         return None, None, None
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     """Whether autograd is running a backward pass, in this thread."""
     return torch._C._current_graph_task_id() != -1
 

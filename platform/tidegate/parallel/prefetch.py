@@ -113,7 +113,8 @@ class Ring:
     ) -> None:
         self._hosts, self._ranges, self._up = hosts, ranges, up
         longest = -(-max(len(host_n) for host_n in hosts) // _ALIGN) * _ALIGN
-        buffers = torch.empty(min(num, len(hosts)), longest, dtype=hosts[0].dtype, device=device)
+        # Zeros: matrix products may read an expert that was not fetched, times zero, which must not be NaN.
+        buffers = torch.zeros(min(num, len(hosts)), longest, dtype=hosts[0].dtype, device=device)
         self._free = [_Place(buffer_n) for buffer_n in buffers]
         self._places: dict[int, _Place] = {}
         """By layer, the least recently used first."""
@@ -135,7 +136,7 @@ class Ring:
         place.arrived, place.experts = self._up.mark(), place.experts | missing
 
     def get(self, layer: int, experts: frozenset[int]) -> torch.Tensor:
-        """(n,) of a layer, for what the current stream does next; more than what is asked for may be undefined."""
+        """(n,) of a layer, for what the current stream does next; more than what is asked for may be stale."""
         self.prefetch(layer, experts)
         place = self._places[layer]
         if place.arrived is not PAST:
