@@ -337,7 +337,6 @@ def test_stored_experts_train_as_those_on_the_gpu(on_ranks) -> None:  # type: ig
             torch.testing.assert_close(
                 torch.tensor(stored), torch.tensor(rows), rtol=2e-3, atol=0, msg=lambda m, at=case: f"{at}: {m}"
             )
-            assert stored == runs[first + 1][0], (case, "what is slow changes nothing, to the bit")
 
 
 def test_stored_experts_leave_the_gpu(on_ranks) -> None:  # type: ignore[no-untyped-def]

@@ -340,7 +340,9 @@ def _pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor, locked in place for copies from and to a GPU; torch's own pinned memory is rounded to powers of 2."""
     if device.type == "cuda":
         runtime = torch.cuda.cudart()
-        torch.cuda.check_error(int(runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)))
+        status = int(runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0))
+        if status != 0:
+            raise RuntimeError(f"the host cannot lock {tensor.nbytes:,} bytes for experts: cudaHostRegister: {status}")
         weakref.finalize(tensor.untyped_storage(), runtime.cudaHostUnregister, tensor.data_ptr())
     return tensor
 

@@ -118,6 +118,8 @@ class Ring:
         self._free = [_Place(buffer_n) for buffer_n in buffers]
         self._places: dict[int, _Place] = {}
         """By layer, the least recently used first."""
+        self._written: dict[int, _Mark] = {}
+        """By layer, when the last copy to its host tensor has ended."""
         self._pointer = buffers.untyped_storage().data_ptr()
 
     def prefetch(self, layer: int, experts: frozenset[int]) -> None:
@@ -131,6 +133,7 @@ class Ring:
         else:
             self._up.after(place.read)
         self._up.after(place.written)
+        self._up.after(self._written.get(layer, PAST))
         for start, stop in self._ranges[layer](missing):
             self._up.copy(place.buffer_n[start:stop], self._hosts[layer][start:stop])
         place.arrived, place.experts = self._up.mark(), place.experts | missing
@@ -162,7 +165,8 @@ class Ring:
         place = self._places[layer]
         down.after_compute()
         down.copy(self._hosts[layer][start:stop], place.buffer_n[start:stop])
-        place.written, place.read = down.mark(), PAST
+        place.written = self._written[layer] = down.mark()
+        place.read = PAST
 
     def forget(self) -> None:
         """The host's tensors have changed."""
