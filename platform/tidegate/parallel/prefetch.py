@@ -86,8 +86,8 @@ class _Place:
         """Whose numbers are here."""
         self.arrived = PAST
         """When they are; past once the current stream has waited."""
-        self.read: _Mark | None = PAST
-        """When the current stream has done with them; None while it has not."""
+        self.read: _Mark | None = None
+        """When the current stream has done with them; None while it has not, as with the zeros of the beginning."""
         self.written = PAST
         """When the last copy to the host has read the buffer."""
 
