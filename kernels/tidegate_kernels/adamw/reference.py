@@ -53,11 +53,9 @@ def _mixed(x: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 16)
 
 
-def _rounded(x_N: torch.Tensor, bits_N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`x` itself in fp32; to bf16 it is rounded up with the probability of what is cut off, by 16 random bits each."""
-    if dtype == torch.float32:
-        return x_N
-    return ((x_N.view(torch.int32) + bits_N.int()) & -0x10000).view(torch.float32).to(dtype)
+def _rounded(x_N: torch.Tensor, bits_N: torch.Tensor) -> torch.Tensor:
+    """`x` in bf16, rounded up with the probability of what is cut off, by 16 random bits each."""
+    return ((x_N.view(torch.int32) + bits_N.int()) & -0x10000).view(torch.float32).bfloat16()
 
 
 def adamw(
@@ -91,8 +89,9 @@ def adamw(
     square = beta2 * square_N.float() + (1 - beta2) * g * g
     direction = mean * factors.correction1 / ((square * factors.correction2).sqrt() + rates.eps)
     weights = weights_N * (1 - lr * rates.weight_decay) - lr * direction
-    bits = _mixed(torch.arange(place, place + len(g), device=g.device) ^ factors.seed)
-    mean, square = _rounded(mean, bits & 0xFFFF, mean_N.dtype), _rounded(square, bits >> 16, square_N.dtype)
+    if mean_N.dtype == torch.bfloat16:
+        bits = _mixed(torch.arange(place, place + len(g), device=g.device) ^ factors.seed)
+        mean, square = _rounded(mean, bits & 0xFFFF), _rounded(square, bits >> 16)
     skip = factors.skip != 0
     for old, new in ((mean_N, mean), (square_N, square), (weights_N, weights)):
         old.copy_(torch.where(skip, old, new))
