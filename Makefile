@@ -4,11 +4,12 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: help env demo test check format clean
+.PHONY: help env demo test chaos check format clean
 
 help:
 	@echo "make demo    train jobs/demo.yaml on two workers and show what came out"
 	@echo "make test    run the tests"
+	@echo "make chaos   kill the processes of whole runs, for minutes"
 	@echo "make check   ruff, mypy and import-linter"
 	@echo "make format  let ruff rewrite the code"
 
@@ -27,7 +28,10 @@ demo: $(READY)
 	@echo "see it: $(BIN)/tidegate ui"
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not chaos"
+
+chaos: $(READY)
+	$(BIN)/python -m pytest -m chaos
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -230,8 +230,8 @@ def is_anything(command: list[str]) -> bool:
     return True
 
 
+@pytest.mark.chaos
 @pytest.mark.ray
-@pytest.mark.slow
 def test_expert_parallel_runs_on_ray_survive_whatever_is_killed(
     new_run: Callable[..., Run], tiny_job: Callable[..., Path]
 ) -> None:
