@@ -71,7 +71,7 @@ UNKNOWN = {
     ),
     "nothing near": (
         "parallel: {zzz: 1}",
-        "parallel.zzz: unknown field (got 1); known here: expert, zero_stage, gradients_at_once, offload, "
+        "parallel.zzz: unknown field (got 1); known here: expert, zero_stage, gradients_at_once, all_to_all, offload, "
         "offload_folder",
     ),
     "kind": (

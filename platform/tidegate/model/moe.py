@@ -5,6 +5,7 @@ Letters: B sequences, T tokens, N = B T rows, D width, E experts, K chosen exper
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -32,7 +33,24 @@ from tidegate_kernels.moe_dispatch import combine, fan_out
 from tidegate_kernels.moe_experts import moe_experts
 from tidegate_kernels.router_topk import router_signals
 
-__all__ = ["ExpertSize", "Experts", "MoE", "MoEConfig", "RoutingStats", "SharedExpertsConfig", "routing_stats"]
+__all__ = [
+    "ExpertSize",
+    "Experts",
+    "Meanwhile",
+    "MoE",
+    "MoEConfig",
+    "RoutingStats",
+    "SharedExpertsConfig",
+    "nothing",
+    "routing_stats",
+]
+
+Meanwhile = Callable[[], None]
+"""Computes what does not hang on the experts."""
+
+
+def nothing() -> None:
+    """To do meanwhile."""
 
 
 class SharedExpertsConfig(Config):
@@ -300,24 +318,48 @@ class MoE(nn.Module):
         if routing is None:
             routing = self.route(x_BTD, context)
         dispatch = plan(routing, self.config.slices)
-        mixed_ND = self.mix(x_ND, dispatch, masks.expert_channels)
-        if self.shared_experts is not None:
-            shared_ND = self.shared_experts(x_ND, masks.channels)
-            if self.shared_experts_gate is not None:
-                shared_ND = shared_ND * torch.sigmoid(self.shared_experts_gate(x_ND).float()).to(x_ND.dtype)
+        shared_ND = None
+
+        def meanwhile() -> None:
+            nonlocal shared_ND
+            shared_ND = self._mix_shared(x_ND, masks)
+
+        mixed_ND = self.mix(x_ND, dispatch, masks.expert_channels, meanwhile)
+        if shared_ND is not None:
             mixed_ND = mixed_ND + shared_ND
         return mixed_ND.view_as(x_BTD), routing_stats(routing, context, self.config.capabilities)
 
-    def mix(self, x_ND: torch.Tensor, dispatch: Dispatch, channels_EF: torch.Tensor | None) -> torch.Tensor:
-        """(N, D) the weighted sum of each row's experts."""
+    def mix(
+        self, x_ND: torch.Tensor, dispatch: Dispatch, channels_EF: torch.Tensor | None, meanwhile: Meanwhile = nothing
+    ) -> torch.Tensor:
+        """(N, D) the weighted sum of each row's experts.
+
+        Args:
+            x_ND: rows.
+            dispatch: of rows to experts.
+            channels_EF: factors of the experts' channels.
+            meanwhile: called once; where rows travel, while they do.
+        """
         experts, slots = self.experts, dispatch.slots()
         if experts.activation == "swiglu":
             w2_EDF = experts.masked_w2(channels_EF)
-            return moe_experts(
+            mixed_ND = moe_experts(
                 x_ND, dispatch.weights_A, slots, experts.w1, experts.w3, w2_EDF, keep_rows=self.keep_rows
             )
-        outputs_AD = experts(fan_out(x_ND, slots), slots.counts_E, channels_EF)
-        return combine(outputs_AD, dispatch.weights_A, slots)
+        else:
+            outputs_AD = experts(fan_out(x_ND, slots), slots.counts_E, channels_EF)
+            mixed_ND = combine(outputs_AD, dispatch.weights_A, slots)
+        meanwhile()
+        return mixed_ND
+
+    def _mix_shared(self, x_ND: torch.Tensor, masks: LayerMasks) -> torch.Tensor | None:
+        """(N, D) what the shared experts add, if there are any."""
+        if self.shared_experts is None:
+            return None
+        shared_ND: torch.Tensor = self.shared_experts(x_ND, masks.channels)
+        if self.shared_experts_gate is None:
+            return shared_ND
+        return shared_ND * torch.sigmoid(self.shared_experts_gate(x_ND).float()).to(x_ND.dtype)
 
     def route(self, x_BTD: torch.Tensor, context: RouterContext) -> Routing:
         """Decide by the (B, T, D) rows that this layer's router reads."""

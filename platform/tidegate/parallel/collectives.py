@@ -16,6 +16,7 @@ __all__ = [
     "default_device",
     "free_port",
     "gather",
+    "local_world_size",
     "rank",
     "start",
     "stop",
@@ -48,7 +49,14 @@ def start(*, alone: bool = False) -> bool:
     if dist.is_initialized():
         return False
     if alone or "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+        os.environ.update(
+            RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_RANK="0",
+            LOCAL_WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=free_port(),
+        )
     cuda = device.type == "cuda"
     dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     return True
@@ -64,6 +72,11 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size()
+
+
+def local_world_size() -> int:
+    """Ranks on this machine, as the launcher says (Ray Train and torchrun do); all of them if it does not."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
 
 
 def all_reduce(tensor: torch.Tensor) -> None:

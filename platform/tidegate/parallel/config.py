@@ -21,6 +21,10 @@ class ParallelConfig(Config):
     gradients_at_once: int = Field(default=1, ge=1, le=4)
     """With bf16 at stage 1: hold the gradients of so many micro-batches, 2 bytes a parameter each but for the last, and
     add them to the fp32 sums in one pass. The same bits; 2 take 40 % less memory traffic than 1, 4 take 60 % less."""
+    all_to_all: Literal["plain", "hierarchical"] = "plain"
+    """How rows travel to the ranks that hold their experts. `hierarchical`: to the ranks of a node first, then across
+    nodes, in fewer and larger messages between nodes; the same bits. It acts where a group of `expert` ranks is larger
+    than a node with several."""
     offload: Literal["none", "optimizer", "experts"] = "none"
     """`optimizer`: master weights and moments live in the host's memory, 18 bytes a parameter over the ranks that ZeRO
     spreads them on, and AdamW runs on the host's cores. Needs stage 1 or 2; stage 2 leaves least on the GPU.
@@ -36,6 +40,11 @@ class ParallelConfig(Config):
             return (
                 f"parallel.expert={self.expert} does not divide resources.workers={world_size}; "
                 f"use one of {_divisors(world_size)}"
+            )
+        if self.all_to_all == "hierarchical" and self.expert == 1:
+            return (
+                "parallel.all_to_all=hierarchical has no rows to exchange at parallel.expert=1; use "
+                "parallel.all_to_all=plain"
             )
         if self.offload == "optimizer" and self.zero_stage == 0:
             return "parallel.offload=optimizer needs ZeRO, but parallel.zero_stage=0; use parallel.zero_stage=2"

@@ -25,7 +25,8 @@ import deepspeed.ops
 from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
 from deepspeed.utils import logger as deepspeed_logger
 
-from tidegate.parallel.expert import ExpertParallelMoE, tag_parameters
+from tidegate.parallel.all_to_all import node_groups
+from tidegate.parallel.expert import ExpertParallelMoE, SpreadMoE, tag_parameters
 from tidegate.parallel.expert_store import ExpertStore, StoreSettings
 from tidegate.parallel.flat_gradients import FlatGradients
 from tidegate.parallel.master_weights import scale_rows
@@ -110,6 +111,11 @@ class Engine:
             at_once = parallel.gradients_at_once
             FlatGradients.take_over(self._engine.optimizer, at_once=at_once, moments=moments, experts=self.store)
             model.embedding.sparse_gradient = model.head is not None  # a tied head's gradient is dense
+        if parallel.all_to_all == "hierarchical":
+            nodes = node_groups(parallel.expert)
+            for module in model.modules():
+                if isinstance(module, SpreadMoE):
+                    module.join_nodes(nodes)
         self._snapshots = HostSnapshots(self._engine, self.device)
         self._clip = gradient_clip
         self._own_norm: torch.Tensor | None = None

@@ -36,9 +36,10 @@ from torch.distributed.nn.functional import all_gather
 
 from tidegate.model.decoder import Decoder
 from tidegate.model.dispatch import Dispatch
-from tidegate.model.moe import Experts, MoE, MoEConfig
+from tidegate.model.moe import Experts, Meanwhile, MoE, MoEConfig, nothing
 from tidegate.model.routers import RouterContext, Routing
 from tidegate.model.routers.sinkhorn import Sinkhorn
+from tidegate.parallel.all_to_all import AllToAll, HierarchicalAllToAll, NodeGroups
 from tidegate.parallel.exchange import Exchange
 
 __all__ = ["ExpertParallelMoE", "SpreadMoE", "join_expert_groups", "replica_group", "tag_parameters"]
@@ -68,6 +69,7 @@ class SpreadMoE(MoE):
         expert_rank: int,
     ) -> None:
         self._local = (config.num_slices // expert_size, expert_rank)
+        self._nodes: NodeGroups | None = None
         super().__init__(config, width, std, out_std, layer=layer, vocab_size=vocab_size, keep_rows=keep_rows)
         self.num_experts = config.num_slices
         self.num_local_experts = config.num_slices // expert_size
@@ -91,13 +93,26 @@ class SpreadMoE(MoE):
         first, activation = num_local * expert_rank, self.config.activation
         return Experts(num_local, width, self.config.expert_dim, std, out_std, first, activation)
 
-    def mix(self, x_ND: torch.Tensor, dispatch: Dispatch, channels_EF: torch.Tensor | None) -> torch.Tensor:
-        """Send every row once to each rank that holds experts of its, mix there, and add up what comes back."""
+    def mix(
+        self, x_ND: torch.Tensor, dispatch: Dispatch, channels_EF: torch.Tensor | None, meanwhile: Meanwhile = nothing
+    ) -> torch.Tensor:
+        """Send every row once to each rank that holds experts of its, mix there, and add up what comes back.
+
+        What is to be done meanwhile is done while rows travel, and so is its backward pass.
+        """
         if self.ep_size == 1:
-            return super().mix(x_ND, dispatch, channels_EF)
-        exchange = Exchange(dispatch, self.ep_size, self.ep_group)
-        mixed_MD = super().mix(exchange.send(x_ND), exchange.received, channels_EF)
+            return super().mix(x_ND, dispatch, channels_EF, meanwhile)
+        nodes = self._nodes
+        all_to_all = AllToAll(self.ep_group) if nodes is None else HierarchicalAllToAll(nodes)
+        exchange = Exchange(dispatch, self.ep_size, all_to_all)
+        rows = exchange.send(x_ND)
+        meanwhile()
+        mixed_MD = super().mix(rows(), exchange.received, channels_EF)
         return exchange.send_back(mixed_MD)
+
+    def join_nodes(self, nodes: NodeGroups | None) -> None:
+        """Exchange rows within a node first, then across; None: in one step."""
+        self._nodes = nodes
 
     def route(self, x_BTD: torch.Tensor, context: RouterContext) -> Routing:
         router = self.router

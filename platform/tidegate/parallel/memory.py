@@ -14,7 +14,8 @@ import torch
 
 from tidegate.model.decoder import Decoder
 from tidegate.model.dispatch import Dispatch
-from tidegate.model.moe import Experts, MoE
+from tidegate.model.moe import Experts, Meanwhile, MoE, nothing
+from tidegate.parallel.all_to_all import AllToAll, Way
 from tidegate.parallel.config import ParallelConfig
 from tidegate.parallel.exchange import Exchange
 from tidegate.parallel.expert_store import BUFFERS
@@ -138,25 +139,29 @@ class MoEShare(MoE):
         num_local = config.num_slices // self._share[0]
         return Experts(num_local, width, config.expert_dim, std, out_std, activation=config.activation)
 
-    def mix(self, x_ND: torch.Tensor, dispatch: Dispatch, channels_EF: torch.Tensor | None) -> torch.Tensor:
+    def mix(
+        self, x_ND: torch.Tensor, dispatch: Dispatch, channels_EF: torch.Tensor | None, meanwhile: Meanwhile = nothing
+    ) -> torch.Tensor:
         expert_size, skew = self._share
         if expert_size == 1:
-            return super().mix(x_ND, dispatch, channels_EF)
-        exchange = _ImaginedExchange(dispatch, expert_size, skew)
-        mixed_MD = super().mix(exchange.send(x_ND), exchange.received, channels_EF)
+            return super().mix(x_ND, dispatch, channels_EF, meanwhile)
+        exchange = Exchange(dispatch, expert_size, _Imagined(dispatch, skew))
+        rows = exchange.send(x_ND)
+        meanwhile()
+        mixed_MD = super().mix(rows(), exchange.received, channels_EF)
         return exchange.send_back(mixed_MD)
 
 
-class _ImaginedExchange(Exchange):
-    """An exchange of rows that choose their experts independently of each other, with ranks that nobody plays."""
+class _Imagined(AllToAll):
+    """With ranks that nobody plays, of rows that choose their experts independently of each other."""
 
-    def __init__(self, dispatch: Dispatch, num_ranks: int, skew: float) -> None:
+    def __init__(self, dispatch: Dispatch, skew: float) -> None:
+        super().__init__(None)
         self._rows, self._assignments, self._skew = dispatch.num_rows, dispatch.slice_A.shape[0], skew
-        super().__init__(dispatch, num_ranks, None)
 
-    def agree(self, sizes_R2: torch.Tensor) -> list[list[list[int]]]:
-        R = len(sizes_R2)
+    def agree(self, sizes_RQ: torch.Tensor) -> list[Way]:
+        R = len(sizes_RQ)
         pairs = self._rows * (1 - (1 - 1 / R) ** (self._assignments / self._rows))
         sizes = [round(pairs), self._assignments // R]
         coming = [min(self._rows, round(self._skew * sizes[0])), round(self._skew * sizes[1])]
-        return [[[size] * R for size in sizes], [[size] * R for size in coming]]
+        return [Way([size] * R, [came] * R, None) for size, came in zip(sizes, coming, strict=True)]

@@ -19,7 +19,7 @@ from tidegate.model.activations import ActivationName, has_coefficients
 from tidegate.model.decoder import Decoder
 from tidegate.model.dispatch import Dispatch
 from tidegate.model.initialisation import Draw
-from tidegate.model.moe import Experts, RoutingStats
+from tidegate.model.moe import Experts, Meanwhile, RoutingStats, nothing
 from tidegate.model.routers import RouterContext, Routing
 from tidegate.model.unit_gates.units import NO_MASKS, LayerMasks
 from tidegate.parallel.collectives import HostCopy
@@ -169,11 +169,13 @@ class StoredMoE(SpreadMoE):
             self._of_store[0].choose(following.experts.layer, chosen.tensor())
         return result
 
-    def mix(self, x_ND: torch.Tensor, dispatch: Dispatch, channels_EF: torch.Tensor | None) -> torch.Tensor:
+    def mix(
+        self, x_ND: torch.Tensor, dispatch: Dispatch, channels_EF: torch.Tensor | None, meanwhile: Meanwhile = nothing
+    ) -> torch.Tensor:
         if self._chosen_E is not None:
             self._of_store[0].check(used_experts(dispatch.slice_A, self.num_experts), self._chosen_E)
         with self.experts.lent(keeps=not (self._of_store[1] and self.training)):
-            return super().mix(x_ND, dispatch, channels_EF)
+            return super().mix(x_ND, dispatch, channels_EF, meanwhile)
 
 
 def used_experts(experts: torch.Tensor, num_experts: int, chosen: torch.Tensor | None = None) -> torch.Tensor:

@@ -7,6 +7,7 @@ process without engine that sees the whole batch; the truth of training is the e
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,12 +102,12 @@ def engine_for(
 
 
 def reduced_gradients(
-    balance: BalanceConfig, accumulation: int, expert: int, model: ModelConfig = MODEL
+    balance: BalanceConfig, accumulation: int, expert: int, model: ModelConfig = MODEL, all_to_all: Any = "plain"
 ) -> dict[str, torch.Tensor]:
     """Gradients after the engine's reduction, of one step; activations are recomputed where M = 2."""
     from tidegate.train.step import train_step
 
-    parallel = ParallelConfig(expert=expert, zero_stage=0)
+    parallel = ParallelConfig(expert=expert, zero_stage=0, all_to_all=all_to_all)
     engine = engine_for(parallel, accumulation, recompute=accumulation == 2, model=model)
     inner, gradients = engine._engine, {}
     step = inner.step
@@ -182,6 +183,17 @@ def assert_exact(by_rank: list[list[dict[str, torch.Tensor]]], truth: dict[str, 
                     first = rank % (expected.shape[0] // num) * num
                     expected = expected[first : first + num]
                 assert relative_error(gradient, expected) < GRADIENT_TOLERANCE, (name, rank)
+
+
+def gradients_by_all_to_all() -> list[dict[str, torch.Tensor]]:
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    return [reduced_gradients(EXACT, 2, 4, all_to_all=kind) for kind in ("plain", "hierarchical")]
+
+
+def test_rows_that_travel_by_node_train_to_the_same_bits(on_ranks: Any) -> None:
+    """Two simulated nodes of two ranks; activations are recomputed."""
+    for plain, by_node in on_ranks(4, gradients_by_all_to_all):
+        assert all(torch.equal(gradient, by_node[name]) for name, gradient in plain.items())
 
 
 def test_running_counts_are_exact_without_accumulation_and_differ_with_it(on_ranks: Any) -> None:

@@ -34,6 +34,10 @@ CONFLICTS = {
         [DENSE],
         "parallel.expert=2 needs experts, but model.ffn.kind=dense; set parallel.expert=1",
     ),
+    "nothing to exchange": (
+        ["parallel.expert=1", "parallel.all_to_all=hierarchical"],
+        "parallel.all_to_all=hierarchical has no rows to exchange at parallel.expert=1; use parallel.all_to_all=plain",
+    ),
     "offload without ZeRO": (
         ["parallel.offload=optimizer", "parallel.zero_stage=0"],
         "parallel.offload=optimizer needs ZeRO, but parallel.zero_stage=0; use parallel.zero_stage=2",
