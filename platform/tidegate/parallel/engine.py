@@ -194,18 +194,23 @@ class Engine:
             for layer, content in enumerate(self.store.state()):
                 put(_experts_file(layer), content)
 
-    def load(self, fetch: Fetch, names: Iterable[str]) -> dict[str, Any]:
-        """Load a checkpoint written at the same layout; returns the trainer's `state`.
+    def load(self, fetch: Fetch, names: Iterable[str], *, reshape: bool = False) -> dict[str, Any]:
+        """Load a checkpoint; returns the trainer's `state`. Every rank calls it.
 
         Weights, moments and counts come from the checkpoint; AdamW's settings and the clip stay those of the job.
 
         Args:
             fetch: opens a file by the name that `put` got.
             names: of all ranks' files.
+            reshape: it was written by another number of ranks, or at another expert parallelism or ZeRO stage, of 1
+                and 2; experts are not in `store`.
         """
+        assert not (reshape and (self._clips_itself or self.store is not None))
         groups = self._engine.optimizer.param_groups
-        settings = [{key: group[key] for key in ("betas", "eps", "weight_decay")} for group in groups]
-        state = self._snapshots.restore(fetch, names)
+        kept = ("betas", "eps", "weight_decay", "name")  # the name of experts' groups says how many ranks share them
+        settings = [{key: group[key] for key in kept if key in group} for group in groups]
+        restore = self._snapshots.restore_reshaped if reshape else self._snapshots.restore
+        state = restore(fetch, names)
         for group, setting in zip(self._engine.optimizer.param_groups, settings, strict=True):
             group.update(setting)
         if not self._clips_itself:

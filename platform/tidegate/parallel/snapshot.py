@@ -7,10 +7,11 @@ that they can be written while the next step changes the originals.
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,7 +20,12 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointComm
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils.tensor_fragment import fragment_address
+
+from tidegate.config import ConfigError
+from tidegate.parallel import collectives
+from tidegate.parallel.reshape import universal_checkpoint
 
 __all__ = ["Fetch", "HostSnapshots", "Put"]
 
@@ -28,7 +34,7 @@ Put = Callable[[str, Any], None]
 Fetch = Callable[[str], BinaryIO]
 """Opens a file, seekable, by the name that `Put` got."""
 
-_ROOT, _TAG = "checkpoint", "state"
+_ROOT, _TAG, _MODEL = "checkpoint", "state", "mp_rank_00_model_states.pt"
 _PLAIN_TYPES = [LossScaler, ZeroStageEnum, fragment_address, set]
 """All that DeepSpeed's files hold beside tensors, containers and numbers; anything else is not unpickled."""
 _SMALLEST_PINNED = 1 << 20  # bytes; registering a smaller block costs more than its copy
@@ -83,6 +89,40 @@ class HostSnapshots(CheckpointEngine):
         assert path is not None
         return state
 
+    def restore_reshaped(self, fetch: Fetch, names: Iterable[str]) -> dict[str, Any]:
+        """`restore` of a checkpoint that another number of ranks wrote, another expert parallelism or ZeRO stage.
+
+        Weights, moments and steps come from the universal form, all else of the model from rank 0's file.
+        """
+        self._refuse_ranks_without_weights()
+        self._fetch = fetch
+        self._loading_from = ""
+        with universal_checkpoint(self.load, names, _TAG) as folder, _universal(self._engine):
+            model = self.load(f"{_TAG}/{_MODEL}")["module"]
+            missing, unexpected = self._engine.module.load_state_dict(model, strict=False)
+            assert not unexpected, unexpected
+            assert all(name.rpartition(".")[0].endswith(".experts") for name in missing), missing
+            self._loading_from = str(folder)
+            path, state = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        assert path is not None
+        for weights, moments in self._engine.optimizer.optimizer.state.items():
+            moments["step"] = moments["step"].to(weights.device)
+        return state
+
+    def _refuse_ranks_without_weights(self) -> None:
+        """DeepSpeed cannot load the universal form where a rank's part of a group of weights is nothing but padding."""
+        optimizer = self._engine.optimizer
+        weights = optimizer.bf16_groups if hasattr(optimizer, "bf16_groups") else optimizer.bit16_groups
+        empty = [not any(weight._hp_mapping is not None for weight in group) for group in weights]
+        groups = zip(optimizer.param_groups, empty, strict=True)
+        found = collectives.gather([group["name"] for group, none in groups if none])
+        names = {name for of_rank in found for name in of_rank}
+        if names:
+            raise ConfigError(
+                f"resources.workers={collectives.world_size()} leaves some workers no part of the model's "
+                f"{', '.join(sorted(names))}, where no checkpoint of another layout can be loaded; use fewer"
+            )
+
     # --- what DeepSpeed calls ------------------------------------------------------------------------------------
 
     def create(self, info: CheckpointCommitInfo) -> None:
@@ -107,6 +147,19 @@ class HostSnapshots(CheckpointEngine):
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
         return True
+
+
+@contextmanager
+def _universal(engine: DeepSpeedEngine) -> Iterator[None]:
+    """What `checkpoint.load_universal` in DeepSpeed's settings does, for a while."""
+    level = deepspeed_logger.level
+    deepspeed_logger.setLevel(logging.ERROR)  # it warns that there is no tensor parallelism
+    engine._config.load_universal_checkpoint = True
+    try:
+        yield
+    finally:
+        engine._config.load_universal_checkpoint = False
+        deepspeed_logger.setLevel(level)
 
 
 class _Copier:

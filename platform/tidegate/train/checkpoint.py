@@ -2,7 +2,8 @@
 
 DeepSpeed's shards hold weights, controllers and masks (buffers of the model), optimizer state and, with them, the
 `Position`. Beside them, each rank keeps its generators, and rank 0 the metrics that MLflow had not yet taken. What
-must fit for all that to mean something, the layout and the model, is in the manifest and is read first.
+must fit for all that to mean something, the layout and the model, is in the manifest and is read first. Another number
+of workers, expert parallelism or ZeRO stage fits after a reshape.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class Checkpoints:
         Without one, generators start from the job's seed, and the answer is None.
 
         Raises:
-            ConfigError: the checkpoint is of another layout or model.
+            ConfigError: the checkpoint is of another model, or of a layout that does not lead to the job's.
         """
         if self._rank == 0:
             for left in self._store.unfinished():  # by an attempt that was killed while it wrote
@@ -88,9 +89,15 @@ class Checkpoints:
             _seed_generators(self._job.train.seed, self._rank)
             return None
         manifest = self._store.manifest(name)
-        state = self._engine.load(lambda file: self._store.open(name, file), manifest.files)
-        with self._store.open(name, _generator_file(self._rank)) as file:
-            _restore_generators(torch.load(file, weights_only=True), self._engine.device)
+        reshape = self._reshapes(name, manifest)
+        state = self._engine.load(lambda file: self._store.open(name, file), manifest.files, reshape=reshape)
+        if reshape and self._rank == 0:
+            self._notice(f"{self._store.storage.path(name)} is reshaped from {_in_words(manifest.layout)}")
+        if _generator_file(self._rank) in manifest.files:
+            with self._store.open(name, _generator_file(self._rank)) as file:
+                _restore_generators(torch.load(file, weights_only=True), self._engine.device)
+        else:  # there were fewer ranks
+            _seed_generators(self._job.train.seed, self._rank)
         if self._tracker is not None:
             with self._store.open(name, _TRACKER) as file:
                 self._tracker.adopt(torch.load(file, weights_only=True))
@@ -164,7 +171,7 @@ class Checkpoints:
         for name, problem in reversed(collectives.gather(listed)[0]):
             problems = [problem] if problem else []
             if not problems:
-                self._refuse_other_layout(name)
+                self._reshapes(name, self._store.manifest(name))
                 mine = self._store.damage(name, slice(self._rank, None, self._world_size))
                 problems = [line for lines in collectives.gather(mine) for line in lines]
             if not problems:
@@ -174,17 +181,29 @@ class Checkpoints:
                 self._notice(f"{self._store.storage.path(name)} is not used: {problems[0]}")
         return None
 
-    def _refuse_other_layout(self, name: str) -> None:
-        manifest = self._store.manifest(name)
+    def _reshapes(self, name: str, manifest: Manifest) -> bool:
+        """Whether the checkpoint was written at another layout, to which this job's can be reached.
+
+        Raises:
+            ConfigError: it cannot, or the checkpoint is of another model.
+        """
         model = ModelConfig.model_validate(manifest.model)  # fills in fields that are younger than the checkpoint
         stored = manifest.layout | {f"model.{field}": value for field, value in flatten(model).items()}
         job = self._job
         wanted = _layout(job) | {f"model.{field}": value for field, value in flatten(job.model).items()}
-        for field in diff(stored, wanted):
+        changed = list(diff(stored, wanted))
+        why = "resume with the checkpoint's"
+        fixed = [field for field in changed if field not in _RESHAPED]
+        if not fixed and changed and 0 in (stored["parallel.zero_stage"], wanted["parallel.zero_stage"]):
+            fixed, why = changed, f"{why}: reshaping needs parallel.zero_stage=1 or 2 on both sides"
+        if not fixed and changed and wanted["parallel.offload"] == "experts":
+            fixed, why = changed, f"{why}: experts in the host's memory (parallel.offload=experts) are not reshaped"
+        for field in fixed:
             raise ConfigError(
                 f"{self._store.storage.path(name)}: the checkpoint was written at {field}={stored.get(field)}, this "
-                f"job has {field}={wanted.get(field)}; resume with the checkpoint's"
+                f"job has {field}={wanted.get(field)}; {why}"
             )
+        return bool(changed)
 
 
 def _layout(job: Job) -> dict[str, Any]:
@@ -196,6 +215,13 @@ def _layout(job: Job) -> dict[str, Any]:
         "train.precision": job.train.precision,
         "optimizer.state": job.optimizer.state,
     }
+
+
+_RESHAPED = ("resources.workers", "parallel.expert", "parallel.zero_stage")
+
+
+def _in_words(layout: Mapping[str, Any]) -> str:
+    return ", ".join(f"{field}={layout[field]}" for field in _RESHAPED)
 
 
 _TRACKER = "rank_00000/tracker.pt"

@@ -93,3 +93,26 @@ def test_checkpoints_go_through_one_door_and_are_looked_for_on_disk() -> None:
     assert "self._copy_recovery_script(" in inspect.getsource(DeepSpeedEngine._save_zero_checkpoint), HINT
     for function in (DeepSpeedEngine._load_checkpoint, DeepSpeedEngine._load_zero_checkpoint):
         assert "torch.load(" not in inspect.getsource(function), HINT + f"{function.__name__} reads otherwise"
+
+
+def test_universal_checkpoints_are_made_by_steps_that_can_be_called_one_by_one() -> None:
+    from deepspeed.checkpoint import DeepSpeedCheckpoint, autoep_universal, ds_to_universal
+    from deepspeed.runtime.base_optimizer import ZeROOptimizer
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    hint = HINT + "see parallel/reshape.py: "
+    arguments = {
+        ds_to_universal._inject_missing_state: ["ds_checkpoint"],
+        ds_to_universal._aggregate_autoep_zero12_metadata: ["model_state_metadata"],
+        ds_to_universal.extract_zero_shards: ["dir", "ds_checkpoint", "indices_3D"],
+        ds_to_universal._save_optimizer_state: ["args", "ds_checkpoint"],
+        ds_to_universal.merge_tp_slices: ["uc_info", "dir", "slice_dir", "tp_degree", "name_and_shapes"],
+        autoep_universal.get_autoep_zero12_expert_param_info: ["autoep_layers_metadata"],
+    }
+    for function, names in arguments.items():
+        assert list(inspect.signature(function).parameters) == names, hint + function.__name__
+    assert "get_zero_files" in vars(DeepSpeedCheckpoint), hint + "get_zero_files"
+    assert "_config.load_universal_checkpoint" in inspect.getsource(DeepSpeedEngine.load_universal_checkpoint), hint
+    source = inspect.getsource(ZeROOptimizer.load_hp_checkpoint_state_from_checkpoint_dir)
+    assert "if lp._hp_mapping is not None" in source, hint + "weights of other ranks are no longer told by _hp_mapping"
+    assert "self.optimizer.state[hp_param]['step']" in source, hint + "steps come back some other way"

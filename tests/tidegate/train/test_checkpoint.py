@@ -35,7 +35,8 @@ class OneNumber:
         if collectives.rank() == 0:
             put("state/state.pt", state)
 
-    def load(self, fetch: Callable[[str], io.BytesIO], names: Any) -> dict[str, Any]:
+    def load(self, fetch: Callable[[str], io.BytesIO], names: Any, *, reshape: bool) -> dict[str, Any]:
+        assert not reshape
         assert {"state/state.pt", "rank_00000.json", f"state/{collectives.rank()}.pt"} <= set(names)
         self.value = torch.load(fetch(f"state/{collectives.rank()}.pt"), weights_only=True)
         return torch.load(fetch("state/state.pt"), weights_only=True)
@@ -179,7 +180,12 @@ def refused(folder: str, job_file: str, overrides: list[str]) -> str:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("parallel.zero_stage=2", "written at parallel.zero_stage=1, this job has parallel.zero_stage=2; resume with"),
+        (
+            "parallel.zero_stage=0",
+            "written at parallel.zero_stage=1, this job has parallel.zero_stage=0; resume with the checkpoint's: "
+            "reshaping needs parallel.zero_stage=1 or 2 on both sides",
+        ),
+        ("train.precision=bf16", "written at train.precision=fp32, this job has train.precision=bf16; resume with"),
         ("model.width=40", "written at model.width=32, this job has model.width=40"),
         ("train.seed=7", ""),
     ],
