@@ -74,6 +74,25 @@ def verify(
 
 
 @app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="Name of a run, as train prints it", show_default=False)],
+    format: Annotated[str, typer.Option(help="tidegate, or hf: for Hugging Face transformers")] = "tidegate",
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Which one, as checkpoints lists them [default: the newest]", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write [default: exports/ in the state directory]", show_default=False),
+    ] = None,
+    state_dir: StateOption = None,
+) -> None:
+    """Write a run's weights as one model in safetensors files, from any layout; train --init-from reads them."""
+    from tidegate.launch.export import export_run
+
+    export_run(run, _state(state_dir), format, checkpoint, out)
+
+
+@app.command()
 def bench(
     job: JobFile,
     overrides: Overrides = [],  # noqa: B006

@@ -12,7 +12,7 @@ from tidegate.data.config import DataConfig, DomainConfig, TokenizerFile, Traine
 
 if TYPE_CHECKING:
     from tidegate.data.baseline import unigram_perplexity
-    from tidegate.data.build import prepare
+    from tidegate.data.build import find, prepare
     from tidegate.data.loader import EvalBatch, StepBatch, TrainLoader, eval_batches
     from tidegate.data.shards import TokenDataset, check_tokenizer
 
@@ -27,6 +27,7 @@ __all__ = [
     "TrainedTokenizer",
     "check_tokenizer",
     "eval_batches",
+    "find",
     "prepare",
     "unigram_perplexity",
 ]
@@ -38,6 +39,7 @@ _MODULES = {
     "TrainLoader": "loader",
     "check_tokenizer": "shards",
     "eval_batches": "loader",
+    "find": "build",
     "prepare": "build",
     "unigram_perplexity": "baseline",
 }

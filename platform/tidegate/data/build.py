@@ -37,7 +37,7 @@ from tidegate.data.shards import (
 from tidegate.data.sources import Progress, SourceFile, find_files, read_documents
 from tidegate.data.tokenizer import BuiltTokenizer, load_tokenizer, tokenizer_file, train_tokenizer
 
-__all__ = ["encode", "prepare", "read_corpus"]
+__all__ = ["encode", "find", "prepare", "read_corpus"]
 
 _ENCODE_DOCUMENTS = 512
 _BUILDING = ".building-"
@@ -92,14 +92,32 @@ def prepare(config: DataConfig, *, cache_dir: Path, job_dir: Path, progress: Pro
         ConfigError: for text that cannot be read or is too little, for a tokenizer without `<|endoftext|>`, and for a
             cache_dir that is full or cannot be written.
     """
-    files = {domain.name: find_files(domain, job_dir) for domain in config.domains}
-    document = tokenizer_file(config.tokenizer, job_dir) if isinstance(config.tokenizer, TokenizerFile) else None
-    request = _Request(config, files, document)
-    folder = cache_dir / f"tokens-{request.sha256[:16]}"
+    request = _request(config, job_dir)
+    folder = _folder(request, cache_dir)
     if not (folder / MANIFEST_FILE).exists():
         _build_atomically(request, folder, progress or _silent)
     check_lengths(TokenDataset.open(folder, verify=False), config)
     return folder
+
+
+def find(config: DataConfig, *, cache_dir: Path, job_dir: Path) -> Path | None:
+    """The token shards that an earlier `prepare` made; None if there are none.
+
+    Raises:
+        ConfigError: for text that cannot be read.
+    """
+    folder = _folder(_request(config, job_dir), cache_dir)
+    return folder if (folder / MANIFEST_FILE).exists() else None
+
+
+def _request(config: DataConfig, job_dir: Path) -> _Request:
+    files = {domain.name: find_files(domain, job_dir) for domain in config.domains}
+    document = tokenizer_file(config.tokenizer, job_dir) if isinstance(config.tokenizer, TokenizerFile) else None
+    return _Request(config, files, document)
+
+
+def _folder(request: _Request, cache_dir: Path) -> Path:
+    return cache_dir / f"tokens-{request.sha256[:16]}"
 
 
 def _build_atomically(request: _Request, folder: Path, progress: Progress) -> None:

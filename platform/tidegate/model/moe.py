@@ -5,7 +5,7 @@ Letters: B sequences, T tokens, N = B T rows, D width, E experts, K chosen exper
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -226,6 +226,12 @@ class Experts(nn.Module):
         for name, weight, std in drawn:
             for local in range(self.num_experts):
                 draw.normal_(weight[local], std, name, row=self.first + local)
+
+    @torch.no_grad()
+    def fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Set `w1`, `w2` and, where it means something, `w3`: those of this process's experts."""
+        for name, tensor in tensors.items():
+            getattr(self, name).copy_(tensor)
 
     def forward(
         self, rows_ND: torch.Tensor, counts_E: torch.Tensor, channels_EF: torch.Tensor | None = None

@@ -33,7 +33,7 @@ from tidegate.parallel.master_weights import scale_rows
 from tidegate.parallel.snapshot import Fetch, HostSnapshots, Put
 from tidegate.parallel.stored_moe import StoredMoE, announce_early_routers
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "experts_file"]
 
 
 class Engine:
@@ -192,7 +192,7 @@ class Engine:
         self._snapshots.take(put, {"tidegate": state})
         if self.store is not None:
             for layer, content in enumerate(self.store.state()):
-                put(_experts_file(layer), content)
+                put(experts_file(collectives.rank(), layer), content)
 
     def load(self, fetch: Fetch, names: Iterable[str], *, reshape: bool = False) -> dict[str, Any]:
         """Load a checkpoint; returns the trainer's `state`. Every rank calls it.
@@ -220,12 +220,13 @@ class Engine:
         return state["tidegate"]
 
 
-def _experts_file(layer: int) -> str:
-    return f"experts_rank_{collectives.rank():05d}_layer_{layer:03d}.pt"
+def experts_file(rank: int, layer: int) -> str:
+    """Name of what a rank saves of a layer's experts that live on its host."""
+    return f"experts_rank_{rank:05d}_layer_{layer:03d}.pt"
 
 
 def _read_experts(fetch: Fetch, layer: int) -> dict[str, Any]:
-    with fetch(_experts_file(layer)) as file:
+    with fetch(experts_file(collectives.rank(), layer)) as file:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 

@@ -27,7 +27,7 @@ from tidegate.config import ConfigError
 from tidegate.parallel import collectives
 from tidegate.parallel.reshape import universal_checkpoint
 
-__all__ = ["Fetch", "HostSnapshots", "Put"]
+__all__ = ["Fetch", "HostSnapshots", "Put", "read_plain"]
 
 Put = Callable[[str, Any], None]
 """Takes the name of a file and its content: a nest of dicts and lists with tensors in host memory."""
@@ -141,9 +141,7 @@ class HostSnapshots(CheckpointEngine):
 
     def load(self, path: str, map_location: Any = None) -> Any:
         assert self._fetch is not None
-        file = self._fetch(os.path.relpath(path, self._loading_from))
-        with file, torch.serialization.safe_globals(_PLAIN_TYPES):
-            return torch.load(file, map_location="cpu", weights_only=True)
+        return read_plain(self._fetch, os.path.relpath(path, self._loading_from))
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
         return True
@@ -160,6 +158,12 @@ def _universal(engine: DeepSpeedEngine) -> Iterator[None]:
     finally:
         engine._config.load_universal_checkpoint = False
         deepspeed_logger.setLevel(level)
+
+
+def read_plain(fetch: Fetch, name: str) -> Any:
+    """A file's content, on the CPU; a file cannot bring code."""
+    with fetch(name) as file, torch.serialization.safe_globals(_PLAIN_TYPES):
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 class _Copier:

@@ -6,7 +6,7 @@ recomputed that follows by itself: the block's second forward pass borrows again
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -73,6 +73,10 @@ class StoredExperts(Experts):
             drawn = Experts(*self._arguments)
         drawn.to_empty(device=self._store.device).init_weights(draw)
         self._store.fill(self.layer, dict(drawn.named_parameters()))
+
+    def fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """As `Experts.fill`, in the store."""
+        self._store.fill(self.layer, tensors)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("w1", "w2", "w3"):  # not before they are needed: rows may have to travel first

@@ -147,9 +147,13 @@ class CheckpointStore:
         if problems:
             return problems
         for file in sorted(manifest.files)[share]:
-            if self._sha256(f"{name}/{file}") != manifest.files[file].sha256:
+            if not self.intact(name, file, manifest):
                 problems.append(f"{file}: its content is not what was written (SHA-256 differs)")
         return problems
+
+    def intact(self, name: str, file: str, manifest: Manifest) -> bool:
+        """Whether a file has the digest that its checkpoint's manifest says; reads it."""
+        return self._sha256(f"{name}/{file}") == manifest.files[file].sha256
 
     def claim(self, attempt: str) -> None:
         """Make this start of the run the one that writes; an earlier one that is still alive finds out."""
