@@ -120,6 +120,11 @@ class TrainLoader:
         self._ahead = self._reader.submit(self._load, self._state)
         return batch
 
+    @property
+    def taken(self) -> int:
+        """Batches handed out, of the order of data: those before a checkpoint count, those left out too."""
+        return self._state.step
+
     def close(self) -> None:
         """End the reading thread."""
         self._reader.shutdown()

@@ -120,6 +120,7 @@ class Engine:
         self._clip = gradient_clip
         self._own_norm: torch.Tensor | None = None
         self._clips_itself = parallel.zero_stage == 0
+        self._offloads_optimizer = parallel.offload == "optimizer"
         self._expert_replicas = collectives.world_size() // parallel.expert
 
     def _offload(self, parallel: ParallelConfig) -> dict[str, Any]:
@@ -142,10 +143,21 @@ class Engine:
         self._engine.backward(loss)
 
     def step(self) -> None:
-        """After each backward; the optimizer moves after the last micro-batch of the step."""
-        if self._clips_itself and self._engine.is_gradient_accumulation_boundary():
+        """After each backward; the optimizer moves after the last micro-batch of the step.
+
+        A step whose gradients are not all finite, on any rank, changes nothing.
+        """
+        last = self._engine.is_gradient_accumulation_boundary()
+        if self._clips_itself and last:
             self._own_norm = self._clip_by_global_norm()
+            # PyTorch's fused optimizers change nothing where this is 1; DeepSpeed's look for themselves.
+            self._engine.optimizer.found_inf = self._own_norm.isfinite().logical_not().float()
         self._engine.step()  # a no-op until the last micro-batch of the step
+        optimizer = self._engine.optimizer
+        if (
+            last and self._offloads_optimizer and optimizer.overflow
+        ):  # DeepSpeed would add the next step's gradients to these
+            optimizer.averaged_gradients.update(dict.fromkeys(optimizer.averaged_gradients))
 
     def _clip_by_global_norm(self) -> torch.Tensor:
         """Clip the reduced gradients. Without ZeRO, DeepSpeed takes the norm over each rank's own experts only."""

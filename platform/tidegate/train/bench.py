@@ -24,7 +24,7 @@ from tidegate.parallel import collectives
 from tidegate.train.instruments import EnergyMeter, Memory, Split, StepTimer, Trace, record_trace, synchronize
 from tidegate.train.job import Job
 from tidegate.train.loop import build_balancer, build_engine, build_loader, build_observer, fit_routers
-from tidegate.train.step import train_step, update_routers, update_units
+from tidegate.train.step import outcome_share, train_step, update_routers, update_units
 from tidegate.train.telemetry import Observer
 from tidegate.train.throughput import peak_flops
 
@@ -82,14 +82,14 @@ class _Training:
             batch,
             clock,
             isolate=job.data.documents == "isolate",
-            last_nll=self.losses[-1] if self.losses else None,
+            last=outcome_share(self.losses[-1], engine) if self.losses else None,
             observer=observer,
         )
         self.losses.append(result.losses.nll)
         if self.balancer is not None:
             update_routers(engine.model, self.balancer, clock, job.balance.bias_rate)
         update_units(engine.model, result.losses, clock)
-        result.stops.read()  # as in the loop: waits for the beginning of this step, not for its end
+        result.before.tensor()  # as in the loop: waits for the beginning of this step, not for its end
 
 
 def measure(job: Job, tokens: Path, steps: int) -> Measured:

@@ -38,8 +38,8 @@ class Position(NamedTuple):
     """Tokens trained on."""
     data: dict[str, Any]
     """`TrainLoader.state_dict`."""
-    spikes: list[float]
-    """`LossSpikes.state`."""
+    guards: dict[str, Any]
+    """`GuardsState`."""
 
 
 class Tracker(NamedTuple):
@@ -88,6 +88,28 @@ class Checkpoints:
         if name is None:
             _seed_generators(self._job.train.seed, self._rank)
             return None
+        state = self._restore(name)
+        if self._tracker is not None:
+            with self._store.open(name, _TRACKER) as file:
+                self._tracker.adopt(torch.load(file, weights_only=True))
+        return state
+
+    def go_back(self) -> Position:
+        """Restore engine and generators, in the middle of a run, from its newest checkpoint that is whole.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        self._saver.wait()
+        name = self._newest_whole()
+        if name is None:
+            raise ConfigError(
+                f"{self._store.storage.location}: there is no checkpoint to go back to yet; lower checkpoint.every="
+                f"{self._job.checkpoint.every}, or the learning rate at the beginning"
+            )
+        return self._restore(name)
+
+    def _restore(self, name: str) -> Position:
         manifest = self._store.manifest(name)
         reshape = self._reshapes(name, manifest)
         state = self._engine.load(lambda file: self._store.open(name, file), manifest.files, reshape=reshape)
@@ -98,9 +120,6 @@ class Checkpoints:
                 _restore_generators(torch.load(file, weights_only=True), self._engine.device)
         else:  # there were fewer ranks
             _seed_generators(self._job.train.seed, self._rank)
-        if self._tracker is not None:
-            with self._store.open(name, _TRACKER) as file:
-                self._tracker.adopt(torch.load(file, weights_only=True))
         self._saver.newest, self._saved_step = name, manifest.step
         return Position(**state)
 
@@ -136,6 +155,17 @@ class Checkpoints:
             self._saver.wait()
         self._saved_step = position.step
         self.stalled_s += time.monotonic() - begun
+
+    def keep_batch(self, number: int, content: Mapping[str, Any]) -> None:
+        """Write what this rank trained on in a step that went wrong, to `replay/`; waits until it is there.
+
+        Args:
+            number: of the batch in the order of data.
+            content: plain values and tensors in host memory.
+        """
+        name = f"replay/batch_{number:08d}/rank_{self._rank:05d}.pt"
+        with self._store.storage.create(name) as file:
+            torch.save(dict(content), file)
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add held-out metrics to the checkpoint of the step, if it has one."""

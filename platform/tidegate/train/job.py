@@ -15,6 +15,7 @@ from tidegate.model.routers.comet import CometConfig
 from tidegate.model.routers.dense_to_sparse import DenseToSparseConfig
 from tidegate.parallel.config import ParallelConfig
 from tidegate.track.config import TrackConfig
+from tidegate.train.guards import GuardsConfig
 from tidegate.train.oracle import LARGEST_ENUMERATION
 from tidegate.train.retention import CheckpointConfig
 from tidegate.train.schedule import ScheduleConfig
@@ -81,6 +82,7 @@ class Job(Config):
     optimizer: OptimizerConfig
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guards: GuardsConfig = GuardsConfig()
     parallel: ParallelConfig = ParallelConfig()
     resources: ResourcesConfig = ResourcesConfig()
     track: TrackConfig = TrackConfig()

@@ -1,18 +1,20 @@
 """The training loop. One step of time:
 
-next batch -> forward and backward (accumulated) -> clip -> optimizer -> balance -> log -> save -> evaluate.
+next batch -> forward and backward (accumulated) -> clip -> optimizer -> balance -> judge -> log -> save -> evaluate.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from tidegate.data.baseline import token_frequencies
-from tidegate.data.loader import TrainLoader
+from tidegate.data.loader import StepBatch, TrainLoader
 from tidegate.data.shards import TokenDataset
 from tidegate.model.balance import Balancer
 from tidegate.model.clock import Clock
@@ -21,9 +23,10 @@ from tidegate.parallel import collectives
 from tidegate.parallel.engine import Engine
 from tidegate.train.checkpoint import Checkpoints, Position, Tracker
 from tidegate.train.evaluate import Evaluation, evaluate, evaluate_oracle
+from tidegate.train.guards import GuardsState, Judge, Verdict
 from tidegate.train.job import Job
-from tidegate.train.step import StepLosses, train_step, update_routers, update_units
-from tidegate.train.telemetry import LossSpikes, Observer, Record
+from tidegate.train.step import StepLosses, outcome_share, train_step, update_routers, update_units
+from tidegate.train.telemetry import Observer, Record
 from tidegate.train.throughput import Throughput, peak_flops
 from tidegate_kernels.choice import choose
 
@@ -67,17 +70,20 @@ def train(job: Job, world: World) -> Outcome:
     loader = build_loader(job, dataset)
     engine = build_engine(job)
     balancer = build_balancer(job)
-    spikes, pending = LossSpikes(engine.device), None
+    judge = Judge(job.guards, partial(_notice, world))
     isolate = job.data.documents == "isolate"
     evaluation, stopping = None, False
+    unjudged: torch.Tensor | None = None  # of the last step
+    batches: deque[StepBatch] = deque(maxlen=2)
 
     with Checkpoints(world.checkpoints, job, engine, world.tracker, world.notice) as checkpoints:
-        step, tokens = _begin(job, checkpoints, engine, dataset, loader, spikes)
+        step, tokens = _begin(job, checkpoints, engine, dataset, loader, judge)
         if step and _evaluates(job, step, tokens):  # the run may have ended before it did, or while
             evaluation = _evaluate(world, job, checkpoints, engine, dataset, step, tokens)
         throughput = Throughput(job, peak_flops(engine.device))
         while tokens < job.train.tokens and not stopping:
             batch = next(loader)
+            batches.append(batch)
             step += 1
             tokens += job.train.batch_tokens
             learning_rate = job.optimizer.schedule.at(tokens, job.train.tokens)
@@ -86,42 +92,53 @@ def train(job: Job, world: World) -> Outcome:
             last = tokens >= job.train.tokens
             logged = step % job.train.log_every == 0 or last
             observer = build_observer(job, dataset) if logged else None
-            losses, stops, last_nll = train_step(
+            losses, before = train_step(
                 engine,
                 balancer,
                 batch,
                 clock,
                 isolate=isolate,
                 stop=world.should_stop(),
-                last_nll=pending,
+                last=unjudged,
                 observer=observer,
             )
-            if pending is not None:
-                spikes.see(last_nll)
-            pending = losses.nll
             if balancer is not None:
                 update_routers(engine.model, balancer, clock, job.balance.bias_rate)
             update_units(engine.model, losses, clock)
             throughput.count(job.train.batch_tokens)
 
+            stops, *outcome = before.tensor().tolist()  # waits for the beginning of this step, not for its end
+            stopping = stops > 0
+            verdict: Verdict = "go on"
+            if unjudged is not None:
+                verdict = _judge(judge, step - 1, outcome, checkpoints, loader.taken - 1, batches[0])
+            unjudged = outcome_share(losses.nll, engine)
+            saves = step % job.checkpoint.every == 0 or last or stopping
+            if saves and verdict == "go on":
+                collectives.all_reduce(unjudged)
+                verdict = _judge(judge, step, unjudged.tolist(), checkpoints, loader.taken, batch)
+                unjudged = None
+                saves = judge.state.in_row == 0 or last  # weights that make every step infinite are no checkpoint
+            if verdict != "go on":
+                step, tokens = _go_back(verdict, checkpoints, loader, world)
+                unjudged = None
+                throughput.restart()
+                continue
+
             metrics: dict[str, float] = {}
-            stopping = stops.read() > 0  # waits for the beginning of this step, not for its end
             if logged or stopping:
                 kept = torch.full((), torch.nan, device=engine.device)  # not made on the host: a copy would wait
                 if engine.model.units is not None:
                     kept = engine.model.units.expected_cost(clock).detach() / engine.model.units.units.total_cost
-                alike = [engine.gradient_norm(), spikes.state[3], kept]
-                metrics = _read(job, losses, torch.stack(alike), observer)
-                metrics |= throughput.read() | checkpoints.read() | {"train/learning_rate": learning_rate}
+                metrics = _read(job, losses, torch.stack([engine.gradient_norm(), kept]), observer)
+                metrics |= throughput.read() | checkpoints.read() | judge.metrics()
+                metrics["train/learning_rate"] = learning_rate
                 _record(world, Record(step, tokens, metrics))
 
             # Save before evaluating: an evaluation that runs out of memory must not cost the run.
             checkpoints.check()
-            if step % job.checkpoint.every == 0 or last or stopping:
-                collectives.all_reduce(pending)
-                spikes.see(pending)
-                pending = None
-                checkpoints.save(Position(step, tokens, loader.state_dict(), spikes.state.tolist()), metrics)
+            if saves:
+                checkpoints.save(Position(step, tokens, loader.state_dict(), judge.state._asdict()), metrics)
             if _evaluates(job, step, tokens):
                 evaluation = _evaluate(world, job, checkpoints, engine, dataset, step, tokens)
                 throughput.restart()
@@ -184,7 +201,7 @@ def build_observer(job: Job, dataset: TokenDataset) -> Observer:
 
 
 def _begin(
-    job: Job, checkpoints: Checkpoints, engine: Engine, dataset: TokenDataset, loader: TrainLoader, spikes: LossSpikes
+    job: Job, checkpoints: Checkpoints, engine: Engine, dataset: TokenDataset, loader: TrainLoader, judge: Judge
 ) -> tuple[int, int]:
     """Continue from the last checkpoint or make the model ready for its first step; steps and tokens behind us."""
     position = checkpoints.resume()
@@ -192,8 +209,33 @@ def _begin(
         fit_routers(job, engine, dataset)
         return 0, 0
     loader.load_state_dict(position.data)
-    spikes.state = torch.tensor(position.spikes, device=engine.device)
+    judge.state = GuardsState(**position.guards)
     return position.step, position.tokens
+
+
+def _judge(
+    judge: Judge, step: int, outcome: list[float], checkpoints: Checkpoints, number: int, batch: StepBatch
+) -> Verdict:
+    """The verdict on a step; what it trained on is kept if something is wrong with it."""
+    verdict = judge.judge(step, *outcome)
+    if judge.state.in_row or verdict != "go on":
+        checkpoints.keep_batch(number, {"step": step, **batch._asdict()})
+    return verdict
+
+
+def _go_back(verdict: Verdict, checkpoints: Checkpoints, loader: TrainLoader, world: World) -> tuple[int, int]:
+    """Restore the newest checkpoint; steps and tokens behind us then. The judge forgets nothing."""
+    position = checkpoints.go_back()
+    if verdict == "repeat":
+        loader.load_state_dict(position.data)
+    data = "with the same data" if verdict == "repeat" else "and leaves out the data since"
+    _notice(world, f"the run goes back to step {position.step} {data}")
+    return position.step, position.tokens
+
+
+def _notice(world: World, line: str) -> None:
+    if collectives.rank() == 0:
+        world.notice(line)
 
 
 def _evaluates(job: Job, step: int, tokens: int) -> bool:
@@ -221,7 +263,7 @@ def _read(job: Job, losses: StepLosses, alike: torch.Tensor, observer: Observer 
     """Sum the step over ranks and read it: the one collective and the one host sync of a record.
 
     Args:
-        alike: (3,) gradient norm, spikes so far, kept share of unit gates: the same on every rank.
+        alike: (2,) gradient norm, kept share of unit gates: the same on every rank.
     """
     parts = [torch.stack([*losses]), alike / collectives.world_size()]
     if observer is not None:
@@ -232,7 +274,7 @@ def _read(job: Job, losses: StepLosses, alike: torch.Tensor, observer: Observer 
     num_losses = len(StepLosses._fields)
     read = dict(zip(StepLosses._fields, host[:num_losses].tolist(), strict=True))
     metrics = {"train/loss": read["nll"]}
-    metrics["train/gradient_norm"], metrics["train/loss_spikes"], kept = host[num_losses : num_losses + 3].tolist()
+    metrics["train/gradient_norm"], kept = host[num_losses : num_losses + 2].tolist()
     if job.model.units is not None:
         metrics |= {"units/penalty": read["units"], "units/expected_share": kept}
     if isinstance(job.model.ffn, MoEConfig):
@@ -246,7 +288,7 @@ def _read(job: Job, losses: StepLosses, alike: torch.Tensor, observer: Observer 
         if read["router"]:
             metrics["balance/router"] = read["router"]
     if observer is not None:
-        metrics |= observer.metrics(host[num_losses + 3 :])
+        metrics |= observer.metrics(host[num_losses + 2 :])
     return metrics
 
 

@@ -28,7 +28,15 @@ from tidegate.parallel import collectives
 from tidegate.parallel.engine import Engine
 from tidegate.train.telemetry import Observer
 
-__all__ = ["StepLosses", "StepResult", "clip_attention_logits", "train_step", "update_routers", "update_units"]
+__all__ = [
+    "StepLosses",
+    "StepResult",
+    "clip_attention_logits",
+    "outcome_share",
+    "train_step",
+    "update_routers",
+    "update_units",
+]
 
 
 class StepLosses(NamedTuple):
@@ -52,10 +60,8 @@ class StepLosses(NamedTuple):
 
 class StepResult(NamedTuple):
     losses: StepLosses
-    stops: collectives.HostCopy
-    """How many ranks had been asked to stop when the step began."""
-    last_nll: torch.Tensor
-    """The `last_nll` that was given, summed over ranks."""
+    before: collectives.HostCopy
+    """(3,) fp64, known when the step begins: how many ranks had been asked to stop, and `last` summed over ranks."""
 
 
 class _MicroBatch(NamedTuple):
@@ -75,7 +81,7 @@ def train_step(
     *,
     isolate: bool,
     stop: bool = False,
-    last_nll: torch.Tensor | None = None,
+    last: torch.Tensor | None = None,
     observer: Observer | None = None,
 ) -> StepResult:
     """Forward and backward of every micro-batch, then the optimizer.
@@ -87,7 +93,7 @@ def train_step(
         clock: of this step.
         isolate: keep attention inside documents.
         stop: whether this rank was asked to stop; it shares the step's first collective.
-        last_nll: this rank's share of the last step's loss, to be summed in the same collective.
+        last: (2,) this rank's shares of the last step's loss and gradient norm, to be summed in the same collective.
         observer: takes in what the micro-batches show; None if nobody looks.
 
     Returns:
@@ -95,10 +101,10 @@ def train_step(
     """
     micro_batches = _to_device(batch, engine.device, isolate)
     own_tokens = torch.stack([mb.counted_BT.sum() for mb in micro_batches]).sum().double()
-    last = torch.zeros_like(own_tokens) if last_nll is None else last_nll.double()
-    shared = torch.stack([own_tokens, torch.full_like(own_tokens, stop), last])
+    shares = own_tokens.new_zeros(2) if last is None else last.double()
+    shared = torch.cat([torch.stack([own_tokens, torch.full_like(own_tokens, stop)]), shares])
     collectives.all_reduce(shared)
-    stops = collectives.HostCopy(shared[1])
+    before = collectives.HostCopy(shared[1:])
     step_tokens = shared[0].clamp(min=1).float()
     if balancer is not None:
         balancer.begin_step(_count(engine, micro_batches, clock) if balancer.needs_counting_pass else None)
@@ -131,7 +137,12 @@ def train_step(
                 total[place] += terms[name].detach() / copies
     if threshold is not None:
         clip_attention_logits(engine, torch.stack(largest_logits).amax(dim=0), threshold)
-    return StepResult(StepLosses(*total), stops, shared[2].float())
+    return StepResult(StepLosses(*total), before)
+
+
+def outcome_share(nll: torch.Tensor, engine: Engine) -> torch.Tensor:
+    """(2,) fp64 on the device: this rank's shares of a step's loss and gradient norm; summed they are the step's."""
+    return torch.stack([nll.double(), engine.gradient_norm().double() / collectives.world_size()])
 
 
 def update_routers(model: Decoder, balancer: Balancer, clock: Clock, bias_rate: float) -> None:

@@ -25,7 +25,7 @@ from tidegate.model.balance import load_balancing_loss, max_violation
 from tidegate.model.decoder import DecoderOutput
 from tidegate.model.observations import AttentionObservations
 
-__all__ = ["LossSpikes", "Observer", "Record", "summarise"]
+__all__ = ["Observer", "Record", "summarise"]
 
 SINK_SHARE = 0.3
 """A head is a sink where its mean attention to the first token is above this (arXiv 2410.10781)."""
@@ -221,35 +221,3 @@ def _mutual_information(counts_LXE: Array) -> Array:
     mixture_LE = share_LXE[:, present_X].sum(axis=1) / num_present
     conditional_L = entr(share_LXE).sum(axis=(1, 2)) / num_present
     return entr(mixture_LE).sum(axis=-1) - conditional_L
-
-
-class LossSpikes:
-    """Counts steps whose loss lies more than 4 deviations above its moving average, on the device.
-
-    The average and the deviation are exponential with a memory of 100 steps and learn nothing from a spike but its
-    clipped value. The first 20 steps only teach.
-    """
-
-    DEVIATIONS, DECAY, LEARNING_STEPS = 4.0, 0.99, 20
-
-    def __init__(self, device: torch.device) -> None:
-        self.state = torch.zeros(4, device=device)
-        """Mean, variance, steps seen, spikes; fp32."""
-
-    def see(self, loss: torch.Tensor) -> None:
-        """Take in the () global loss of a step; nothing is read on the host."""
-        mean, variance, steps, spikes = self.state.unbind()
-        limit = mean + self.DEVIATIONS * variance.sqrt()
-        spike = (steps >= self.LEARNING_STEPS) & (loss > limit)
-        value = torch.where(spike, limit, loss)
-        # A mean over fewer steps than the memory is the plain mean of them.
-        rate = torch.maximum(1 / (steps + 1), torch.full_like(steps, 1 - self.DECAY))
-        difference = value - mean
-        self.state = torch.stack(
-            [
-                mean + rate * difference,
-                (1 - rate) * (variance + rate * difference.square()),
-                steps + 1,
-                spikes + spike,
-            ]
-        )

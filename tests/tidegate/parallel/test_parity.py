@@ -573,13 +573,13 @@ class AfterBadStep(NamedTuple):
     """Weights, moments and step counts were the same after the bad step as before."""
 
 
-def step_with_bad_gradients(layouts: list[tuple[int, int]]) -> list[AfterBadStep]:
-    """Three steps in bf16 at ZeRO 1, the second with an infinite gradient on the last rank only."""
+def step_with_bad_gradients(layouts: list[tuple[int, ParallelConfig, str]]) -> list[AfterBadStep]:
+    """Three steps, the second with an infinite gradient on the last rank only."""
     from tidegate.train.step import train_step
 
     results = []
-    for expert, accumulation in layouts:
-        engine = engine_for(ParallelConfig(expert=expert, zero_stage=1), accumulation, "bf16", clip=0.3)
+    for accumulation, parallel, precision in layouts:
+        engine = engine_for(parallel, accumulation, precision, clip=0.3)
         engine.set_learning_rate(0.01)
         balancer = Balancer(EXACT, collectives.all_reduce, collectives.world_size(), accumulation)
         norms, losses, snapshots = [], [], []
@@ -594,9 +594,10 @@ def step_with_bad_gradients(layouts: list[tuple[int, int]]) -> list[AfterBadStep
             collectives.all_reduce(loss)
             losses.append(float(loss))
             norms.append(float(engine.gradient_norm()))
-            inner = engine._engine.optimizer
-            states = [v for state in inner.optimizer.state.values() for v in state.values()]
-            snapshots.append([t.detach().clone() for t in (*states, *inner.fp32_groups_flat_partition)])
+            inner = getattr(engine._engine.optimizer, "optimizer", engine._engine.optimizer)
+            states = [v for state in inner.state.values() for v in state.values()]
+            masters = [weight for group in inner.param_groups for weight in group["params"]]
+            snapshots.append([t.detach().clone() for t in (*states, *masters, *engine.model.parameters())])
         untouched = all(map(torch.equal, snapshots[0], snapshots[1]))
         changed = not all(map(torch.equal, snapshots[1], snapshots[2]))
         results.append(AfterBadStep(norms, losses, untouched and changed))
@@ -604,11 +605,16 @@ def step_with_bad_gradients(layouts: list[tuple[int, int]]) -> list[AfterBadStep
 
 
 def test_a_step_with_infinite_gradients_changes_nothing_on_any_rank(on_ranks: Any) -> None:
-    for rank in on_ranks(2, step_with_bad_gradients, [(1, 2), (2, 1)]):
-        for result in rank:
-            assert result.untouched
-            assert not math.isfinite(result.norms[1])
-            assert math.isfinite(result.norms[0] + result.norms[2] + sum(result.losses))
+    layouts = [
+        (2, ParallelConfig(zero_stage=stage), precision) for stage in (0, 1, 2) for precision in ("fp32", "bf16")
+    ]
+    layouts.append((1, ParallelConfig(expert=2), "bf16"))
+    layouts.append((2, ParallelConfig(zero_stage=2, offload="optimizer"), "bf16"))
+    for rank in on_ranks(2, step_with_bad_gradients, layouts):
+        for layout, result in zip(layouts, rank, strict=True):
+            assert result.untouched, layout
+            assert not math.isfinite(result.norms[1]), layout
+            assert math.isfinite(result.norms[0] + result.norms[2] + sum(result.losses)), layout
 
 
 def norms_and_weights(paths: list[tuple[int, bool]]) -> list[tuple[float, dict[str, torch.Tensor]]]:

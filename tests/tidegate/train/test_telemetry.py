@@ -19,7 +19,7 @@ from tidegate.model.balance import load_balancing_loss
 from tidegate.model.decoder import Decoder, DecoderOutput, ModelConfig, materialize
 from tidegate.model.observations import AttentionObservations
 from tidegate.model.routers import Observe
-from tidegate.train.telemetry import LossSpikes, Observer, summarise
+from tidegate.train.telemetry import Observer, summarise
 
 ROOT = Path(__file__).resolve().parents[3]
 X, L, E, K, B, T, V = 3, 2, 5, 2, 4, 17, 61
@@ -224,26 +224,6 @@ def test_the_largest_logit_is_that_of_the_step_and_not_a_mean() -> None:
         assert metrics["attention/0/max_logit"] == metrics["attention/1/max_logit"] == 0.0
     assert observed(batches[1:], 2)["attention/1/max_logit"] == -1.0
     assert "attention/0/max_logit" not in observed(micro_batches(1, "all")), "there is none without qk_clip"
-
-
-def test_a_spike_counts_once_and_does_not_move_the_limit_away() -> None:
-    spikes = LossSpikes(torch.device("cpu"))
-    generator = torch.Generator().manual_seed(0)
-    for step in range(400):
-        noise = 0.01 * torch.randn((), generator=generator)
-        spikes.see(3.0 + noise + (0.5 if step in (100, 101, 250) else 0.0))
-    mean, variance, steps, count = spikes.state.tolist()
-    assert steps == 400
-    assert 3 <= count <= 4, "noise passes 4 deviations once in 30,000 steps"
-    assert mean == pytest.approx(3.0, abs=0.01)
-    assert math.sqrt(variance) == pytest.approx(0.01, rel=0.5)
-
-
-def test_a_falling_loss_is_no_spike() -> None:
-    spikes = LossSpikes(torch.device("cpu"))
-    for step in range(300):
-        spikes.see(torch.tensor(8.0 * math.exp(-step / 50)))
-    assert spikes.state[3] == 0
 
 
 def shown_by_a_step(path: str) -> tuple[list[tuple[bool, bool, bool]], dict[str, float], list[float]]:
