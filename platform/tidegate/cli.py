@@ -32,6 +32,10 @@ def train(
     job: Annotated[Path | None, typer.Argument(help="YAML job file; none with --resume", show_default=False)] = None,
     overrides: Overrides = [],  # noqa: B006 - typer wants a list
     workers: Annotated[int | None, typer.Option(help="Short for --set resources.workers=N", show_default=False)] = None,
+    paranoid: Annotated[
+        int | None,
+        typer.Option(help="Compare ranks every N steps: --set guards.compare_replicas_every=N", show_default=False),
+    ] = None,
     local: Annotated[bool, typer.Option("--local", help="Run the loop in this process, without Ray")] = False,
     address: Annotated[str | None, typer.Option(help="Ray cluster to use instead of a local one")] = None,
     resume: Annotated[str | None, typer.Option(help="Continue this run from its last checkpoint")] = None,
@@ -46,6 +50,7 @@ def train(
     if job and resume:
         raise ConfigError(f"{job} and --resume {resume} exclude each other; change a resumed run with --set")
     extra = [f"resources.workers={workers}"] if workers is not None else []
+    extra += [f"guards.compare_replicas_every={paranoid}"] if paranoid is not None else []
     finished = run(Request(job, [*overrides, *extra], _state(state_dir), resume, local, address))
     if not finished:
         raise typer.Exit(143)  # as a process that SIGTERM ended

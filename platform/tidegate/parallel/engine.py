@@ -191,6 +191,21 @@ class Engine:
         norm = self._own_norm if self._clips_itself else self._engine.get_global_grad_norm()
         return torch.as_tensor(float("nan") if norm is None else norm, dtype=torch.float32, device=self.device)
 
+    @torch.no_grad()
+    def bit_sums(self) -> dict[str, int]:
+        """Sums of the bits of this rank's weights in use, its experts and its model's buffers; one host sync.
+
+        Experts that are in `store` are not looked at.
+        """
+        parts: dict[str, list[torch.Tensor]] = {"weights": [], "experts": [], "router state": [*self.model.buffers()]}
+        for parameter in self.model.parameters():
+            parts["experts" if is_moe_param(parameter) else "weights"].append(parameter)
+        sums = torch.zeros(len(parts), dtype=torch.int64, device=self.device)
+        for total, tensors in zip(sums, parts.values(), strict=True):
+            for place, tensor in enumerate(tensors, 1):
+                total += place * _bits(tensor)  # by place, so that exchanged tensors show
+        return dict(zip(parts, sums.tolist(), strict=True))
+
     def train(self, mode: bool = True) -> None:
         self._engine.train(mode)
 
@@ -253,6 +268,12 @@ def _parameter_groups(model: Decoder, weight_decay: float) -> list[dict[str, Any
     ]
     groups = split_params_into_different_moe_groups_for_optimizer(groups)
     return [group for group in groups if group["params"]]
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """() int64, the sum of a tensor's bits as integers, which wraps."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.detach().contiguous().view(integers[tensor.element_size()]).sum(dtype=torch.int64)
 
 
 def _quiet_and_uncompiled(device: torch.device) -> None:

@@ -66,8 +66,10 @@ class Checkpoints:
         self._job, self._engine, self._tracker, self._notice = job, engine, tracker, notice
         self._store = CheckpointStore(Storage(location))
         self._rank, self._world_size = collectives.rank(), collectives.world_size()
-        attempt = collectives.gather(f"{time.time_ns() // 1_000_000:x}")[0]
-        self._saver = Saver(self._store, job.checkpoint, rank=self._rank, world_size=self._world_size, attempt=attempt)
+        self.attempt = collectives.gather(f"{time.time_ns() // 1_000_000:x}")[0]
+        """Names this start of the run; the same on every rank."""
+        ranks = {"rank": self._rank, "world_size": self._world_size}
+        self._saver = Saver(self._store, job.checkpoint, **ranks, attempt=self.attempt)
         self._saved_step = 0
         self.stalled_s = 0.0
         """Seconds for which training stood still so far: snapshots, and waiting for the save before."""

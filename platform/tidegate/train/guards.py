@@ -8,14 +8,16 @@ waits for its own end. A checkpoint is only written of a step that was judged, a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
+import torch
 from pydantic import Field
 
 from tidegate.config import Config
+from tidegate.parallel import collectives
 
-__all__ = ["GuardsConfig", "GuardsState", "Judge", "SpikeConfig", "TrainingDiverged", "Verdict"]
+__all__ = ["GuardsConfig", "GuardsState", "Judge", "Pending", "SpikeConfig", "TrainingDiverged", "Verdict"]
 
 Verdict = Literal["go on", "repeat", "skip ahead"]
 """Go back with the same data again, or with the data that would have come next."""
@@ -130,6 +132,11 @@ class Judge:
         )
         return limit
 
+    @property
+    def trusts(self) -> bool:
+        """Whether weights may be kept: those that make every step infinite are no checkpoint."""
+        return self.state.in_row == 0
+
     def metrics(self) -> dict[str, float]:
         """Counts so far."""
         return {
@@ -137,3 +144,46 @@ class Judge:
             "guards/nonfinite_steps": self.state.nonfinite,
             "guards/rollbacks": self.state.rollbacks,
         }
+
+
+class Pending:
+    """The step that is not judged yet.
+
+    Args:
+        judge: of the run.
+        keep: takes the number and the content of a batch that a step went wrong on.
+    """
+
+    def __init__(self, judge: Judge, keep: Callable[[int, Mapping[str, Any]], None]) -> None:
+        self._judge, self._keep = judge, keep
+        self.share: torch.Tensor | None = None
+        """(2,) this rank's shares of its loss and gradient norm; None if every step is judged."""
+        self._step, self._number = 0, 0
+        self._batch: dict[str, Any] = {}
+
+    def take(self, step: int, number: int, batch: Mapping[str, Any], share: torch.Tensor) -> None:
+        """A step that was taken.
+
+        Args:
+            step: its number.
+            number: of its batch in the order of data.
+            batch: what this rank trained on, on the host.
+            share: as above.
+        """
+        self._step, self._number, self._batch, self.share = step, number, {"step": step, **batch}, share
+
+    def judge(self, loss: float, gradient_norm: float) -> Verdict:
+        """The verdict on it, if there is one; its batch is kept if something is wrong."""
+        if self.share is None:
+            return "go on"
+        self.share = None
+        verdict = self._judge.judge(self._step, loss, gradient_norm)
+        if verdict != "go on" or not self._judge.trusts:
+            self._keep(self._number, self._batch)
+        return verdict
+
+    def judge_now(self) -> Verdict:
+        """Wait for its end; every rank calls this."""
+        assert self.share is not None
+        collectives.all_reduce(self.share)
+        return self.judge(*self.share.tolist())

@@ -5,7 +5,6 @@ next batch -> forward and backward (accumulated) -> clip -> optimizer -> balance
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from tidegate.data.baseline import token_frequencies
-from tidegate.data.loader import StepBatch, TrainLoader
+from tidegate.data.loader import TrainLoader
 from tidegate.data.shards import TokenDataset
 from tidegate.model.balance import Balancer
 from tidegate.model.clock import Clock
@@ -23,18 +22,22 @@ from tidegate.parallel import collectives
 from tidegate.parallel.engine import Engine
 from tidegate.train.checkpoint import Checkpoints, Position, Tracker
 from tidegate.train.evaluate import Evaluation, evaluate, evaluate_oracle
-from tidegate.train.guards import GuardsState, Judge, Verdict
+from tidegate.train.guards import GuardsState, Judge, Pending, Verdict
 from tidegate.train.job import Job
+from tidegate.train.memory import out_of_memory_explained
+from tidegate.train.replicas import compare_replicas
 from tidegate.train.step import StepLosses, outcome_share, train_step, update_routers, update_units
+from tidegate.train.storage import Storage
 from tidegate.train.telemetry import Observer, Record
 from tidegate.train.throughput import Throughput, peak_flops
+from tidegate.train.watchdog import Watchdog
 from tidegate_kernels.choice import choose
 
 __all__ = ["Outcome", "World", "train"]
 
 
 class World(NamedTuple):
-    """What a launcher gives to the loop. `record` and `notice` are called on rank 0 only."""
+    """What a launcher gives to the loop. `record` is called on rank 0 only, and `notice` unless that rank hangs."""
 
     dataset: Path
     """The prepared tokens."""
@@ -71,20 +74,22 @@ def train(job: Job, world: World) -> Outcome:
     engine = build_engine(job)
     balancer = build_balancer(job)
     judge = Judge(job.guards, partial(_notice, world))
-    isolate = job.data.documents == "isolate"
+    isolate, paranoid = job.data.documents == "isolate", job.guards.compare_replicas_every
     evaluation, stopping = None, False
-    unjudged: torch.Tensor | None = None  # of the last step
-    batches: deque[StepBatch] = deque(maxlen=2)
 
-    with Checkpoints(world.checkpoints, job, engine, world.tracker, world.notice) as checkpoints:
+    with (
+        out_of_memory_explained(job),
+        Checkpoints(world.checkpoints, job, engine, world.tracker, world.notice) as checkpoints,
+        build_watchdog(job, world, checkpoints.attempt) as watchdog,
+    ):
         step, tokens = _begin(job, checkpoints, engine, dataset, loader, judge)
         if step and _evaluates(job, step, tokens):  # the run may have ended before it did, or while
             evaluation = _evaluate(world, job, checkpoints, engine, dataset, step, tokens)
-        throughput = Throughput(job, peak_flops(engine.device))
+        throughput, pending = Throughput(job, peak_flops(engine.device)), Pending(judge, checkpoints.keep_batch)
         while tokens < job.train.tokens and not stopping:
-            batch = next(loader)
-            batches.append(batch)
             step += 1
+            watchdog.beat(f"step {step}")
+            batch = next(loader)
             tokens += job.train.batch_tokens
             learning_rate = job.optimizer.schedule.at(tokens, job.train.tokens)
             engine.set_learning_rate(learning_rate)
@@ -99,7 +104,7 @@ def train(job: Job, world: World) -> Outcome:
                 clock,
                 isolate=isolate,
                 stop=world.should_stop(),
-                last=unjudged,
+                last=pending.share,
                 observer=observer,
             )
             if balancer is not None:
@@ -107,21 +112,17 @@ def train(job: Job, world: World) -> Outcome:
             update_units(engine.model, losses, clock)
             throughput.count(job.train.batch_tokens)
 
-            stops, *outcome = before.tensor().tolist()  # waits for the beginning of this step, not for its end
+            counted, stops, *outcome = before.tensor().tolist()  # waits for the beginning of this step, not for its end
             stopping = stops > 0
-            verdict: Verdict = "go on"
-            if unjudged is not None:
-                verdict = _judge(judge, step - 1, outcome, checkpoints, loader.taken - 1, batches[0])
-            unjudged = outcome_share(losses.nll, engine)
+            verdict = pending.judge(*outcome)
+            pending.take(step, loader.taken, batch._asdict(), outcome_share(losses.nll, engine))
             saves = step % job.checkpoint.every == 0 or last or stopping
             if saves and verdict == "go on":
-                collectives.all_reduce(unjudged)
-                verdict = _judge(judge, step, unjudged.tolist(), checkpoints, loader.taken, batch)
-                unjudged = None
-                saves = judge.state.in_row == 0 or last  # weights that make every step infinite are no checkpoint
+                verdict = pending.judge_now()
+                saves = judge.trusts or last
             if verdict != "go on":
                 step, tokens = _go_back(verdict, checkpoints, loader, world)
-                unjudged = None
+                pending.share = None
                 throughput.restart()
                 continue
 
@@ -135,11 +136,18 @@ def train(job: Job, world: World) -> Outcome:
                 metrics["train/learning_rate"] = learning_rate
                 _record(world, Record(step, tokens, metrics))
 
+            if paranoid and (step % paranoid == 0 or saves):
+                loss, norm = outcome
+                seen = {"last loss": loss, "last gradient norm": norm, "counted tokens": counted}
+                compare_replicas(engine, job.parallel.expert, step, {**seen, "learning rate": learning_rate})
+
             # Save before evaluating: an evaluation that runs out of memory must not cost the run.
             checkpoints.check()
             if saves:
+                watchdog.beat(f"checkpoint of step {step}")
                 checkpoints.save(Position(step, tokens, loader.state_dict(), judge.state._asdict()), metrics)
             if _evaluates(job, step, tokens):
+                watchdog.beat(f"evaluation after step {step}")
                 evaluation = _evaluate(world, job, checkpoints, engine, dataset, step, tokens)
                 throughput.restart()
         loader.close()
@@ -185,6 +193,12 @@ def build_balancer(job: Job) -> Balancer | None:
     return Balancer(job.balance, collectives.all_reduce, collectives.world_size(), job.accumulation, job.model.ffn)
 
 
+def build_watchdog(job: Job, world: World, attempt: str) -> Watchdog:
+    """Of this rank; its reports are beside the checkpoints."""
+    place = Storage(world.checkpoints), attempt, collectives.rank(), collectives.world_size()
+    return Watchdog(job.guards.hang_after_s, *place, world.notice)
+
+
 def fit_routers(job: Job, engine: Engine, dataset: TokenDataset) -> None:
     """Show a new model's routers how often each token comes, if they ask."""
     if isinstance(job.model.ffn, MoEConfig) and job.model.ffn.capabilities.needs_token_ids:
@@ -211,16 +225,6 @@ def _begin(
     loader.load_state_dict(position.data)
     judge.state = GuardsState(**position.guards)
     return position.step, position.tokens
-
-
-def _judge(
-    judge: Judge, step: int, outcome: list[float], checkpoints: Checkpoints, number: int, batch: StepBatch
-) -> Verdict:
-    """The verdict on a step; what it trained on is kept if something is wrong with it."""
-    verdict = judge.judge(step, *outcome)
-    if judge.state.in_row or verdict != "go on":
-        checkpoints.keep_batch(number, {"step": step, **batch._asdict()})
-    return verdict
 
 
 def _go_back(verdict: Verdict, checkpoints: Checkpoints, loader: TrainLoader, world: World) -> tuple[int, int]:

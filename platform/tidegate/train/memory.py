@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
+from tidegate.config import ConfigError
 from tidegate.model.memory import model_on_meta, pass_memory
 from tidegate.parallel.memory import MoEShare, state_memory
 from tidegate.train.job import Job
 
-__all__ = ["MemoryPrediction", "predict"]
+__all__ = ["MemoryPrediction", "out_of_memory_explained", "predict"]
 
 _MARGIN = 0.02  # reserved above allocated on H100s: 1 to 2 %, with two of them up to 8 (docs/memory.md)
 _TOKEN_BYTES = 13  # of a batch on the device: id, document, whether it counts
@@ -88,3 +91,21 @@ def predict(job: Job) -> MemoryPrediction:
         disk=state.disk,
     )
     return prediction._replace(margin=round(_MARGIN * prediction.total))
+
+
+@contextmanager
+def out_of_memory_explained(job: Job) -> Iterator[None]:
+    """Give an allocation that fails, on a GPU or on the host, the fields of the job that decide it.
+
+    Raises:
+        ConfigError: in its place.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
+            raise
+        raise ConfigError(
+            f"out of memory, train.micro_batch={job.train.micro_batch} is too much here; lower it, or set "
+            f"train.recompute=true or parallel.offload (docs/memory.md): {' '.join(str(error).split())[:200]}"
+        ) from error

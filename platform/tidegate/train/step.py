@@ -61,7 +61,8 @@ class StepLosses(NamedTuple):
 class StepResult(NamedTuple):
     losses: StepLosses
     before: collectives.HostCopy
-    """(3,) fp64, known when the step begins: how many ranks had been asked to stop, and `last` summed over ranks."""
+    """(4,) fp64, known when the step begins: counted tokens of the step, how many ranks had been asked to stop, and
+    `last` summed over ranks."""
 
 
 class _MicroBatch(NamedTuple):
@@ -104,7 +105,7 @@ def train_step(
     shares = own_tokens.new_zeros(2) if last is None else last.double()
     shared = torch.cat([torch.stack([own_tokens, torch.full_like(own_tokens, stop)]), shares])
     collectives.all_reduce(shared)
-    before = collectives.HostCopy(shared[1:])
+    before = collectives.HostCopy(shared)
     step_tokens = shared[0].clamp(min=1).float()
     if balancer is not None:
         balancer.begin_step(_count(engine, micro_batches, clock) if balancer.needs_counting_pass else None)

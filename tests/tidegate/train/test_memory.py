@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from tidegate.config import load
+from tidegate.config import ConfigError, load
 from tidegate.train.job import Job
-from tidegate.train.memory import MemoryPrediction, predict
+from tidegate.train.memory import MemoryPrediction, out_of_memory_explained, predict
 
 H100 = Path(__file__).resolve().parents[3] / "jobs" / "bench" / "h100.yaml"
 
 
 def peak_of_training(path: Path, overrides: list[str]) -> int:
     """Bytes at the largest moment of the second step."""
-    import torch
-
     from tidegate.data.loader import StepBatch
     from tidegate.model.clock import Clock
     from tidegate.model.memory import LiveBytes
@@ -113,3 +113,12 @@ def test_experts_on_the_host_take_two_layers_of_the_gpu():
     assert dense < 0.1 * on.weights, "more layers take their dense weights only"
     spread = of("parallel.offload=experts", "resources.workers=4", "parallel.expert=2")
     assert spread.host == (6 + 12 // 2) * experts // 2
+
+
+def test_memory_that_is_not_there_is_explained_by_the_job(tiny_job: Callable[..., Path]) -> None:
+    job = load(tiny_job(), Job).config
+    message = r"^out of memory, train.micro_batch=2 is too much here; .* DefaultCPUAllocator: can't allocate memory"
+    with pytest.raises(ConfigError, match=message), out_of_memory_explained(job):
+        torch.empty(1 << 60)
+    with pytest.raises(RuntimeError, match="not of memory"), out_of_memory_explained(job):
+        raise RuntimeError("not of memory")
