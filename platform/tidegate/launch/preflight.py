@@ -34,9 +34,10 @@ def check_machine(job: Job, *, local: bool, remote: bool) -> None:
 
         if not torch.cuda.is_available():
             raise ConfigError("resources.gpu=True, but this machine has no CUDA device; use --set resources.gpu=false")
-        if job.resources.workers > torch.cuda.device_count():
+        field = "workers" if job.resources.min_workers is None else "min_workers"
+        if job.world_sizes[0] > torch.cuda.device_count():
             raise ConfigError(
-                f"resources.workers={job.resources.workers} needs as many GPUs, this machine has "
+                f"resources.{field}={getattr(job.resources, field)} needs as many GPUs, this machine has "
                 f"{torch.cuda.device_count()}"
             )
     if job.parallel.offload_folder is not None and not remote:

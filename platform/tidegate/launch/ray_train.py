@@ -20,15 +20,17 @@ import fsspec
 import pyarrow.fs
 import ray
 import ray.train
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
+from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import tidegate
 import tidegate_kernels
 from tidegate.config import ConfigError
 from tidegate.launch.doctor import why_no_ray
+from tidegate.launch.elastic import Notices, Reason, Trainer, Yielded, causes, is_preempted
 from tidegate.launch.ended import Ended
+from tidegate.launch.spot import watch_cloud
 from tidegate.parallel import collectives
 from tidegate.track import Delivery, MetricLogger, RunHandle
 from tidegate.train.checkpoint import Tracker
@@ -37,6 +39,10 @@ from tidegate.train.loop import Outcome, World, train
 from tidegate.train.telemetry import Record
 
 __all__ = ["connect", "run_on_ray", "storage_filesystem"]
+
+
+RESIZE_INTERVAL_S = 60.0
+"""Between two looks at whether there is room for more of workers."""
 
 
 class _WorkerJob(NamedTuple):
@@ -68,11 +74,12 @@ def connect(address: str | None, job: Job) -> None:
         what = f"--address {address}: no Ray cluster answers" if address else "Ray does not start on this machine"
         raise ConfigError(f"{what} ({str(error).splitlines()[0]})") from error
     resources, available = job.resources, ray.cluster_resources()
+    field = "workers" if resources.min_workers is None else "min_workers"
     per_worker = {"CPU": resources.cpus_per_worker, "GPU": int(resources.gpu)}
-    for kind, needed in ((kind, resources.workers * number) for kind, number in per_worker.items()):
+    for kind, needed in ((kind, job.world_sizes[0] * number) for kind, number in per_worker.items()):
         if needed > available.get(kind, 0):
             raise ConfigError(
-                f"resources.workers={resources.workers} needs {needed} {kind}s, "
+                f"resources.{field}={getattr(resources, field)} needs {needed} {kind}s, "
                 f"{address or 'this machine'} has {available.get(kind, 0):g}; Ray would wait for ever"
             )
 
@@ -96,27 +103,34 @@ def run_on_ray(
     storage, _, name = checkpoints.rpartition("/")
     filesystem, path = storage_filesystem(storage)
     resources = job.resources
-    trainer = TorchTrainer(
-        _worker,  # type: ignore[arg-type]
+    elastic = resources.min_workers is not None
+    trainer = Trainer(
+        sizes=job.world_sizes if elastic else None,
+        board=board,
+        train_loop_per_worker=_worker,
         train_loop_config={"worker_job": _WorkerJob(job, dataset, checkpoints, tracking, spool, board)},
         scaling_config=ScalingConfig(
-            num_workers=resources.workers,
+            num_workers=(job.world_sizes[0], resources.workers) if elastic else resources.workers,
             use_gpu=resources.gpu,
             resources_per_worker={"CPU": resources.cpus_per_worker, **({"GPU": 1} if resources.gpu else {})},
+            elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,
         ),
         torch_config=TorchConfig(backend="nccl" if resources.gpu else "gloo"),
         run_config=RunConfig(
             name=name,
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=resources.max_failures),
+            failure_config=FailureConfig(
+                max_failures=resources.max_failures, max_preemption_failures=resources.max_preemptions
+            ),
+            callbacks=[Notices()],  # type: ignore[list-item]
         ),
     )
     with _watch(board, show, notice):
         try:
             result = trainer.fit()
-        except ray.train.WorkerGroupError as error:
-            raise _cause(error) from error
+        except ray.train.TrainingFailedError as error:
+            raise _cause(error, job) from error
     outcome, delivery = result.return_value  # type: ignore[attr-defined]
     return Ended(outcome, delivery)
 
@@ -140,42 +154,68 @@ def _worker(config: dict[str, Any]) -> tuple[Outcome, Delivery] | None:
     """One rank's life."""
     task: _WorkerJob = config["worker_job"]
     collectives.start()  # Ray made the process group; this binds the device
+    job = task.job.at_world_size(collectives.world_size())
     rank_zero = collectives.rank() == 0
     logger = None
     if rank_zero:
         logger = MetricLogger(
-            task.tracking.uri, task.tracking.run_id, spool=task.spool, flush_every_s=task.job.track.flush_every_s
+            task.tracking.uri, task.tracking.run_id, spool=task.spool, flush_every_s=job.track.flush_every_s
         )
-    question: Any = None
+    wishes = _Wishes(task.board if rank_zero else None)
 
     def record(record: Record) -> None:
         assert logger is not None
         logger.log(record.metrics, step=record.step, tokens=record.tokens)
         task.board.push.remote(record)
 
-    def should_stop() -> bool:
-        """The latest answer of the board, without waiting for one; rank 0 asks for all."""
-        nonlocal question
-        if not rank_zero:
-            return False
-        answer = False
-        if question is not None and ray.wait([question], timeout=0)[0]:
-            with contextlib.suppress(ray.exceptions.RayActorError):  # a board that died comes back without records
-                answer = ray.get(question)
-            question = None
-        if question is None:
-            question = task.board.stop_requested.remote()
-        return answer
-
     def notice(line: str) -> None:
         task.board.push.remote(line)
 
     tracker = Tracker(logger.unsent, logger.adopt) if logger is not None else None
+    if rank_zero and task.job.resources.min_workers is not None:
+        notice(f"{job.resources.workers} of at most {task.job.resources.workers} workers: {job.layout}")
     try:
-        outcome = train(task.job, World(task.dataset, task.checkpoints, record, notice, should_stop, tracker))
+        with watch_cloud(job.resources.spot_notices):
+            outcome = train(job, World(task.dataset, task.checkpoints, record, notice, wishes.should_stop, tracker))
     finally:
         delivery = logger.close() if logger is not None else None
+    reasons = collectives.gather(wishes.reason)
+    if not outcome.finished and "stop" not in reasons:
+        reason: Reason = "preemption" if "preemption" in reasons else "growth"
+        if rank_zero:
+            why = "a machine will be taken away" if reason == "preemption" else "there is room for more"
+            notice(f"after step {outcome.step} the workers start again from {outcome.checkpoint}: {why}")
+        raise Yielded(reason)
     return (outcome, delivery) if delivery is not None else None
+
+
+class _Wishes:
+    """Why this rank should end, as far as it knows; never waits.
+
+    Args:
+        board: to ask, on rank 0, which asks for all.
+    """
+
+    def __init__(self, board: Any) -> None:
+        self.reason: Reason = ""
+        self._board = board
+        self._question: Any = board.wish.remote(begin=True) if board is not None else None
+
+    def should_stop(self) -> bool:
+        if self._board is not None:
+            self._ask()
+        if not self.reason and is_preempted():
+            self.reason = "preemption"
+        return bool(self.reason)
+
+    def _ask(self) -> None:
+        """Take the latest answer of the board, and ask again."""
+        if self._question is not None and ray.wait([self._question], timeout=0)[0]:
+            with contextlib.suppress(ray.exceptions.RayActorError):  # a board that died comes back without records
+                self.reason = ray.get(self._question) or self.reason
+            self._question = None
+        if self._question is None:
+            self._question = self._board.wish.remote()
 
 
 @ray.remote
@@ -184,20 +224,26 @@ class _Board:
 
     def __init__(self) -> None:
         self._records: list[Record | str] = []
-        self._stop = False
+        self._wish: Reason = ""
 
     def push(self, record: Record | str) -> None:
         self._records.append(record)
 
-    def stop_requested(self) -> bool:
-        return self._stop
+    def wish(self, begin: bool = False) -> Reason:
+        """Why the run should end; workers that begin are as many as there is room for."""
+        if begin and self._wish == "growth":
+            self._wish = ""
+        return self._wish
 
     def drain(self) -> list[Record | str]:
         records, self._records = self._records, []
         return records
 
     def request_stop(self) -> None:
-        self._stop = True
+        self._wish = "stop"
+
+    def request_more(self) -> None:
+        self._wish = self._wish or "growth"
 
 
 @contextlib.contextmanager
@@ -230,14 +276,17 @@ def _watch(board: Any, show: Callable[[Record], None], notice: Callable[[str], N
         thread.join(timeout=10)
 
 
-def _cause(error: ray.train.WorkerGroupError) -> Exception:
+def _cause(error: ray.train.TrainingFailedError, job: Job) -> Exception:
     """The mistake of the user that a worker met, if that is what it was; otherwise Ray's error."""
-    for failure in error.worker_failures.values():
-        seen: BaseException | None = failure
-        while seen is not None:
-            if isinstance(seen, ConfigError):
-                return seen
-            seen = getattr(seen, "cause", None) or seen.__cause__
+    met = list(causes(error))
+    for cause in met:
+        if isinstance(cause, ConfigError):
+            return cause
+    if any(isinstance(cause, Yielded) for cause in met) or isinstance(error, ray.train.PreemptionError):
+        return ConfigError(
+            "the workers' machines were taken away more often than resources.max_preemptions="
+            f"{job.resources.max_preemptions} allows; resume the run, which goes on from the checkpoint saved then"
+        )
     return error
 
 

@@ -66,10 +66,17 @@ class TrainConfig(Config):
 class ResourcesConfig(Config):
     workers: int = Field(default=1, ge=1)
     """Processes, one GPU each if `gpu`."""
+    min_workers: int | None = Field(default=None, ge=1)
+    """The run starts and goes on with as few as these while there are no more, and with up to `workers` when there are:
+    docs/elastic.md."""
     gpu: bool = False
     cpus_per_worker: int = Field(default=1, ge=1)
     max_failures: int = Field(default=0, ge=-1)
     """How often Ray restarts the workers from the last checkpoint; -1 is without end."""
+    max_preemptions: int = Field(default=-1, ge=-1)
+    """How often it does so after a notice that a worker's machine will be taken away; these are no failures."""
+    spot_notices: Literal["none", "aws", "gcp", "azure"] = "none"
+    """The cloud whose metadata server each worker's machine asks whether it will be taken away."""
 
     moved: ClassVar[dict[str, str]] = {"storage": "checkpoint.storage", "keep_checkpoints": "checkpoint.keep_last"}
 
@@ -106,6 +113,22 @@ class Job(Config):
     @property
     def total_steps(self) -> int:
         return -(-self.train.tokens // self.train.batch_tokens)
+
+    @property
+    def world_sizes(self) -> tuple[int, ...]:
+        """Numbers of workers that the run may have, ascending: the batch divides among them, and they are a multiple or
+        a divisor of `parallel.expert`."""
+        most, expert = self.resources.workers, self.parallel.expert
+        passes = self.global_batch // self.train.micro_batch
+        sizes = range(self.resources.min_workers or most, most + 1)
+        return tuple(n for n in sizes if passes % n == 0 and (n % expert == 0 or expert % n == 0))
+
+    def at_world_size(self, workers: int) -> Job:
+        """The job on one of its `world_sizes`: the same steps. Expert parallelism shrinks only where it must."""
+        assert workers in self.world_sizes, (workers, self.world_sizes)
+        resources = self.resources.model_copy(update={"workers": workers, "min_workers": None})
+        parallel = self.parallel.model_copy(update={"expert": min(self.parallel.expert, workers)})
+        return self.model_copy(update={"resources": resources, "parallel": parallel})
 
     @property
     def layout(self) -> str:
@@ -170,6 +193,21 @@ class Job(Config):
                 f"parallel.gradients_at_once={at_once} is more than the {self.accumulation} micro-batches of a step "
                 f"(train.batch_tokens={self.train.batch_tokens}, train.micro_batch={self.train.micro_batch}, "
                 f"resources.workers={self.resources.workers}); set it to {self.accumulation} at most"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _elastic_fits(self) -> Job:
+        fewest, most = self.resources.min_workers, self.resources.workers
+        if fewest is None:
+            return self
+        if fewest > most:
+            raise ValueError(f"resources.min_workers={fewest} is more than resources.workers={most}; lower it")
+        if self.parallel.zero_stage == 0 or self.parallel.offload == "experts":
+            raise ValueError(
+                f"resources.min_workers={fewest} changes the layout of a run, which works neither at "
+                f"parallel.zero_stage=0 nor with parallel.offload=experts, here {self.parallel.zero_stage} and "
+                f"{self.parallel.offload}; remove resources.min_workers or change those"
             )
         return self
 
