@@ -39,9 +39,14 @@ def train(
     local: Annotated[bool, typer.Option("--local", help="Run the loop in this process, without Ray")] = False,
     address: Annotated[str | None, typer.Option(help="Ray cluster to use instead of a local one")] = None,
     resume: Annotated[str | None, typer.Option(help="Continue this run from its last checkpoint")] = None,
+    init_from: Annotated[
+        Path | None, typer.Option(help="Short for --set train.init_from=FOLDER: begin with its weights")
+    ] = None,
     state_dir: StateOption = None,
 ) -> None:
     """Train a job on Ray, or with --local in this process."""
+    import json
+
     from tidegate.config import ConfigError
     from tidegate.launch.run import Request, run
 
@@ -51,6 +56,7 @@ def train(
         raise ConfigError(f"{job} and --resume {resume} exclude each other; change a resumed run with --set")
     extra = [f"resources.workers={workers}"] if workers is not None else []
     extra += [f"guards.compare_replicas_every={paranoid}"] if paranoid is not None else []
+    extra += [f"train.init_from={json.dumps(str(init_from.absolute()))}"] if init_from else []
     finished = run(Request(job, [*overrides, *extra], _state(state_dir), resume, local, address))
     if not finished:
         raise typer.Exit(143)  # as a process that SIGTERM ended

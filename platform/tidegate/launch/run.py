@@ -30,6 +30,7 @@ from tidegate.track import (
     run_url,
 )
 from tidegate.train.checkpoint_store import CheckpointStore
+from tidegate.train.init_from import check_init_from
 from tidegate.train.job import Job
 from tidegate.train.storage import Storage
 
@@ -64,6 +65,8 @@ def run(request: Request) -> bool:
     plan = _plan(request)
     job = plan.job
     check_machine(job, local=request.local, remote=request.address is not None)
+    if plan.resumed is None:
+        check_init_from(job)
     hide_gpus(job)
     storage = _storage(request, job)
     reporter = Reporter(job)
@@ -113,11 +116,25 @@ def _plan(request: Request) -> _Plan:
         resumed = request.state.run(request.resume)
         record = resumed.read()
         loaded = load(resumed.job_file, Job, request.overrides)
+        if "train.init_from" in loaded.overrides:
+            raise ConfigError(
+                f"train.init_from={loaded.config.train.init_from} is for a new run; --resume {request.resume} goes on "
+                "with its own weights"
+            )
         return _Plan(loaded, loaded.config, Path(record.job_dir), resumed)
     if request.job_file is None:
         raise ConfigError("name a job file, or --resume RUN")
     loaded = load(request.job_file, Job, request.overrides)
-    return _Plan(loaded, loaded.config, request.job_file.absolute().parent, None)
+    job_dir = request.job_file.absolute().parent
+    return _Plan(loaded, _with_whole_paths(loaded.config, job_dir), job_dir, None)
+
+
+def _with_whole_paths(job: Job, job_dir: Path) -> Job:
+    """The job as any process on any machine can read it, whatever its current folder."""
+    if job.train.init_from is None:
+        return job
+    folder = Path(job.train.init_from.replace("{job}", str(job_dir))).absolute()
+    return job.model_copy(update={"train": job.train.model_copy(update={"init_from": str(folder)})})
 
 
 class _Opened(NamedTuple):
@@ -188,11 +205,16 @@ def _storage(request: Request, job: Job) -> str:
 
 def _introduce(request: Request, run_folder: RunFolder, tracking: RunHandle, reporter: Reporter) -> None:
     reporter.header(run_folder.name, "this process" if request.local else request.address or "local Ray")
+    if reporter.job.train.init_from is not None:
+        reporter.say(f"a new run begins with the weights of {reporter.job.train.init_from}")
     for note in notes(reporter.job):
         reporter.say(note)
     reporter.say(f"MLflow: {run_url(tracking)}")
     if request.address:
-        reporter.say(f"workers must see {request.state.root}: the tokens are there")
+        also = (
+            f" and {reporter.job.train.init_from}: the tokens and weights are" if reporter.job.train.init_from else ""
+        )
+        reporter.say(f"workers must see {request.state.root}{also or ': the tokens are'} there")
         if tracking.uri.startswith("sqlite"):
             reporter.say("and MLflow is a SQLite file there; set MLFLOW_TRACKING_URI to a server for several machines")
 

@@ -111,6 +111,15 @@ class MoEConfig(Config):
         return self.router.kind in ("sinkhorn", "decoupled", "dense_to_sparse")
 
     @property
+    def weights_sum_to_one(self) -> bool:
+        """Whether the weights of every token's experts sum to 1, in training and in evaluation."""
+        router = self.router
+        if isinstance(router, TopKConfig):
+            whole = isinstance(router, SoftmaxTopKConfig) and self.top_k == self.num_experts
+            return (router.renormalize or whole) and getattr(router, "scale", 1.0) == 1.0
+        return self.capabilities.normalized
+
+    @property
     def reads_previous_block(self) -> bool:
         """Whether a block's experts are picked from the block before it."""
         return isinstance(self.router, TopKConfig) and self.router.reads == "previous_block"

@@ -36,6 +36,9 @@ class Spec(NamedTuple):
 class Weights(ABC):
     """Tensors by name."""
 
+    fresh: frozenset[str] = frozenset()
+    """Tensors of the model that are not here: they begin as in a new model."""
+
     @property
     @abstractmethod
     def specs(self) -> Mapping[str, Spec]:
@@ -80,7 +83,10 @@ def misfits(found: Mapping[str, Spec], wanted: Mapping[str, Spec]) -> list[str]:
 
 @torch.no_grad()
 def load_weights(model: Decoder, weights: Weights) -> None:
-    """Fill a model, of whose experts this process may hold a share, in place and in the model's dtypes."""
+    """Fill a model, of whose experts this process may hold a share, in place and in the model's dtypes.
+
+    What is `fresh` stays as it is.
+    """
     shared = dict(model.state_dict(keep_vars=True))
     for path, module in model.named_modules():
         if not isinstance(module, Experts):
@@ -91,4 +97,5 @@ def load_weights(model: Decoder, weights: Weights) -> None:
         for name in ("w1", "w2", "w3"):
             shared.pop(f"{path}.{name}", None)
     for name, tensor in shared.items():
-        tensor.copy_(weights.read(name))
+        if name not in weights.fresh:
+            tensor.copy_(weights.read(name))

@@ -14,6 +14,7 @@ import torch
 from tidegate.model.decoder import Decoder, DecoderOutput, ModelConfig, MoEFactory, materialize
 from tidegate.model.layers import FeedForward
 from tidegate.model.moe import Experts
+from tidegate.model.weights import Weights, load_weights
 from tidegate.parallel import collectives
 from tidegate.parallel.config import ParallelConfig
 
@@ -51,6 +52,8 @@ class Engine:
         optimizer_state: dtype of AdamW's moments; bf16 with bf16 weights at ZeRO 1 without offload.
         recompute: activation checkpointing of every block.
         keep_rows: rows in expert order are kept for the backward pass, not spread again.
+        weights: what the model begins with in place of values drawn from the seed; master weights begin as them, in
+            the precision in use.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Engine:
         optimizer_state: Literal["fp32", "bf16"] = "fp32",
         recompute: bool,
         keep_rows: bool = False,
+        weights: Weights | None = None,
     ) -> None:
         self.device = collectives.default_device()
         expert_rank = collectives.rank() % parallel.expert
@@ -83,6 +87,8 @@ class Engine:
             self.store = ExpertStore(self.device, settings)
             moe = partial(StoredMoE, store=self.store, recompute=recompute, **share)
         model = materialize(lambda: Decoder(model_config, moe, recompute), self.device, seed)
+        if weights is not None:
+            load_weights(model, weights)
         tag_parameters(model)
         announce_early_routers(model)
         optimizer = torch.optim.AdamW(_parameter_groups(model, weight_decay), lr=0.0, betas=betas, eps=eps, fused=True)

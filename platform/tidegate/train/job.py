@@ -46,6 +46,11 @@ class TrainConfig(Config):
     micro_batch: int = Field(ge=1)
     """Sequences a rank takes at a time; accumulation follows from it."""
     precision: Literal["fp32", "bf16"] = "bf16"
+    init_from: str | None = None
+    """Folder that `tidegate export` or transformers' `save_pretrained` wrote, whose weights a new run begins with;
+    `{job}` is the job's folder. A dense model's become experts if `model.ffn.kind=moe` (docs/export.md)."""
+    upcycle_noise: float = Field(default=0.0, ge=0)
+    """Of copies that a dense feed-forward becomes: standard deviation of added noise, in units of a matrix's own."""
     seed: int = Field(default=0, ge=0)
     """Of the initial weights; the order of the data has its own, data.seed."""
     recompute: bool = False
@@ -208,6 +213,16 @@ class Job(Config):
                 f"resources.min_workers={fewest} changes the layout of a run, which works neither at "
                 f"parallel.zero_stage=0 nor with parallel.offload=experts, here {self.parallel.zero_stage} and "
                 f"{self.parallel.offload}; remove resources.min_workers or change those"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _noise_has_copies(self) -> Job:
+        if self.train.upcycle_noise > 0 and (self.train.init_from is None or self.model.ffn.kind != "moe"):
+            raise ValueError(
+                f"train.upcycle_noise={self.train.upcycle_noise} is for experts that are copies of a dense model's "
+                f"feed-forward, not for train.init_from={self.train.init_from} model.ffn.kind={self.model.ffn.kind}; "
+                "set it to 0"
             )
         return self
 

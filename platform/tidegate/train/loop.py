@@ -12,17 +12,21 @@ from typing import NamedTuple
 
 import torch
 
+from tidegate.config import ConfigError
 from tidegate.data.baseline import token_frequencies
 from tidegate.data.loader import TrainLoader
 from tidegate.data.shards import TokenDataset
 from tidegate.model.balance import Balancer
 from tidegate.model.clock import Clock
 from tidegate.model.moe import MoEConfig
+from tidegate.model.weights import Weights
 from tidegate.parallel import collectives
 from tidegate.parallel.engine import Engine
 from tidegate.train.checkpoint import Checkpoints, Position, Tracker
+from tidegate.train.checkpoint_store import CheckpointStore
 from tidegate.train.evaluate import Evaluation, evaluate, evaluate_oracle
 from tidegate.train.guards import GuardsState, Judge, Pending, Verdict
+from tidegate.train.init_from import starting_weights
 from tidegate.train.job import Job
 from tidegate.train.memory import out_of_memory_explained
 from tidegate.train.replicas import compare_replicas
@@ -71,7 +75,8 @@ def train(job: Job, world: World) -> Outcome:
     """Train until the job's last step or until asked to stop; every rank of the process group calls this."""
     dataset = TokenDataset.open(world.dataset, verify=False)  # the launcher has verified the checksums
     loader = build_loader(job, dataset)
-    engine = build_engine(job)
+    weights = None if job.train.init_from is None or _resumes(world) else starting_weights(job)
+    engine = build_engine(job, weights)
     balancer = build_balancer(job)
     judge = Judge(job.guards, partial(_notice, world))
     isolate, paranoid = job.data.documents == "isolate", job.guards.compare_replicas_every
@@ -82,7 +87,7 @@ def train(job: Job, world: World) -> Outcome:
         Checkpoints(world.checkpoints, job, engine, world.tracker, world.notice) as checkpoints,
         build_watchdog(job, world, checkpoints.attempt) as watchdog,
     ):
-        step, tokens = _begin(job, checkpoints, engine, dataset, loader, judge)
+        step, tokens = _begin(job, checkpoints, engine, dataset, loader, judge, weights)
         if step and _evaluates(job, step, tokens):  # the run may have ended before it did, or while
             evaluation = _evaluate(world, job, checkpoints, engine, dataset, step, tokens)
         throughput, pending = Throughput(job, peak_flops(engine.device)), Pending(judge, checkpoints.keep_batch)
@@ -166,8 +171,8 @@ def build_loader(job: Job, dataset: TokenDataset) -> TrainLoader:
     )
 
 
-def build_engine(job: Job) -> Engine:
-    """The job's model under DeepSpeed, initialised from its seed, on the kernels that the job chooses."""
+def build_engine(job: Job, weights: Weights | None = None) -> Engine:
+    """The job's model under DeepSpeed, on the kernels that the job chooses; without weights, drawn from its seed."""
     choose(job.kernels)
     return Engine(
         job.model,
@@ -183,6 +188,7 @@ def build_engine(job: Job) -> Engine:
         optimizer_state=job.optimizer.state,
         recompute=job.train.recompute,
         keep_rows=job.train.keep_rows,
+        weights=weights,
     )
 
 
@@ -214,13 +220,31 @@ def build_observer(job: Job, dataset: TokenDataset) -> Observer:
     return Observer(dataset.domains, top_k, collectives.rank(), collectives.world_size())
 
 
+def _resumes(world: World) -> bool:
+    """Whether there are checkpoints to continue from, so that nothing else is read; the same on every rank."""
+    found = collectives.rank() == 0 and bool(CheckpointStore(Storage(world.checkpoints)).valid())
+    return collectives.gather(found)[0]
+
+
 def _begin(
-    job: Job, checkpoints: Checkpoints, engine: Engine, dataset: TokenDataset, loader: TrainLoader, judge: Judge
+    job: Job,
+    checkpoints: Checkpoints,
+    engine: Engine,
+    dataset: TokenDataset,
+    loader: TrainLoader,
+    judge: Judge,
+    weights: Weights | None,
 ) -> tuple[int, int]:
     """Continue from the last checkpoint or make the model ready for its first step; steps and tokens behind us."""
     position = checkpoints.resume()
     if position is None:
-        fit_routers(job, engine, dataset)
+        if weights is None and job.train.init_from is not None:
+            raise ConfigError(
+                f"train.init_from={job.train.init_from} was not read, since there were checkpoints, but all of them "
+                "are damaged; begin a new run"
+            )
+        if weights is None or weights.fresh:
+            fit_routers(job, engine, dataset)
         return 0, 0
     loader.load_state_dict(position.data)
     judge.state = GuardsState(**position.guards)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from tidegate import cli
-from tidegate.config import ConfigError
-from tidegate.train.export import check_files, open_export
+from tidegate.config import ConfigError, load
+from tidegate.model.decoder import DenseConfig, ModelConfig
+from tidegate.model.weights import ALL, Spec, Weights, specs_of
+from tidegate.train.export import Origin, check_files, open_export, write_export
+from tidegate.train.init_from import starting_weights
+from tidegate.train.job import Job
 
 FFN = {"kind": "moe", "num_experts": 4, "top_k": 2, "expert_dim": 16, "shared": {"num": 1, "gate": True}}
 
@@ -66,6 +73,109 @@ def test_a_run_goes_out_in_both_formats(tiny_job: Callable[..., Path], tmp_path:
     run("export", "tiny-1", "--checkpoint", first.name, *where)
     assert (state / "exports" / "tiny-1-step2-tidegate").is_dir()
     mistakes(first.parent, where, ours)
+
+
+DENSE = {"kind": "dense", "hidden_dim": 40}
+COPIES = {"kind": "moe", "num_experts": 6, "top_k": 2, "expert_dim": 40}
+
+
+def first_loss(state: Path, run: str) -> float:
+    record = json.loads((state / "runs" / run / "run.json").read_text())
+    with closing(sqlite3.connect(state / "mlflow" / "mlflow.db")) as store:
+        query = "select value from metrics where run_uuid = ? and key = 'train/loss' and step = 1"
+        (loss,) = store.execute(query, (record["run_id"],)).fetchone()
+    return float(loss)
+
+
+@pytest.mark.slow
+def test_runs_begin_with_exported_weights(tiny_job: Callable[..., Path], tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    where: Any = ["--state-dir", str(state)]
+    plain: Any = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "gate": {"kind": "none"}}
+    dense = tiny_job(model={"ffn": DENSE, "attention": plain}, balance={"bias_rate": 0.0, "loss_weight": 0.0})
+    train(dense, state, "--set", "train.tokens=2048")
+    ours, theirs = tmp_path / "ours", tmp_path / "hf"
+    run("export", "tiny-1", "--out", str(ours), *where)
+    run("export", "tiny-1", "--format", "hf", "--out", str(theirs), *where)
+
+    stop = ["--set", "train.tokens=1024"]
+    printed = train(dense, state, "--init-from", str(ours), *stop)
+    assert f"begins with the weights of {ours}" in printed
+    upcycled = tiny_job(model={"ffn": COPIES, "attention": plain})
+    (theirs / "manifest.json").unlink()  # as what comes from the hub
+    train(upcycled, state, "--set", 'train.init_from="{job}/../hf"', *stop)
+    begun, copied = (first_loss(state, f"tiny-{number}") for number in (2, 3))
+    assert begun < first_loss(state, "tiny-1") - 0.1  # it goes on where the other stopped
+    assert copied == pytest.approx(begun, abs=1e-5)
+
+    # Resuming needs the folder no more.
+    ours.rename(tmp_path / "gone")
+    train_again = [sys.executable, "-m", "tidegate.cli", "train", "--resume", "tiny-2", "--local", *where]
+    with pytest.raises(ConfigError, match=r"is for a new run; --resume tiny-2 goes on with its own weights"):
+        run("train", "--resume", "tiny-2", "--init-from", str(theirs), "--local", *where)
+    longer = ["--set", "train.tokens=1536"]
+    ended = subprocess.run([*train_again, *longer], capture_output=True, text=True, timeout=240, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "step 3/3" in ended.stdout
+
+
+def test_weights_that_do_not_fit_are_refused_before_anything_starts(
+    tiny_job: Callable[..., Path], tmp_path: Path
+) -> None:
+    job, folder = str(tiny_job()), tmp_path / "weights"
+    where: Any = ["--local", "--state-dir", str(tmp_path / "state")]
+    config = load(job, Job).config.model
+
+    def refused(match: str, *arguments: str) -> None:
+        with pytest.raises(ConfigError, match=match):
+            run("train", job, "--init-from", str(folder), *arguments, *where)
+
+    refused(r"weights: there is no such folder")
+    write_model(folder, config)
+    refused(
+        r"train.init_from=.*weights holds a model with model.norm_eps=1e-06 .the job has 1e-05.; set",
+        "--set",
+        "model.norm_eps=1e-5",
+    )
+    refused(r"train.upcycle_noise=0.1, but .* has experts already; set it to 0", "--set", "train.upcycle_noise=0.1")
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    refused(r"model.safetensors: its content is not what was written")
+    with pytest.raises(ConfigError, match=r"train.upcycle_noise=0.1 is for experts that are copies"):
+        run("train", job, "--set", "train.upcycle_noise=0.1", *where)
+
+    dense = config.model_copy(update={"ffn": DenseConfig(hidden_dim=16)})
+    folder = tmp_path / "dense"
+    write_model(folder, dense)
+    refused(r"holds a dense model: model.ffn.shared.num=1 adds to experts .* set it to 0")
+    assert not (tmp_path / "state" / "runs").exists()
+
+    copies = str(tiny_job(model={"ffn": {**COPIES, "expert_dim": 16}}))
+    settings = [f"train.init_from={folder}", "train.upcycle_noise=0.1"]
+    weights = starting_weights(load(copies, Job, settings).config)
+    assert weights is not None
+    w1 = weights.read("blocks.1.ffn.experts.w1")
+    assert float((w1 - w1.mean(dim=0)).std()) == pytest.approx(0.1 * float(w1.std()), rel=0.2)
+
+
+def write_model(folder: Path, config: ModelConfig) -> None:
+    """An export of numbers from -1 to 1."""
+    origin = Origin(run="r", checkpoint="c", step=1, tokens=2)
+    write_export(folder, Ramps(config), config, format="tidegate", origin=origin, version="0", max_positions=9)
+
+
+class Ramps(Weights):
+    def __init__(self, config: ModelConfig) -> None:
+        self._specs = specs_of(config)
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        return self._specs
+
+    def read(self, name: str, rows: slice = ALL) -> torch.Tensor:
+        shape, dtype, _ = self._specs[name]
+        return torch.linspace(-1, 1, prod(shape)).view(shape).to(dtype)[rows if rows != ALL else ...]
 
 
 def mistakes(checkpoints: Path, where: list[str], ours: Path) -> None:

@@ -11,8 +11,9 @@ import torch
 from tidegate.config import ConfigError
 from tidegate.model.clock import Clock
 from tidegate.model.decoder import ModelConfig
+from tidegate.model.initialisation import Draw
 from tidegate.model.moe import Experts
-from tidegate.model.weights import num_parameters, specs_of
+from tidegate.model.weights import ALL, Spec, Weights, num_parameters, specs_of
 from tidegate.parallel import collectives
 from tidegate.parallel.config import ParallelConfig
 
@@ -49,30 +50,37 @@ CASES: dict[str, Case] = {
 }
 
 
-def saved(cases: list[Case]) -> list[tuple[dict[str, bytes], dict[str, torch.Tensor]]]:
-    """Per case, after a step: this rank's files, and the weights that it uses."""
+def engine_after_a_step(case: Case, learning_rate: float, weights: Weights | None = None) -> Any:
     from tidegate.parallel.engine import Engine
 
+    model, precision, expert, stage, offload = case
+    parallel: Any = {"expert": expert, "zero_stage": stage, "offload": offload}
+    settings: Any = {"precision": precision, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    engine = Engine(
+        model,
+        ParallelConfig(**parallel),
+        seed=0,
+        micro_batch=1,
+        accumulation=1,
+        gradient_clip=1.0,
+        recompute=False,
+        weights=weights,
+        **settings,
+    )
+    engine.set_learning_rate(learning_rate)
+    tokens = torch.randint(0, 97, (1, 17), generator=torch.Generator().manual_seed(collectives.rank()))
+    counted = torch.ones(1, 16, dtype=torch.bool)
+    output = engine.forward(tokens[:, :-1], tokens[:, 1:], counted, clock=Clock(1, 16, seed=0))
+    engine.backward(output.nll / counted.numel())
+    engine.step()
+    return engine
+
+
+def saved(cases: list[Case]) -> list[tuple[dict[str, bytes], dict[str, torch.Tensor]]]:
+    """Per case, after a step: this rank's files, and the weights that it uses."""
     found = []
-    for model, precision, expert, stage, offload in cases:
-        parallel: Any = {"expert": expert, "zero_stage": stage, "offload": offload}
-        settings: Any = {"precision": precision, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-        engine = Engine(
-            model,
-            ParallelConfig(**parallel),
-            seed=0,
-            micro_batch=1,
-            accumulation=1,
-            gradient_clip=1.0,
-            recompute=False,
-            **settings,
-        )
-        engine.set_learning_rate(1e-2)
-        tokens = torch.randint(0, 97, (1, 17), generator=torch.Generator().manual_seed(collectives.rank()))
-        counted = torch.ones(1, 16, dtype=torch.bool)
-        output = engine.forward(tokens[:, :-1], tokens[:, 1:], counted, clock=Clock(1, 16, seed=0))
-        engine.backward(output.nll / counted.numel())
-        engine.step()
+    for case in cases:
+        engine = engine_after_a_step(case, 1e-2)
         files: dict[str, bytes] = {}
 
         def put(name: str, content: Any, files: dict[str, bytes] = files) -> None:
@@ -144,3 +152,36 @@ def missing_files_are_named(files: dict[str, bytes], host: dict[str, bytes]) -> 
     other = case[0].model_copy(update={"num_layers": 1})
     with pytest.raises(ConfigError, match=r"mp_rank_00_model_states.pt: blocks.1.* is not known"):
         opened(files, (other, *case[1:]))
+
+
+class Drawn(Weights):
+    """Values that are functions of names."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        self._specs = specs_of(model)
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        return self._specs
+
+    def read(self, name: str, rows: slice = ALL) -> torch.Tensor:
+        tensor = torch.empty(self._specs[name].shape)
+        Draw(5, name).normal_(tensor, 0.3, "weight")
+        return tensor.to(torch.bfloat16)[rows if rows != ALL else ...]
+
+
+def after_a_step_that_moves_nothing(cases: list[Case]) -> list[dict[str, torch.Tensor]]:
+    """The weights in use that the optimizer makes of its own copy of them."""
+    return [in_use(engine_after_a_step(case, 0.0, Drawn(case[0]))) for case in cases]
+
+
+@pytest.mark.slow
+def test_an_engine_and_its_optimizer_begin_with_given_weights(on_ranks: Any) -> None:
+    cases = {name: CASES[name] for name in CASES if name not in ("DP 2", "DP 2, dense", "uneven experts")}
+    first, second = on_ranks(2, after_a_step_that_moves_nothing, list(cases.values()))
+    for (name, case), mine, others in zip(cases.items(), first, second, strict=True):
+        weights = Drawn(case[0])
+        for tensor, spec in weights.specs.items():
+            spread = ".experts.w" in tensor and case[2] > 1
+            found = torch.cat([mine[tensor], others[tensor]]) if spread else mine[tensor]
+            assert torch.equal(found.float(), weights.read(tensor).float()), (name, tensor, spec)
