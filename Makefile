@@ -9,7 +9,7 @@ READY = $(VENV)/.ready
 help:
 	@echo "make demo    train jobs/demo.yaml on two workers and show what came out"
 	@echo "make test    run the tests"
-	@echo "make chaos   kill the processes of whole runs, for minutes"
+	@echo "make chaos   inject hundreds of faults into runs, for half an hour"
 	@echo "make check   ruff, mypy and import-linter"
 	@echo "make format  let ruff rewrite the code"
 
@@ -31,6 +31,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -m "not chaos"
 
 chaos: $(READY)
+	$(BIN)/python tests/chaos/inject.py 240
 	$(BIN)/python -m pytest -m chaos
 
 check: $(READY)
