@@ -38,6 +38,7 @@ __all__ = [
     "is_checkpoint",
     "seal",
     "stays_inside",
+    "step_of",
     "unseal",
 ]
 

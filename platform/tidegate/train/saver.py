@@ -10,7 +10,7 @@ from typing import IO, Any, cast
 
 import torch
 
-from tidegate.train.checkpoint_store import CheckpointStore, FileRecord, Manifest, Writing
+from tidegate.train.checkpoint_store import CheckpointStore, FileRecord, Manifest, Writing, step_of
 from tidegate.train.retention import CheckpointConfig, Kept, retained
 from tidegate.train.storage import StorageError
 
@@ -146,6 +146,10 @@ class Saver:
         ]
         # A predecessor whose workers outlived it may have got further than this run is by now.
         stay = retained(valid, self._policy) | {self.newest}
-        for checkpoint in valid:
-            if checkpoint.name not in stay:
-                self._store.delete(checkpoint.name)
+        gone = {checkpoint.name for checkpoint in valid if checkpoint.name not in stay}
+        # A damaged one is kept until the run is past its step again: until then somebody may want to repair it.
+        assert self.newest is not None
+        gone |= {name for name in self.ignored if step_of(name) <= step_of(self.newest)}
+        for name in sorted(gone):
+            self._store.delete(name)
+        self.ignored -= gone

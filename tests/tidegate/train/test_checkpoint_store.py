@@ -282,8 +282,11 @@ def test_the_best_stay_and_what_is_damaged_counts_for_nothing(tmp_path: Path) ->
     resumed = saver(store, CheckpointConfig(keep_last=2), attempt="c")
     resumed.ignored = {store.names()[1]}
     resumed.save(manifest(25), contents(25))
-    resumed.close()
+    resumed.wait()
     assert [entry.name for entry in store.valid()] == ["step_00000025-b", "step_00000025-c", "step_00000026-b"]
+    resumed.save(manifest(26), contents(26))  # past its step
+    resumed.close()
+    assert [entry.name for entry in store.valid()] == ["step_00000025-c", "step_00000026-c"]
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "a//b", "./a", ".", "", "a\\b", MANIFEST, "a/"])
