@@ -32,8 +32,9 @@ __all__ = ["examine", "why_no_ray"]
 
 _REACH_TIMEOUT_S = 5.0
 _LITTLE_SPACE_BYTES = 5 * 10**9
+_DASHBOARD_PORT = 8265
 _PORTS = {
-    8265: ("Ray's dashboard", "stop what holds it, or let Ray take the next free port"),
+    _DASHBOARD_PORT: ("Ray's dashboard", "stop what holds it, or let Ray take the next free port"),
     5000: ("the MLflow UI", "stop what holds it, or use tidegate ui --port 5001"),
 }
 _COLOURS = {"ok": "green", "warn": "yellow", "FAIL": "bold red"}
@@ -61,7 +62,7 @@ def examine(address: str | None, state_dir: Path) -> bool:
         False if a check says FAIL; a warning is no failure.
     """
     # In a thread beside the local checks: both may use their whole time limit, and name servers have none.
-    ray = _Later(lambda: _ray(address))
+    ray, jobs = _Later(lambda: _ray(address)), _Later(lambda: _jobs_apis(address))
     checks: list[tuple[str, Check]] = [
         ("python", _python),
         ("packages", _packages),
@@ -71,6 +72,7 @@ def examine(address: str | None, state_dir: Path) -> bool:
         ("ports", _ports),
         ("MLflow", lambda: _mlflow(state_dir)),
         ("Ray", ray.findings),
+        ("Ray jobs API", jobs.findings),
     ]
     folded = (Column(name, overflow="fold") for name in ("found", "fix"))  # a path cut short helps nobody
     table = Table("check", "", *folded)
@@ -252,11 +254,49 @@ def _mlflow(state_dir: Path) -> Iterator[Finding]:
         yield Finding("FAIL", answer, fix)
 
 
+def _jobs_apis(address: str | None) -> Iterator[Finding]:
+    """Who may submit jobs to the dashboards of the cluster at `address` and of this machine."""
+    places = [f"http://127.0.0.1:{_DASHBOARD_PORT}"]
+    if address is not None and why_no_ray(address) is None and ":" in address:
+        parts = urlsplit(address if "://" in address else f"ray://{address}")
+        is_dashboard = parts.scheme in ("http", "https")
+        netloc = parts.netloc.rpartition("@")[2]
+        host = f"[{parts.hostname}]" if ":" in str(parts.hostname) else parts.hostname
+        places.append(f"{parts.scheme}://{netloc}" if is_dashboard else f"http://{host}:{_DASHBOARD_PORT}")
+    for place in dict.fromkeys(places):
+        yield _jobs_api(place)
+
+
+def _jobs_api(dashboard: str) -> Finding:
+    """Ask for the list of jobs as a stranger: without a token, and around any proxy."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"{dashboard}/api/jobs/", timeout=_REACH_TIMEOUT_S) as answer:
+            is_list = answer.read(64).lstrip().startswith(b"[")
+    except urllib.error.HTTPError as error:
+        error.close()
+        asks = error.code in (401, 403)
+        return Finding("ok", f"{dashboard} {'asks for a token' if asks else f'has none (HTTP {error.code})'}")
+    except (OSError, http.client.HTTPException) as error:
+        return Finding("ok", f"{dashboard} does not answer ({error})")
+    if not is_list:
+        return Finding("ok", f"{dashboard} answers without a list of jobs")
+    return Finding(
+        "FAIL",
+        f"{dashboard} takes jobs from anyone who reaches it, without a token (ShadowRay, CVE-2023-48022)",
+        "stop that Ray; start it with RAY_AUTH_MODE=token, --dashboard-host 127.0.0.1 and a firewall around it",
+    )
+
+
 def _ray(address: str | None) -> Iterator[Finding]:
     mode = os.environ.get("RAY_AUTH_MODE")
     auth = f"RAY_AUTH_MODE={mode}" if mode else "RAY_AUTH_MODE is not set"
     if address is None:
-        yield Finding("ok", f"will start a local one; {auth}")
+        if mode == "disabled":
+            found = f"will start one on 127.0.0.1 that asks for no token; {auth}"
+            yield Finding("warn", found, "unset it: every user of this machine could run code as you")
+        else:
+            yield Finding("ok", f"will start one on 127.0.0.1, with a token of its own; {auth}")
         return
     problem = why_no_ray(address)
     if problem:

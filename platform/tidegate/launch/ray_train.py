@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ import fsspec
 import pyarrow.fs
 import ray
 import ray.train
+from ray._private import ray_constants
 from ray.train.torch import TorchConfig
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -57,7 +59,7 @@ class _WorkerJob(NamedTuple):
 
 
 def connect(address: str | None, job: Job) -> None:
-    """Join the Ray cluster at `address`, or start one on this machine, and check that the job fits.
+    """Join the Ray cluster at `address`, or start one that only this machine reaches, and check that the job fits.
 
     Raises:
         ConfigError: no Ray answers there, or it has less than the job asks for.
@@ -66,6 +68,8 @@ def connect(address: str | None, job: Job) -> None:
     problem = why_no_ray(address) if address else None
     if problem:
         raise ConfigError(f"--address {address}: no Ray cluster answers ({problem})")
+    if address is None:
+        _keep_to_this_machine()
     packages = [str(Path(str(module.__file__)).parent) for module in (tidegate, tidegate_kernels)]
     runtime_env = {"py_modules": packages, "env_vars": _forwarded_environment()} if address else None
     try:
@@ -103,12 +107,16 @@ def run_on_ray(
     storage, _, name = checkpoints.rpartition("/")
     filesystem, path = storage_filesystem(storage)
     resources = job.resources
+    task = _WorkerJob(job, dataset, checkpoints, tracking, spool, board)
+
+    def worker() -> Any:
+        return _worker(task)
+
     elastic = resources.min_workers is not None
     trainer = Trainer(
         sizes=job.world_sizes if elastic else None,
         board=board,
-        train_loop_per_worker=_worker,
-        train_loop_config={"worker_job": _WorkerJob(job, dataset, checkpoints, tracking, spool, board)},
+        train_loop_per_worker=worker,  # no train_loop_config: Ray's dashboard shows it, a tracking URI has a password
         scaling_config=ScalingConfig(
             num_workers=(job.world_sizes[0], resources.workers) if elastic else resources.workers,
             use_gpu=resources.gpu,
@@ -150,9 +158,8 @@ def storage_filesystem(storage: str) -> tuple[pyarrow.fs.FileSystem | None, str]
     return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), path
 
 
-def _worker(config: dict[str, Any]) -> tuple[Outcome, Delivery] | None:
+def _worker(task: _WorkerJob) -> tuple[Outcome, Delivery] | None:
     """One rank's life."""
-    task: _WorkerJob = config["worker_job"]
     collectives.start()  # Ray made the process group; this binds the device
     job = task.job.at_world_size(collectives.world_size())
     rank_zero = collectives.rank() == 0
@@ -288,6 +295,23 @@ def _cause(error: ray.train.TrainingFailedError, job: Job) -> Exception:
             f"{job.resources.max_preemptions} allows; resume the run, which goes on from the checkpoint saved then"
         )
     return error
+
+
+def _keep_to_this_machine() -> None:
+    """Have the next local Ray listen on loopback and ask for a token of its own; what the user has set wins.
+
+    Whoever reaches a Ray can run code in it. `ray.init` refuses 127.0.0.1 as the address of its node, but has a switch
+    for systems whose firewall asks about every listener. Without a token here it would write one to the home folder,
+    for every Ray of the user.
+    """
+    wanted = os.environ.setdefault(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "0")  # its processes read it
+    ray_constants.ENABLE_RAY_CLUSTER = wanted.lower() in ("1", "true")  # this one did when it imported Ray
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if (
+        os.environ.get("RAY_AUTH_MODE") != "disabled"
+        and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    ):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _forwarded_environment() -> dict[str, str]:

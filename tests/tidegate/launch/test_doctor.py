@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import platform
 import socket
@@ -24,6 +25,7 @@ def no_user_settings(monkeypatch):
     for name in ("MLFLOW_TRACKING_URI", "RAY_AUTH_MODE", "CXX"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.setattr(doctor, "_DASHBOARD_PORT", 1)  # not of a Ray that runs beside the tests
 
 
 @pytest.fixture
@@ -59,7 +61,7 @@ def test_this_machine(tmp_path, capsys):
         assert found[package][:2] == ["ok", metadata.version(package)]
     assert "pytest" not in found, "extras are not asked for"
     assert found["state directory"][:2] == ["ok", f"{tmp_path / 'state'} (the first run makes it)"]
-    assert found["Ray"][:2] == ["ok", "will start a local one; RAY_AUTH_MODE is not set"]
+    assert found["Ray"][:2] == ["ok", "will start one on 127.0.0.1, with a token of its own; RAY_AUTH_MODE is not set"]
     assert found["MLflow"][0] == "ok"
     assert {"devices", "compiler", "free space", "port 8265", "port 5000"} <= found.keys() | {"GPU 0"}
     assert not (tmp_path / "state").exists(), "looking makes nothing"
@@ -71,7 +73,13 @@ def test_an_existing_state_directory(tmp_path, capsys, monkeypatch):
     assert examine(None, tmp_path / "state")
     found = rows(capsys.readouterr().out)
     assert found["state directory"][1] == f"{tmp_path / 'state'} (layout version 1)"
-    assert found["Ray"][1] == "will start a local one; RAY_AUTH_MODE=token"
+    assert found["Ray"][1] == "will start one on 127.0.0.1, with a token of its own; RAY_AUTH_MODE=token"
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    finding = only(doctor._ray(None))
+    assert (finding.status, finding.found) == (
+        "warn",
+        "will start one on 127.0.0.1 that asks for no token; RAY_AUTH_MODE=disabled",
+    )
 
 
 def only(findings: Iterator[Finding]) -> Finding:
@@ -206,13 +214,17 @@ def test_why_no_ray(listener, dead_port):
         assert (why_no_ray(address) or "").startswith("not host:port, ray://host:port or http(s)://host:port"), address
 
 
-@pytest.mark.parametrize("status", [200, 401])
-def test_a_dashboard_that_answers(status):
+@contextlib.contextmanager
+def dashboard(status: int, body: bytes = b"") -> Iterator[int]:
+    """The port of a server that answers every GET so; one with 401 wants `Bearer right`."""
+
     class Dashboard(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(status)
-            self.send_header("Content-Length", "0")
+            allowed = self.headers.get("Authorization") == "Bearer right"
+            self.send_response(200 if status == 401 and allowed else status)
+            self.send_header("Content-Length", str(len(body)))
             self.end_headers()
+            self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
             pass
@@ -221,10 +233,60 @@ def test_a_dashboard_that_answers(status):
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         try:
-            assert why_no_ray(f"http://127.0.0.1:{server.server_port}/") is None
+            yield server.server_port
         finally:
             server.shutdown()
             thread.join()
+
+
+@pytest.mark.parametrize("status", [200, 401])
+def test_a_dashboard_that_answers(status):
+    with dashboard(status) as port:
+        assert why_no_ray(f"http://127.0.0.1:{port}/") is None
+
+
+@pytest.mark.parametrize("body", [b"[]", b' [{"type": "SUBMISSION"}]'])
+def test_a_jobs_api_open_to_all_fails(tmp_path, capsys, monkeypatch, body, dead_port):
+    monkeypatch.setattr(doctor, "_DASHBOARD_PORT", dead_port)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "right")
+    with dashboard(200, body) as port:
+        assert not examine(f"http://127.0.0.1:{port}", tmp_path)
+        text = capsys.readouterr().out
+        (line,) = (line for line in text.splitlines() if "CVE-2023-48022" in line)
+        assert "FAIL" in line
+        assert f"http://127.0.0.1:{port} takes jobs from anyone who reaches it" in line
+        assert "RAY_AUTH_MODE=token" in line
+        monkeypatch.setattr(doctor, "_DASHBOARD_PORT", port)
+        for address in (None, f"127.0.0.1:{port}", f"ray://localhost:{port}"):  # the port that clusters have
+            found = list(doctor._jobs_apis(address))
+            assert {finding.status for finding in found} == {"FAIL"}, address
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "found"),
+    [
+        (401, b"[]", "asks for a token"),
+        (403, b"", "asks for a token"),
+        (404, b"", "has none (HTTP 404)"),
+        (200, b"<html>", "answers without a list of jobs"),
+    ],
+)
+def test_a_jobs_api_that_is_closed(status, body, found, monkeypatch):
+    with dashboard(status, body) as port:
+        monkeypatch.setattr(doctor, "_DASHBOARD_PORT", port)
+        monkeypatch.setenv("http_proxy", "http://192.0.2.1:1")  # a proxy of the user's is not asked
+        assert only(doctor._jobs_apis(None)) == Finding("ok", f"http://127.0.0.1:{port} {found}")
+
+
+def test_no_dashboard(monkeypatch, dead_port, listener):
+    monkeypatch.setattr(doctor, "_DASHBOARD_PORT", dead_port)
+    finding = only(doctor._jobs_apis(None))
+    assert finding.status == "ok"
+    assert finding.found.startswith(f"http://127.0.0.1:{dead_port} does not answer")
+    monkeypatch.setattr(doctor, "_REACH_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(doctor, "_DASHBOARD_PORT", listener.getsockname()[1])
+    assert "does not answer" in only(doctor._jobs_apis(None)).found
 
 
 def test_a_dashboard_that_hangs(listener, tmp_path, capsys, monkeypatch):
