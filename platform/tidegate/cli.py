@@ -75,9 +75,9 @@ def checkpoints(
 
 @app.command()
 def verify(
-    path: Annotated[str, typer.Argument(help="Folder or URI of a checkpoint, or of all of a run", show_default=False)],
+    path: Annotated[str, typer.Argument(help="Checkpoint, all of a run's, or an export", show_default=False)],
 ) -> None:
-    """Read checkpoints again and name every file that is not what was written; exit status 1 if there is one."""
+    """Read checkpoints or an export again and name every file that changed; exit status 1 if one did."""
     from tidegate.launch.checkpoints import verify_checkpoints
 
     if not verify_checkpoints(path):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from rich.console import Console
 from rich.table import Column, Table
 
 from tidegate.config import ConfigError
 from tidegate.launch.state import StateDir
-from tidegate.train.checkpoint_store import CheckpointStore, is_checkpoint
+from tidegate.train.checkpoint_store import MANIFEST, CheckpointStore, is_checkpoint
+from tidegate.train.export import damaged_files
 from tidegate.train.storage import Storage
 
 __all__ = ["list_checkpoints", "verify_checkpoints"]
@@ -46,7 +49,7 @@ def list_checkpoints(run: str, state: StateDir) -> None:
 
 
 def verify_checkpoints(location: str) -> bool:
-    """Read a checkpoint, or all of a run, again and print what is not as it was written, a line a file.
+    """Read a checkpoint, all of a run, or an export again and print what is not as it was written, a line a file.
 
     Args:
         location: folder or URI.
@@ -57,7 +60,10 @@ def verify_checkpoints(location: str) -> bool:
     Raises:
         ConfigError: nothing there is a checkpoint, or the storage does not answer.
     """
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     parent, _, name = location.rstrip("/").rpartition("/")
+    if Path(location, MANIFEST).is_file() and not is_checkpoint(name):
+        return _print_damage(console, name, damaged_files(Path(location)))
     if is_checkpoint(name):
         store, names = CheckpointStore(Storage(parent or ".")), [name]
         if not store.storage.sizes(name):
@@ -66,13 +72,16 @@ def verify_checkpoints(location: str) -> bool:
         store = CheckpointStore(Storage(location))
         names = store.names()
         if not names:
-            raise ConfigError(f"{location}: not a checkpoint (called step_<number>-<attempt>), nor a folder of some")
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    whole = True
-    for name in names:
-        problems = store.damage(name)
-        whole = whole and not problems
-        console.print(f"{name}: {'damaged' if problems else 'every file is what was written'}")
-        for problem in problems:
-            console.print(f"  {problem}")
-    return whole
+            raise ConfigError(
+                f"{location}: neither an export nor a checkpoint (called step_<number>-<attempt>) nor a folder of some"
+            )
+    whole = [_print_damage(console, name, store.damage(name)) for name in names]
+    return all(whole)
+
+
+def _print_damage(console: Console, name: str, problems: list[str]) -> bool:
+    """Print a line, and one a problem; returns whether there was none."""
+    console.print(f"{name}: {'damaged' if problems else 'every file is what was written'}")
+    for problem in problems:
+        console.print(f"  {problem}")
+    return not problems

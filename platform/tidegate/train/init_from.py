@@ -10,7 +10,7 @@ from tidegate.model.decoder import DenseConfig, ModelConfig
 from tidegate.model.moe import MoEConfig
 from tidegate.model.upcycle import Upcycled, upcycling_problem
 from tidegate.model.weights import Weights
-from tidegate.train.export import check_files, open_export
+from tidegate.train.export import damaged_files, open_export
 from tidegate.train.job import Job
 
 __all__ = ["check_init_from", "starting_weights"]
@@ -25,8 +25,12 @@ def check_init_from(job: Job) -> None:
     Raises:
         ConfigError: see there; a file's content is not what its manifest says.
     """
-    if starting_weights(job) is not None:
-        check_files(Path(str(job.train.init_from)))
+    if starting_weights(job) is None:
+        return
+    folder = Path(str(job.train.init_from))
+    problems = damaged_files(folder)
+    if problems:
+        raise ConfigError(f"train.init_from={folder}: {problems[0]}; copy or export it again")
 
 
 def starting_weights(job: Job) -> Weights | None:

@@ -88,5 +88,5 @@ def test_verify_names_the_file_that_changed(state: StateDir) -> None:
 
 def test_verify_of_nothing_is_a_mistake(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none", tmp_path / "step_00000001-a"):
-        with pytest.raises(ConfigError, match=r"not a checkpoint|no such checkpoint"):
+        with pytest.raises(ConfigError, match=r"neither an export nor a checkpoint|no such checkpoint"):
             run("verify", str(path))

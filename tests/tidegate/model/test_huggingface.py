@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from tidegate.config import ConfigError
 from tidegate.model.decoder import Decoder, ModelConfig, materialize
-from tidegate.model.huggingface import architecture_of, model_of
+from tidegate.model.huggingface import FromHuggingFace, ToHuggingFace, architecture_of, config_of, model_of
 from tidegate.model.routers import RouterContext
 from tidegate.model.weights import ALL, Spec, Weights, load_weights, specs_of
 from tidegate.train.export import Origin, open_export, write_export
@@ -203,3 +205,56 @@ def test_files_that_are_not_whole_are_refused(tmp_path: Path) -> None:
     config.write_text(json.dumps(more))
     with pytest.raises(ConfigError, match=r"not a whole Qwen3MoeForCausalLM .*experts.5.* and 6 more is missing"):
         open_export(folder)
+
+
+class Drawn(Weights):
+    """Numbers for any specs."""
+
+    def __init__(self, specs: dict[str, Spec]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._specs = specs
+        self.tensors = {n: 1 + torch.randint(0, 9, s.shape, generator=generator) / 16 for n, s in specs.items()}
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        return self._specs
+
+    def read(self, name: str, rows: slice = ALL) -> torch.Tensor:
+        return self.tensors[name].clone()[rows if rows != ALL else ...]
+
+
+@st.composite
+def fitting(draw: st.DrawFn) -> ModelConfig:
+    """Any sizes of any model that an architecture fits."""
+    _, attention, ffn = CASES[draw(st.sampled_from(list(CASES)))]
+    kv_heads = draw(st.integers(1, 3))
+    heads = {"num_heads": kv_heads * draw(st.integers(1, 3)), "num_kv_heads": kv_heads}
+    if ffn["kind"] == "dense":
+        ffn = {**ffn, "hidden_dim": draw(st.integers(1, 70))}
+    elif "groups" not in ffn.get("router", {}):
+        num = draw(st.integers(2, 7))
+        ffn = {**ffn, "num_experts": num, "top_k": draw(st.integers(1, num)), "expert_dim": 8 * draw(st.integers(1, 3))}
+    attention = {**attention, **heads, "head_dim": 2 * draw(st.integers(1, 7))}
+    sizes = {"vocab_size": draw(st.integers(2, 63)), "width": 8 * draw(st.integers(1, 4)), "num_layers": 2}
+    return config_for(attention, ffn, **sizes, tie_embeddings=draw(st.booleans()))
+
+
+@settings(max_examples=40, deadline=None)
+@given(config=fitting())
+def test_layouts_of_any_size_go_there_and_back_to_the_bit(config: ModelConfig) -> None:
+    architecture = architecture_of(config)
+    weights = Drawn(specs_of(config))
+    for name, tensor in weights.tensors.items():
+        if name.endswith("expert_bias") and not architecture.bias:
+            tensor.zero_()
+    there = ToHuggingFace(weights, config, architecture)
+    back = FromHuggingFace(there, config, architecture, "files")
+    for name in there.specs:
+        assert tuple(there.read(name).shape) == there.specs[name].shape, name
+    for name in weights.specs:
+        assert torch.equal(back.read(name), weights.read(name)), name
+    document = config_of(config, "float32", 64, None)
+    _, read = model_of(document, "config.json")
+    shared = {"gate"} if config.ffn.kind == "moe" and architecture.shared_gate else set()
+    assert read.attention == config.attention
+    assert read.ffn.model_dump(exclude={"shared": shared}) == config.ffn.model_dump(exclude={"shared": shared})
