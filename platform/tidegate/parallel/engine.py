@@ -235,8 +235,8 @@ class Engine:
         Args:
             fetch: opens a file by the name that `put` got.
             names: of all ranks' files.
-            reshape: it was written by another number of ranks, or at another expert parallelism or ZeRO stage, of 1
-                and 2; experts are not in `store`.
+            reshape: it was written by another number of ranks, or at another expert parallelism, ZeRO stage, of 1 and
+                2, or place of the optimizer; experts are not in `store`.
         """
         assert not (reshape and (self._clips_itself or self.store is not None))
         groups = self._engine.optimizer.param_groups

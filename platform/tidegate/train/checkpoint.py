@@ -3,7 +3,7 @@
 DeepSpeed's shards hold weights, controllers and masks (buffers of the model), optimizer state and, with them, the
 `Position`. Beside them, each rank keeps its generators, and rank 0 the metrics that MLflow had not yet taken. What
 must fit for all that to mean something, the layout and the model, is in the manifest and is read first. Another number
-of workers, expert parallelism or ZeRO stage fits after a reshape.
+of workers, expert parallelism, ZeRO stage or place of the optimizer fits after a reshape.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ class Checkpoints:
         fixed = [field for field in changed if field not in _RESHAPED]
         if not fixed and changed and 0 in (stored["parallel.zero_stage"], wanted["parallel.zero_stage"]):
             fixed, why = changed, f"{why}: reshaping needs parallel.zero_stage=1 or 2 on both sides"
-        if not fixed and changed and wanted["parallel.offload"] == "experts":
+        if not fixed and changed and "experts" in (stored["parallel.offload"], wanted["parallel.offload"]):
             fixed, why = changed, f"{why}: experts in the host's memory (parallel.offload=experts) are not reshaped"
         for field in fixed:
             raise ConfigError(
@@ -249,7 +249,7 @@ def _layout(job: Job) -> dict[str, Any]:
     }
 
 
-_RESHAPED = ("resources.workers", "parallel.expert", "parallel.zero_stage")
+_RESHAPED = ("resources.workers", "parallel.expert", "parallel.zero_stage", "parallel.offload")
 
 
 def _in_words(layout: Mapping[str, Any]) -> str:

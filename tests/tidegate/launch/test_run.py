@@ -123,9 +123,9 @@ def test_what_a_checkpoint_does_not_fit_is_refused_by_name(tidegate: Tidegate, t
     assert "model.attention.num_kv_heads=2, this job has model.attention.num_kv_heads=4" in printed
     printed = tidegate.run("--resume", "tiny-1", *LOCAL, "--set", "parallel.zero_stage=0", status=2)
     assert "parallel.zero_stage=1, this job has parallel.zero_stage=0" in printed
-    on_the_host = ["--set", "parallel.zero_stage=1", "--set", "parallel.offload=optimizer"]
-    printed = tidegate.run("--resume", "tiny-1", *LOCAL, *on_the_host, status=2)
-    assert "parallel.offload=none, this job has parallel.offload=optimizer" in printed
+    other_moments = ["--set", "parallel.zero_stage=1", "--set", "train.precision=bf16"]
+    printed = tidegate.run("--resume", "tiny-1", *LOCAL, *other_moments, status=2)
+    assert "train.precision=fp32, this job has train.precision=bf16" in printed
 
 
 @pytest.mark.ray

@@ -6,6 +6,7 @@ number by number across the reshape, and losses with those of a run that stayed 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import torch
 
 from tidegate.config import load
 from tidegate.data import prepare
+from tidegate.parallel import collectives
 from tidegate.train.job import Job
 from tidegate.train.telemetry import Record
 
@@ -34,6 +36,7 @@ class Leg(NamedTuple):
     moments: str = "fp32"
     steps: int = STEPS
     ffn: str = "moe"
+    offload: str = "none"
 
     @property
     def overrides(self) -> list[str]:
@@ -43,6 +46,7 @@ class Leg(NamedTuple):
             f"parallel.zero_stage={self.zero_stage}",
             f"train.precision={self.precision}",
             f"optimizer.state={self.moments}",
+            f"parallel.offload={self.offload}",
             *(["model.ffn.activation=relu2"] if self.ffn == "relu2" else []),
         ]
 
@@ -94,6 +98,7 @@ def trained(
     """Each leg in turn, by this rank."""
     from tidegate.train import loop
 
+    os.environ["LOCAL_RANK"] = str(collectives.rank() % 2)
     build = loop.build_engine
     results = []
     for leg in legs:
@@ -218,19 +223,27 @@ def test_experts_of_two_workers_go_on_at_one(follow: Callable[..., dict[str, dic
 
 @pytest.mark.chaos
 def test_a_run_goes_through_every_kind_of_layout(follow: Callable[..., dict[str, dict[int, float]]]) -> None:
-    """EP 2 -> 1 -> 1 -> 4 with DP 1 -> 1 -> 2 -> 1, and ZeRO 1 <-> 2 at each."""
+    """EP 2 -> 1 -> 1 -> 4 with DP 1 -> 1 -> 2 -> 1, and ZeRO 1 <-> 2 at each; the last four are of two machines."""
 
     def legs(workers: int, expert: int, stage: int) -> list[Leg]:
         dense = [Leg("dense", workers, 1, stage, ffn="dense")] if workers <= 2 else []
+        offload = "optimizer" if workers == 1 else "none"
         return [
             Leg("fp32", workers, expert, stage),
             Leg("bf16", workers, expert, stage, "bf16"),
             Leg("bf16 moments", workers, expert, 1, "bf16", "bf16"),
+            Leg("offloaded", workers, expert, stage, "bf16", offload=offload),
             *dense,
         ]
 
     undisturbed = [leg._replace(run=f"{leg.run} undisturbed", steps=12) for leg in legs(1, 1, 1)]
     losses = follow([legs(2, 2, 1), [*undisturbed, *legs(1, 1, 2)], legs(2, 1, 1), legs(4, 4, 2)])
     assert set(losses["fp32"]) == set(range(1, 13))
-    for run, tolerance in (("fp32", FP32), ("dense", FP32), ("bf16", BF16), ("bf16 moments", BF16)):
+    for run, tolerance in (
+        ("fp32", FP32),
+        ("dense", FP32),
+        ("bf16", BF16),
+        ("bf16 moments", BF16),
+        ("offloaded", BF16),
+    ):
         assert_close(losses[run], losses[f"{run} undisturbed"], tolerance)
