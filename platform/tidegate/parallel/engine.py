@@ -240,8 +240,7 @@ class Engine:
         """
         assert not (reshape and (self._clips_itself or self.store is not None))
         groups = self._engine.optimizer.param_groups
-        kept = ("betas", "eps", "weight_decay", "name")  # the name of experts' groups says how many ranks share them
-        settings = [{key: group[key] for key in kept if key in group} for group in groups]
+        settings = [{key: group[key] for key in ("betas", "eps", "weight_decay")} for group in groups]
         restore = self._snapshots.restore_reshaped if reshape else self._snapshots.restore
         state = restore(fetch, names)
         for group, setting in zip(self._engine.optimizer.param_groups, settings, strict=True):

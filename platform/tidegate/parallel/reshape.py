@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,11 +28,13 @@ from deepspeed.checkpoint.autoep_universal import (
     get_autoep_zero12_expert_param_info,
 )
 from deepspeed.checkpoint.constants import BASE_OPTIMIZER_STATE, OPTIMIZER_STATE_DICT, UNIVERSAL_CHECKPOINT_INFO
+from deepspeed.runtime.base_optimizer import _get_universal_checkpoint_ep_info
+from deepspeed.utils.tensor_fragment import map_to_flat_opt_states
 
 from tidegate.config import ConfigError
 from tidegate.parallel import collectives
 
-__all__ = ["universal_checkpoint"]
+__all__ = ["load_universal", "universal_checkpoint"]
 
 _MODEL = "mp_rank_00_model_states.pt"
 
@@ -107,8 +108,6 @@ def _convert(read: Callable[[str], Any], names: list[str], tag: str, folder: Pat
         (path,) = checkpoint.get_zero_files(0, 0, rank)
         torch.save(_with_fp32_moments(read(f"{tag}/{Path(path).name}")), path)
         ds_to_universal.extract_zero_shards(str(fragments), checkpoint, (0, 0, rank))
-        if rank == 0:
-            ds_to_universal._save_optimizer_state(Namespace(output_folder=str(target)), checkpoint)
         Path(path).unlink()
     dist.barrier()
     info = checkpoint.get_checkpoint_info(UNIVERSAL_CHECKPOINT_INFO)
@@ -121,6 +120,29 @@ def _convert(read: Callable[[str], Any], names: list[str], tag: str, folder: Pat
             ds_to_universal.merge_tp_slices(info, str(target / "zero"), str(fragments), 1, (name, [shapes[name]]))
         shutil.rmtree(fragments / name)
     dist.barrier()
+
+
+def load_universal(optimizer: Any, folder: Path) -> None:
+    """This rank's parts of master weights and moments, and the steps.
+
+    DeepSpeed's own function fails on a rank whose part of a group of weights is nothing but padding, and leaves steps
+    on the host.
+
+    Args:
+        optimizer: DeepSpeed's, of ZeRO 1 or 2.
+        folder: of the tag.
+    """
+    expert_rank, expert_size = _get_universal_checkpoint_ep_info()
+    groups = optimizer.bf16_groups if hasattr(optimizer, "bf16_groups") else optimizer.bit16_groups
+    for weights, group in zip(groups, optimizer.optimizer.param_groups, strict=True):
+        (part,) = group["params"]
+        for weight in weights:
+            if weight._hp_mapping is not None:
+                place = folder / "zero" / optimizer.param_names[weight]
+                weight.load_hp_checkpoint_state(str(place), 0, 1, ep_rank=expert_rank, ep_size=expert_size)
+        map_to_flat_opt_states(part, weights, optimizer.optimizer.state, ("exp_avg", "exp_avg_sq"))
+        step = torch.load(folder / "zero" / optimizer.param_names[weights[0]] / "step.pt", weights_only=True)
+        optimizer.optimizer.state[part]["step"] = step.to(part.device)
 
 
 def _with_fp32_moments(shard: dict[str, Any]) -> dict[str, Any]:

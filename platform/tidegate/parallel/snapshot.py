@@ -7,7 +7,6 @@ that they can be written while the next step changes the originals.
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -20,12 +19,9 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointComm
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from tidegate.config import ConfigError
-from tidegate.parallel import collectives
-from tidegate.parallel.reshape import universal_checkpoint
+from tidegate.parallel.reshape import load_universal, universal_checkpoint
 
 __all__ = ["Fetch", "HostSnapshots", "Put", "read_plain"]
 
@@ -94,7 +90,6 @@ class HostSnapshots(CheckpointEngine):
 
         Weights, moments and steps come from the universal form, all else of the model from rank 0's file.
         """
-        self._refuse_ranks_without_weights()
         self._fetch = fetch
         self._loading_from = ""
         with universal_checkpoint(self.load, names, _TAG) as folder, _universal(self._engine):
@@ -105,23 +100,7 @@ class HostSnapshots(CheckpointEngine):
             self._loading_from = str(folder)
             path, state = self._engine.load_checkpoint(str(folder), tag=_TAG)
         assert path is not None
-        for weights, moments in self._engine.optimizer.optimizer.state.items():
-            moments["step"] = moments["step"].to(weights.device)
         return state
-
-    def _refuse_ranks_without_weights(self) -> None:
-        """DeepSpeed cannot load the universal form where a rank's part of a group of weights is nothing but padding."""
-        optimizer = self._engine.optimizer
-        weights = optimizer.bf16_groups if hasattr(optimizer, "bf16_groups") else optimizer.bit16_groups
-        empty = [not any(weight._hp_mapping is not None for weight in group) for group in weights]
-        groups = zip(optimizer.param_groups, empty, strict=True)
-        found = collectives.gather([group["name"] for group, none in groups if none])
-        names = {name for of_rank in found for name in of_rank}
-        if names:
-            raise ConfigError(
-                f"resources.workers={collectives.world_size()} leaves some workers no part of the model's "
-                f"{', '.join(sorted(names))}, where no checkpoint of another layout can be loaded; use fewer"
-            )
 
     # --- what DeepSpeed calls ------------------------------------------------------------------------------------
 
@@ -150,14 +129,14 @@ class HostSnapshots(CheckpointEngine):
 @contextmanager
 def _universal(engine: DeepSpeedEngine) -> Iterator[None]:
     """What `checkpoint.load_universal` in DeepSpeed's settings does, for a while."""
-    level = deepspeed_logger.level
-    deepspeed_logger.setLevel(logging.ERROR)  # it warns that there is no tensor parallelism
+    optimizer = engine.optimizer
+    optimizer._load_universal_checkpoint = lambda folder, *_: load_universal(optimizer, Path(folder))
     engine._config.load_universal_checkpoint = True
     try:
         yield
     finally:
         engine._config.load_universal_checkpoint = False
-        deepspeed_logger.setLevel(level)
+        del optimizer._load_universal_checkpoint
 
 
 def read_plain(fetch: Fetch, name: str) -> Any:

@@ -98,14 +98,17 @@ def test_checkpoints_go_through_one_door_and_are_looked_for_on_disk() -> None:
 def test_universal_checkpoints_are_made_by_steps_that_can_be_called_one_by_one() -> None:
     from deepspeed.checkpoint import DeepSpeedCheckpoint, autoep_universal, ds_to_universal
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+    from deepspeed.utils.tensor_fragment import map_to_flat_opt_states
 
     hint = HINT + "see parallel/reshape.py: "
     arguments = {
         ds_to_universal._inject_missing_state: ["ds_checkpoint"],
         ds_to_universal._aggregate_autoep_zero12_metadata: ["model_state_metadata"],
         ds_to_universal.extract_zero_shards: ["dir", "ds_checkpoint", "indices_3D"],
-        ds_to_universal._save_optimizer_state: ["args", "ds_checkpoint"],
+        map_to_flat_opt_states: ["flat_hp_tensor", "lp_tensors", "optim_state", "opt_keys"],
         ds_to_universal.merge_tp_slices: ["uc_info", "dir", "slice_dir", "tp_degree", "name_and_shapes"],
         autoep_universal.get_autoep_zero12_expert_param_info: ["autoep_layers_metadata"],
     }
@@ -114,5 +117,12 @@ def test_universal_checkpoints_are_made_by_steps_that_can_be_called_one_by_one()
     assert "get_zero_files" in vars(DeepSpeedCheckpoint), hint + "get_zero_files"
     assert "_config.load_universal_checkpoint" in inspect.getsource(DeepSpeedEngine.load_universal_checkpoint), hint
     source = inspect.getsource(ZeROOptimizer.load_hp_checkpoint_state_from_checkpoint_dir)
-    assert "if lp._hp_mapping is not None" in source, hint + "weights of other ranks are no longer told by _hp_mapping"
-    assert "self.optimizer.state[hp_param]['step']" in source, hint + "steps come back some other way"
+    for line in (
+        "if lp._hp_mapping is not None:",
+        "self.optimizer.state[hp_param]['step'] = ",
+        "map_to_flat_opt_states(hp_param, lp_groups[i], self.optimizer.state, opt_keys)",
+    ):
+        assert line in source, hint + "load_universal does otherwise what this function does"
+    for optimizer in (BF16_Optimizer, DeepSpeedZeroOptimizer):
+        source = inspect.getsource(optimizer.load_state_dict)
+        assert "self._load_universal_checkpoint(checkpoint_folder, " in source, hint + optimizer.__name__

@@ -22,6 +22,8 @@ from tidegate.train.telemetry import Record
 
 STEPS = 3
 """Of a leg."""
+NARROW = ("width=8", "num_layers=1", "attention.num_heads=1", "attention.num_kv_heads=1")
+"""So few numbers in norms that of eight workers some have none."""
 STATE = ("fp32", "exp_avg", "exp_avg_sq", "step")
 
 
@@ -48,6 +50,7 @@ class Leg(NamedTuple):
             f"optimizer.state={self.moments}",
             f"parallel.offload={self.offload}",
             *(["model.ffn.activation=relu2"] if self.ffn == "relu2" else []),
+            *([f"model.{field}" for field in NARROW] if self.ffn == "narrow" else []),
         ]
 
 
@@ -247,3 +250,15 @@ def test_a_run_goes_through_every_kind_of_layout(follow: Callable[..., dict[str,
         ("offloaded", BF16),
     ):
         assert_close(losses[run], losses[f"{run} undisturbed"], tolerance)
+
+
+@pytest.mark.chaos
+def test_workers_may_be_more_than_a_small_group_of_weights_has_parts(
+    follow: Callable[..., dict[str, dict[int, float]]],
+) -> None:
+    def legs(workers: int, expert: int) -> list[Leg]:
+        return [Leg("fp32", workers, expert, 2, ffn="narrow"), Leg("bf16", workers, expert, 1, "bf16", ffn="narrow")]
+
+    losses = follow([legs(1, 1), legs(8, 4), [leg._replace(run=f"{leg.run} alone", steps=6) for leg in legs(1, 1)]])
+    assert_close(losses["fp32"], losses["fp32 alone"], FP32)
+    assert_close(losses["bf16"], losses["bf16 alone"], BF16)
