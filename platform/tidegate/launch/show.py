@@ -176,6 +176,8 @@ def _summary(job: Job) -> Iterator[str]:
         f"layout: {job.resources.workers} workers, {job.layout}; accumulation M={job.accumulation}, micro-batch "
         f"{train.micro_batch}, global batch {job.global_batch:,} sequences = {train.batch_tokens:,} tokens"
     )
+    if job.resources.min_workers is not None:
+        yield f"elastic: as many workers as there is room for, of {', '.join(map(str, job.world_sizes))}"
     per_parameter = tokens / cost.active_params
     yield f"length: {job.total_steps:,} steps, {tokens:,} tokens, {per_parameter:.3g} tokens an active parameter"
     yield f"training: {cost.flops_per_token * tokens:.3e} FLOPs"

@@ -129,6 +129,13 @@ def test_the_counting_pass_is_priced_when_there_is_one(shown, overrides, priced)
         assert "balance.counts=running" in lines[0]
 
 
+def test_an_elastic_job_says_on_how_many_workers_it_may_run(shown):
+    line = "elastic: as many workers as there is room for, of 2, 4"
+    small = ("train.micro_batch=2", "parallel.expert=2")
+    assert line in shown(DEMO, "resources.workers=4", "resources.min_workers=2", *small)
+    assert not any(line.startswith("elastic") for line in shown(DEMO))
+
+
 def test_show_imports_neither_ray_nor_deepspeed():
     code = (
         "import sys; from pathlib import Path; from tidegate.launch.show import show_job; "
