@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -89,7 +90,7 @@ def load_stored(document: str, schema: type[C], source: str) -> C:
     """Validate a resolved config that a run stored as JSON."""
     try:
         mapping = json.loads(document)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{source}: not JSON ({error})") from error
     return _validate(mapping, schema, source, {})
 
@@ -123,10 +124,31 @@ def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 _MERGE = "tag:yaml.org,2002:merge"
+_MOST_VALUES = 100_000  # of a file, aliases written out; the longest job here has some 200
+
+_UNREADABLE = (
+    yaml.YAMLError,
+    RecursionError,  # of 5,000 brackets
+    ValueError,  # and the rest: PyYAML's answers to 2024-13-45, !!bool x, !!int '' and !!timestamp x
+    TypeError,
+    LookupError,
+    AttributeError,
+)
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a repeated key instead of keeping the last one, and reads 3e-4 as a float."""
+    """SafeLoader that refuses a repeated key instead of keeping the last one, and reads 3e-4 as a float.
+
+    It also refuses a file whose aliases stand for more than anyone writes, or for themselves.
+    """
+
+    def get_single_data(self) -> Any:
+        node = self.get_single_node()
+        if node is None:
+            return None
+        if _num_values(node, {}) > _MOST_VALUES:
+            raise yaml.YAMLError(f"with its aliases written out it holds more than {_MOST_VALUES:,} values")
+        return self.construct_document(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -138,6 +160,19 @@ class _StrictLoader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _num_values(node: yaml.Node, known: dict[int, float]) -> float:
+    """Values below a node, aliases written out; infinite for one that holds itself. `known` has what was counted."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # until it is counted
+        below: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            below = [child for pair in node.value for child in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            below = node.value
+        known[id(node)] = 1 + sum(_num_values(child, known) for child in below)
+    return known[id(node)]
 
 
 _StrictLoader.add_implicit_resolver(  # YAML 1.1 wants a dot in 1.0e-3; people write 1e-3
@@ -153,7 +188,10 @@ def _extends_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
     visited: list[Path] = []
     current: Path | None = path
     while current is not None:
-        resolved = current.resolve()
+        try:
+            resolved = current.resolve()
+        except (OSError, ValueError, RuntimeError) as error:  # a zero byte, a link to itself
+            raise ConfigError(f"{path}: extends: {str(current)!r} is no file ({error})") from error
         if resolved in visited:
             raise ConfigError(
                 f"{path}: extends: goes in a circle ({' -> '.join(str(p) for p in [*visited, resolved])})"
@@ -174,11 +212,11 @@ def _read_yaml(path: Path, named_by: Path | None) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ConfigError(f"{where}no such job file: {path}") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{where}cannot read {path}: {error}") from error
     try:
         mapping = yaml.load(text, Loader=_StrictLoader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-45
+    except _UNREADABLE as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(mapping, dict):
         raise ConfigError(f"{path}: a job file is a mapping, got {type(mapping).__name__}")
@@ -191,7 +229,7 @@ def _parse_override(override: str) -> dict[str, Any]:
         raise ConfigError(f"--set {override}: write it as a.b=value")
     try:
         value: Any = yaml.load(text, Loader=_StrictLoader)
-    except (yaml.YAMLError, ValueError) as error:
+    except _UNREADABLE as error:
         raise ConfigError(f"--set {override}: the value is not YAML: {' '.join(str(error).split())}") from error
     for key in reversed(path.split(".")):
         value = {key: value}

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from tidegate.config import Config, ConfigError
 from tidegate.data.config import DataConfig, TokenizerConfig, TokenizerFile
@@ -45,15 +46,23 @@ Split = Literal["train", "held_out"]
 
 
 class Shard(Config):
-    file: str
-    tokens: int
+    file: str = Field(pattern=r"^[a-z0-9_]+\.(train|held_out)\.[0-9]{5,}\.bin$")
+    """A name and no path: a manifest cannot point out of its folder."""
+    tokens: int = Field(ge=1)
     sha256: str
 
 
 class SplitManifest(Config):
-    documents: int
-    tokens: int
+    documents: int = Field(ge=0)
+    tokens: int = Field(ge=0)
     shards: tuple[Shard, ...]
+
+    @model_validator(mode="after")
+    def _shards_add_up(self) -> SplitManifest:
+        found = sum(shard.tokens for shard in self.shards)
+        if found != self.tokens:
+            raise ValueError(f"tokens={self.tokens}, but the shards hold {found}")
+        return self
 
 
 class Source(Config):
@@ -246,7 +255,7 @@ def _read_manifest(path: Path) -> Manifest:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise ConfigError(f"{path.parent}: not a prepared dataset, it has no {path.name}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
     version = content.get("version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
@@ -261,9 +270,12 @@ def _read_manifest(path: Path) -> Manifest:
 
 def _check_size(path: Path, expected: int) -> None:
     try:
-        found = path.stat().st_size
+        status = path.lstat()
     except OSError as error:
         raise ConfigError(f"{path}: missing ({error.strerror}); prepare the dataset again") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise ConfigError(f"{path}: is a link or a folder, not a file that was prepared; prepare the dataset again")
+    found = status.st_size
     if found != expected:
         raise ConfigError(f"{path}: expected {expected} bytes, found {found}; delete the folder and prepare it again")
 

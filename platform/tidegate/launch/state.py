@@ -119,11 +119,11 @@ class StateDir:
         Raises:
             ConfigError: there is none; the message lists those there are.
         """
-        run = RunFolder(self._runs / name)
-        if not run.job_file.exists():
-            known = sorted(p.parent.name for p in self._runs.glob("*/job.json")) if self._runs.exists() else []
+        # Looked up among the names there are: `../x` and links would lead out of the state directory.
+        known = sorted(path.parent.name for path in self._runs.glob("*/job.json") if not path.parent.is_symlink())
+        if name not in known:
             raise ConfigError(f"{name}: no such run in {self._runs}; there are: {', '.join(known) or 'none'}")
-        return run
+        return RunFolder(self._runs / name)
 
 
 def _write_whole(path: Path, text: str) -> None:

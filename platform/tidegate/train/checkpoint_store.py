@@ -163,7 +163,7 @@ class CheckpointStore:
     def check_owner(self, attempt: str) -> None:
         """Raise StorageError unless this start of the run is the last that claimed its checkpoints."""
         try:
-            owner = unseal(self.storage.read(_OWNER))["attempt"]
+            owner = unseal(self.storage.read(_OWNER)).get("attempt")
         except (FileNotFoundError, Damaged):
             owner = None
         if owner != attempt:
@@ -282,7 +282,7 @@ def unseal(data: bytes) -> dict[str, Any]:
     """The document of `seal`.
 
     Raises:
-        Damaged: any byte is another than was written.
+        Damaged: any byte is another than was written, or it is not what `seal` writes.
     """
     found = list(_SEAL.finditer(data))
     if not found:
@@ -290,7 +290,12 @@ def unseal(data: bytes) -> dict[str, Any]:
     start, end = found[-1].span(1)
     if hashlib.sha256(data[:start] + b"0" * 64 + data[end:]).hexdigest().encode() != data[start:end]:
         raise Damaged("its content is not what was written (SHA-256 differs)")
-    document: dict[str, Any] = json.loads(data)
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"it is not JSON ({error})") from error
+    if not isinstance(document, dict) or "sha256_of_the_rest" not in document:
+        raise Damaged("it is no object with a digest")
     del document["sha256_of_the_rest"]
     return document
 

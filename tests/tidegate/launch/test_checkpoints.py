@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +91,25 @@ def test_verify_of_nothing_is_a_mistake(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none", tmp_path / "step_00000001-a"):
         with pytest.raises(ConfigError, match=r"neither an export nor a checkpoint|no such checkpoint"):
             run("verify", str(path))
+
+
+@pytest.mark.parametrize(
+    "name", ["../../elsewhere", "../runs/tiny-1", "linked-1", "", ".", "/", "tiny-1/", "x" * 5000, "a\0b"]
+)
+@pytest.mark.parametrize("command", [["checkpoints"], ["export"], ["train", "--local", "--resume"]], ids=lambda c: c[0])
+def test_the_name_of_a_run_is_no_path(state: StateDir, tmp_path: Path, command: list[str], name: str) -> None:
+    runs = state.root / "runs"
+    shutil.copytree(runs / "tiny-1", tmp_path / "elsewhere")
+    (runs / "linked-1").symlink_to(tmp_path / "elsewhere")
+    ended = CliRunner().invoke(cli.app, [*command, name, "--state-dir", str(state.root)])
+    assert isinstance(ended.exception, ConfigError)
+    assert str(ended.exception) == f"{name}: no such run in {runs}; there are: tiny-1"
+
+
+def test_a_link_is_no_checkpoint(state: StateDir, tmp_path: Path) -> None:
+    (location,) = state.checkpoints.iterdir()
+    store = CheckpointStore(Storage(location))
+    newest = store.valid()[-1].name
+    (location / newest).rename(tmp_path / newest)
+    (location / newest).symlink_to(tmp_path / newest)
+    assert newest not in store.names()
