@@ -112,8 +112,8 @@ def trained(
         notices: list[str] = []
         calls = [0]
 
-        def remember(job: Job) -> Any:
-            engine = build(job)
+        def remember(*args: Any) -> Any:
+            engine = build(*args)
             engines.append(engine)  # noqa: B023
             load_state = engine.load
 
