@@ -4,10 +4,11 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: help env demo test chaos check format clean
+.PHONY: help env demo demo-tune test chaos check format clean
 
 help:
 	@echo "make demo    train jobs/demo.yaml on two workers and show what came out"
+	@echo "make demo-tune  search jobs/tune/demo.yaml: a dozen runs under a budget, the best with three seeds"
 	@echo "make test    run the tests"
 	@echo "make chaos   inject hundreds of faults into runs, for half an hour"
 	@echo "make check   ruff, mypy and import-linter"
@@ -25,6 +26,10 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/tidegate train jobs/demo.yaml
+	@echo "see it: $(BIN)/tidegate ui"
+
+demo-tune: $(READY)
+	$(BIN)/tidegate tune jobs/tune/demo.yaml
 	@echo "see it: $(BIN)/tidegate ui"
 
 test: $(READY)

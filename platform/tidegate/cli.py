@@ -57,9 +57,46 @@ def train(
     extra = [f"resources.workers={workers}"] if workers is not None else []
     extra += [f"guards.compare_replicas_every={paranoid}"] if paranoid is not None else []
     extra += [f"train.init_from={json.dumps(str(init_from.absolute()))}"] if init_from else []
-    finished = run(Request(job, [*overrides, *extra], _state(state_dir), resume, local, address))
-    if not finished:
+    ran = run(Request(job, [*overrides, *extra], _state(state_dir), resume, local, address))
+    if not ran.outcome.finished:
         raise typer.Exit(143)  # as a process that SIGTERM ended
+
+
+@app.command()
+def tune(
+    job: Annotated[Path | None, typer.Argument(help="YAML job file with a search: section", show_default=False)] = None,
+    overrides: Overrides = [],  # noqa: B006
+    budget: Annotated[list[str], typer.Option(help="Such as active_params<=300M; repeatable", show_default=False)] = [],  # noqa: B006
+    trials: Annotated[int | None, typer.Option(help="Short for --set search.trials=N", show_default=False)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the candidates and what they cost")] = False,
+    resume: Annotated[str | None, typer.Option(help="Go on with this sweep", show_default=False)] = None,
+    force: Annotated[bool, typer.Option("--force", help="Resume although the job changed")] = False,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to use instead of a local one")] = None,
+    state_dir: StateOption = None,
+) -> None:
+    """Search a job's space under a budget: every candidate a run, the best again with other seeds."""
+    from tidegate.config import ConfigError
+    from tidegate.tune.sweep import SweepRequest, show_candidates, sweep
+
+    if (job is None) == (resume is None):
+        raise ConfigError("name a job file, or --resume SWEEP")
+    extra = [f"search.trials={trials}"] if trials is not None else []
+    request = SweepRequest(job, [*overrides, *extra], budget, _state(state_dir), resume, force, address)
+    if dry_run:
+        show_candidates(request)
+    else:
+        sweep(request)
+
+
+@app.command()
+def front(
+    sweep: Annotated[str, typer.Argument(help="Name of a sweep, as tune prints it", show_default=False)],
+    state_dir: StateOption = None,
+) -> None:
+    """Print and plot what a sweep has found, finished or not."""
+    from tidegate.tune.sweep import show_front
+
+    show_front(sweep, _state(state_dir))
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -56,7 +57,9 @@ class _StopOnSignal:
         return self._requested
 
     def __enter__(self) -> None:
-        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        # In a thread, as in a trial of a sweep, signals are somebody else's.
+        numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+        self._previous = {number: signal.signal(number, self._handle) for number in numbers}
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():

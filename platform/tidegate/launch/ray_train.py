@@ -68,15 +68,8 @@ def connect(address: str | None, job: Job) -> None:
     problem = why_no_ray(address) if address else None
     if problem:
         raise ConfigError(f"--address {address}: no Ray cluster answers ({problem})")
-    if address is None:
-        _keep_to_this_machine()
-    packages = [str(Path(str(module.__file__)).parent) for module in (tidegate, tidegate_kernels)]
-    runtime_env = {"py_modules": packages, "env_vars": _forwarded_environment()} if address else None
-    try:
-        ray.init(address=address or "local", runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        what = f"--address {address}: no Ray cluster answers" if address else "Ray does not start on this machine"
-        raise ConfigError(f"{what} ({str(error).splitlines()[0]})") from error
+    if not ray.is_initialized():  # a trial of a sweep is on its cluster already
+        _start(address)
     resources, available = job.resources, ray.cluster_resources()
     field = "workers" if resources.min_workers is None else "min_workers"
     per_worker = {"CPU": resources.cpus_per_worker, "GPU": int(resources.gpu)}
@@ -86,6 +79,18 @@ def connect(address: str | None, job: Job) -> None:
                 f"resources.{field}={getattr(resources, field)} needs {needed} {kind}s, "
                 f"{address or 'this machine'} has {available.get(kind, 0):g}; Ray would wait for ever"
             )
+
+
+def _start(address: str | None) -> None:
+    if address is None:
+        _keep_to_this_machine()
+    packages = [str(Path(str(module.__file__)).parent) for module in (tidegate, tidegate_kernels)]
+    runtime_env = {"py_modules": packages, "env_vars": _forwarded_environment()} if address else None
+    try:
+        ray.init(address=address or "local", runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        what = f"--address {address}: no Ray cluster answers" if address else "Ray does not start on this machine"
+        raise ConfigError(f"{what} ({str(error).splitlines()[0]})") from error
 
 
 def run_on_ray(

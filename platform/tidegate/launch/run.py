@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn
@@ -33,8 +34,12 @@ from tidegate.train.checkpoint_store import CheckpointStore
 from tidegate.train.init_from import check_init_from
 from tidegate.train.job import Job
 from tidegate.train.storage import Storage
+from tidegate.train.telemetry import Record
 
-__all__ = ["Request", "prepare_data", "run"]
+if TYPE_CHECKING:
+    from tidegate.train.loop import Outcome  # DeepSpeed comes with it
+
+__all__ = ["Ran", "Request", "prepare_data", "run"]
 
 
 class Request(NamedTuple):
@@ -47,6 +52,20 @@ class Request(NamedTuple):
     resume: str | None = None
     local: bool = False
     address: str | None = None
+    tags: Mapping[str, str] = MappingProxyType({})
+    """More tags for MLflow."""
+    opened: Callable[[str], None] = lambda name: None
+    """Is told the run's name when it exists."""
+    watch: Callable[[Record], None] = lambda record: None
+    """Sees every record as it comes, beside the terminal."""
+
+
+class Ran(NamedTuple):
+    """A run that ended by itself."""
+
+    name: str
+    tracking: RunHandle
+    outcome: Outcome
 
 
 class _Plan(NamedTuple):
@@ -56,8 +75,8 @@ class _Plan(NamedTuple):
     resumed: RunFolder | None
 
 
-def run(request: Request) -> bool:
-    """Run a job to its end; returns whether it got there (False: stopped on request).
+def run(request: Request) -> Ran:
+    """Run a job to its end, or until it is stopped on request.
 
     Raises:
         ConfigError: a mistake that can be known beforehand, or that a worker met.
@@ -77,6 +96,7 @@ def run(request: Request) -> bool:
         connect(request.address, job)
     dataset = prepare_data(job, request.state, plan.job_dir, reporter)
     run_folder, tracking, checkpoints = _open(request, plan, storage, reporter)
+    request.opened(run_folder.name)
     status: RunStatus = "FAILED"
     try:
         _introduce(request, run_folder, tracking, reporter)
@@ -90,7 +110,7 @@ def run(request: Request) -> bool:
         reporter.stop()
         finish_run(tracking, status)
     _conclude(request, job, run_folder, dataset, tracking, reporter, ended)
-    return ended.outcome.finished
+    return Ran(run_folder.name, tracking, ended.outcome)
 
 
 def prepare_data(job: Job, state: StateDir, job_dir: Path, reporter: Reporter) -> Path:
@@ -160,6 +180,7 @@ def _open(request: Request, plan: _Plan, storage: str, reporter: Reporter) -> _O
             command=sys.argv,
             name=run_folder.name,
             run_id=record.run_id if record else None,
+            tags=request.tags,
             notice=reporter.say,
         )
     except ConfigError:
@@ -228,14 +249,18 @@ def _train(
     tracking: RunHandle,
     reporter: Reporter,
 ) -> Ended:
+    def show(record: Record) -> None:
+        reporter.record(record)
+        request.watch(record)
+
     if not request.local:
         from tidegate.launch.ray_train import run_on_ray
 
-        return run_on_ray(job, checkpoints, dataset, tracking, run_folder.spool, reporter.record, reporter.say)
+        return run_on_ray(job, checkpoints, dataset, tracking, run_folder.spool, show, reporter.say)
     from tidegate.launch.local import run_local
 
     logger = MetricLogger(tracking.uri, tracking.run_id, spool=run_folder.spool, flush_every_s=job.track.flush_every_s)
-    return run_local(job, dataset, checkpoints, logger, reporter.record, reporter.say)
+    return run_local(job, dataset, checkpoints, logger, show, reporter.say)
 
 
 def _conclude(

@@ -18,7 +18,7 @@ from tidegate.config import Config, ConfigError, load_stored
 from tidegate.track import RunHandle
 from tidegate.train.job import Job
 
-__all__ = ["LAYOUT_VERSION", "RunFolder", "RunRecord", "StateDir", "default_state_dir"]
+__all__ = ["LAYOUT_VERSION", "RunFolder", "RunRecord", "StateDir", "default_state_dir", "write_whole"]
 
 LAYOUT_VERSION = "1"
 
@@ -61,11 +61,11 @@ class RunFolder:
             command=tuple(command),
         )
         self.write_job(job)
-        _write_whole(self._record_file, record.model_dump_json(indent=2))
+        write_whole(self._record_file, record.model_dump_json(indent=2))
 
     def write_job(self, job: Job) -> None:
         """Store the job as it runs now: the next resume starts from it."""
-        _write_whole(self.job_file, job.model_dump_json(indent=2))
+        write_whole(self.job_file, job.model_dump_json(indent=2))
 
     def read(self) -> RunRecord:
         """What `write` stored."""
@@ -89,7 +89,7 @@ class StateDir:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             if not version_file.exists():
-                _write_whole(version_file, LAYOUT_VERSION + "\n")
+                write_whole(version_file, LAYOUT_VERSION + "\n")
             version = version_file.read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{self.root}: the state directory cannot be used: {error}") from error
@@ -126,7 +126,7 @@ class StateDir:
         return RunFolder(self._runs / name)
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write to a neighbour and rename, so that a crash leaves the old file or the new one."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:

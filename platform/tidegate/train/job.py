@@ -19,6 +19,7 @@ from tidegate.train.guards import GuardsConfig
 from tidegate.train.oracle import LARGEST_ENUMERATION
 from tidegate.train.retention import CheckpointConfig
 from tidegate.train.schedule import ScheduleConfig
+from tidegate.train.search import SearchConfig
 from tidegate_kernels.choice import Kernels, interpreted
 
 __all__ = ["Job", "OptimizerConfig", "ResourcesConfig", "TrainConfig"]
@@ -98,6 +99,7 @@ class Job(Config):
     parallel: ParallelConfig = ParallelConfig()
     resources: ResourcesConfig = ResourcesConfig()
     track: TrackConfig = TrackConfig()
+    search: SearchConfig | None = None
     kernels: Kernels = "auto"
     """Fused Triton kernels or plain PyTorch; `auto`: Triton on a GPU, PyTorch on a CPU."""
 

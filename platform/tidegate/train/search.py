@@ -1,0 +1,66 @@
+"""The `search:` section of a job: what a sweep varies, under which budgets, and how it looks for the best.
+
+It belongs to the job file so that a sweep is one file; `tidegate train` does not look at it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from tidegate.config import Config
+
+__all__ = ["SearchConfig", "SolveConfig", "Variation"]
+
+
+class Variation(Config):
+    """The values of one path of the job: one of the four."""
+
+    choice: tuple[Any, ...] | None = Field(default=None, min_length=1)
+    integer: tuple[int, int] | None = None
+    """Both ends included, in steps of `step`."""
+    uniform: tuple[float, float] | None = None
+    log: tuple[float, float] | None = None
+    """Uniform in the logarithm."""
+    step: int = Field(default=1, ge=1)
+    when: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
+    """Varied only if each of these paths of the space has one of these values; else the job's own value stays."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Variation:
+        ranges = {name: getattr(self, name) for name in ("integer", "uniform", "log") if getattr(self, name)}
+        if len(ranges) + (self.choice is not None) != 1:
+            raise ValueError("give one of choice, integer, uniform and log")
+        for name, (low, high) in ranges.items():
+            if low > high or (name == "log" and low <= 0):
+                raise ValueError(
+                    f"{name}=[{low}, {high}] is no range" + (" of positive numbers" if name == "log" else "")
+                )
+        return self
+
+
+class SolveConfig(Config):
+    """An integer of the job that is chosen so that every candidate meets the `==` budgets, within 1 %."""
+
+    path: str
+    smallest: int = Field(default=8, ge=1)
+    largest: int = Field(default=65536, ge=1)
+    step: int = Field(default=8, ge=1)
+
+
+class SearchConfig(Config):
+    space: dict[str, Variation] = Field(min_length=1)
+    """Paths of the job to their values."""
+    budgets: tuple[str, ...] = ()
+    """Such as `active_params<=300M`, `peak_memory<=79GiB`, `flops_per_token==100%` (of the job as it stands)."""
+    solve: SolveConfig | None = None
+    metric: str = "val/loss"
+    mode: Literal["min", "max"] = "min"
+    trials: int = Field(default=16, ge=1)
+    finalists: int = Field(default=2, ge=1)
+    """The best so many run again with other seeds, the same for all, for the verdict."""
+    seeds: int = Field(default=3, ge=1)
+    """Runs of a finalist in all."""
+    seed: int = Field(default=0, ge=0)
+    """Of the draws."""

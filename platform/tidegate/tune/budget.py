@@ -1,0 +1,143 @@
+"""Budgets: what a candidate may cost, computed from its job alone, so that none is started that exceeds it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+from tidegate.config import ConfigError
+from tidegate.model.flops import Cost, total
+from tidegate.train.job import Job
+from tidegate.train.memory import predict
+from tidegate.train.search import SolveConfig
+
+__all__ = ["QUANTITIES", "TOLERANCE", "Budget", "Quantity", "parse", "shown", "solve", "violations"]
+
+TOLERANCE = 0.01
+"""How far a candidate may be from an `==` budget."""
+
+
+class Quantity(NamedTuple):
+    """Something that a job costs."""
+
+    of: Callable[[Job], float]
+    unit: Literal["", "B", "FLOP"]
+    meaning: str
+
+
+def _kv_cache(job: Job) -> float:
+    attention = job.model.attention
+    return 2 * 2 * job.model.num_layers * attention.num_kv_heads * attention.head_dim
+
+
+def _cost(job: Job) -> Cost:
+    return total(job.model, job.data.sequence_length)
+
+
+QUANTITIES: dict[str, Quantity] = {
+    "active_params": Quantity(lambda job: _cost(job).active_params, "", "parameters that a token multiplies with"),
+    "total_params": Quantity(lambda job: _cost(job).params, "", "all parameters"),
+    "flops_per_token": Quantity(
+        lambda job: _cost(job).flops_per_token,
+        "FLOP",
+        "of training, forward and backward, at the job's sequence length",
+    ),
+    "peak_memory": Quantity(lambda job: predict(job).total, "B", "of a GPU at the largest moment, predicted"),
+    "kv_cache": Quantity(_kv_cache, "B", "of keys and values a token of context at inference, in bf16"),
+}
+
+_PREFIXES = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
+_BYTES = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
+_SHOWN = {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
+_SHOWN_BYTES = {"GiB": 2.0**30, "MiB": 2.0**20, "KiB": 2.0**10, "B": 1.0}
+_BUDGET = re.compile(r"\s*(\w+)\s*(<=|==)\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z%]*)\s*")
+
+
+class Budget(NamedTuple):
+    quantity: str
+    exact: bool
+    """`==`, within 1 %; else `<=`."""
+    limit: float
+
+    def excess(self, job: Job) -> float:
+        """By which share a job misses it: 0 if it does not; negative if it is below what `==` asks for."""
+        share = QUANTITIES[self.quantity].of(job) / self.limit - 1
+        if self.exact:
+            return 0.0 if abs(share) <= TOLERANCE else share
+        return max(0.0, share)
+
+    def __str__(self) -> str:
+        return f"{self.quantity}{'==' if self.exact else '<='}{shown(self.quantity, self.limit)}"
+
+
+def parse(text: str, base: Job) -> Budget:
+    """A budget as people write it.
+
+    Args:
+        text: quantity, `<=` or `==`, number and unit; `%` is of what the base costs.
+        base: the job as it stands.
+
+    Raises:
+        ConfigError: no such quantity, no such unit of it, or not of this form.
+    """
+    match = _BUDGET.fullmatch(text)
+    if match is None:
+        raise ConfigError(f"budget {text!r} is not of the form active_params<=300M")
+    name, relation, number, unit = match.groups()
+    if name not in QUANTITIES:
+        raise ConfigError(f"budget {text!r}: unknown quantity {name!r}; known are {', '.join(QUANTITIES)}")
+    units = {"%": QUANTITIES[name].of(base) / 100} | (_BYTES if QUANTITIES[name].unit == "B" else _PREFIXES)
+    if unit not in units:
+        raise ConfigError(
+            f"budget {text!r}: unknown unit {unit!r} of {name}; known are {', '.join(filter(None, units))}"
+        )
+    limit = float(number) * units[unit]
+    if limit <= 0:
+        raise ConfigError(f"budget {text!r} leaves nothing")
+    return Budget(name, relation == "==", limit)
+
+
+def violations(job: Job, budgets: Sequence[Budget]) -> dict[Budget, float]:
+    """The budgets that a job misses, and by which share."""
+    return {budget: excess for budget in budgets if (excess := budget.excess(job))}
+
+
+def solve(jobs: Callable[[int], Job], budgets: Sequence[Budget], config: SolveConfig) -> int:
+    """The value of `config.path` at which a job comes nearest to the `==` budgets, which all grow with it.
+
+    Args:
+        jobs: the job at a value.
+        budgets: of them, the exact ones count; at least one.
+        config: the values that may be tried.
+
+    Raises:
+        ConfigError: the job is not valid at a value that was tried.
+    """
+    exact = [budget for budget in budgets if budget.exact]
+    assert exact
+    values = range(config.smallest, config.largest + 1, config.step)
+
+    def above(value: int) -> bool:
+        """Whether the mean of the shares is too much."""
+        job = jobs(value)
+        return sum(QUANTITIES[budget.quantity].of(job) / budget.limit - 1 for budget in exact) > 0
+
+    low, high = 0, len(values)
+    while low < high:  # the first that is above
+        middle = (low + high) // 2
+        low, high = (low, middle) if above(values[middle]) else (middle + 1, high)
+    near = [values[place] for place in (low - 1, low) if 0 <= place < len(values)]
+
+    def miss(value: int) -> float:
+        job = jobs(value)
+        return max(abs(QUANTITIES[budget.quantity].of(job) / budget.limit - 1) for budget in exact)
+
+    return min(near, key=miss)
+
+
+def shown(quantity: str, value: float) -> str:
+    """For people, three digits."""
+    scales = _SHOWN_BYTES if QUANTITIES[quantity].unit == "B" else _SHOWN
+    unit, size = next(((unit, size) for unit, size in scales.items() if value >= size), ("", 1.0))
+    return f"{value / size:.3g}{unit}"

@@ -1,0 +1,152 @@
+"""What a sweep says: a table with the Pareto front marked, verdicts over paired seeds, a picture, the best as a job."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from tidegate.config import ConfigError
+from tidegate.tune.budget import QUANTITIES, shown
+from tidegate.tune.front import pareto, verdict
+from tidegate.tune.space import Space
+from tidegate.tune.trials import Result, SweepFolder
+
+__all__ = ["console_of_width", "field_of", "ranked_results", "report", "short"]
+
+_PAGE_WIDTH = 140
+
+
+def ranked_results(results: Sequence[Result], smaller_is_better: bool, seed: int) -> list[Result]:
+    """Those that ended with this seed, the best first."""
+    ended = [r for r in results if r.status == "finished" and r.value is not None and r.trial.seed == seed]
+    return sorted(ended, key=lambda result: (result.value or 0.0) * (1 if smaller_is_better else -1))
+
+
+def report(folder: SweepFolder, space: Space, console: Console) -> None:
+    """Print the table, the verdict and the front; write them, the picture and the best job beside the sweep."""
+    config, results = space.config, folder.results()
+    smaller = config.mode == "min"
+    ranked = ranked_results(results, smaller, space.base.train.seed)
+    if not ranked:
+        raise ConfigError(f"{folder.name}: no trial has come to its end")
+    by_seed: dict[str, dict[int, float]] = {}
+    for result in results:
+        if result.status == "finished" and result.value is not None:
+            by_seed.setdefault(_key(result), {})[result.trial.seed] = result.value
+    axis = space.budgets[0].quantity if space.budgets else "active_params"
+    jobs = [space.at(result.trial.values).job if result.trial.values else space.base for result in ranked]
+    costs = [QUANTITIES[axis].of(job) for job in jobs]
+    points = [(cost, (r.value or 0.0) * (1 if smaller else -1)) for cost, r in zip(costs, ranked, strict=True)]
+    front = set(pareto(points))
+    table = Table("", "trial", config.metric, "seeds", axis, "run", *map(field_of, config.space))
+    for place, (result, cost) in enumerate(zip(ranked, costs, strict=True)):
+        values = by_seed[_key(result)]
+        mean = sum(values.values()) / len(values)
+        row = [
+            "*" if place in front else "",
+            f"{result.trial.number} {result.trial.kind}",
+            f"{mean:.4f}",
+            str(len(values)),
+        ]
+        table.add_row(
+            *row, shown(axis, cost), result.run, *(short(result.trial.values.get(p, "")) for p in config.space)
+        )
+    console.print(table)
+    lines = list(_conclusions(ranked, by_seed, results, smaller))
+    for line in lines:
+        console.print(line, soft_wrap=True)
+    best = folder.folder / "best.yaml"
+    job_file = folder.read().job_file
+    best.write_text(yaml.safe_dump({"extends": job_file, **_nested(ranked[0].trial.values)}, sort_keys=False))
+    console.print(f"the best as a job: {best}", soft_wrap=True)
+    _plot(folder.folder / "front.png", axis, config.metric, costs, ranked, by_seed, front)
+    text = Console(file=(folder.folder / "report.md").open("w", encoding="utf-8"), width=160)
+    text.print(table)
+    for line in lines:
+        text.print(line, soft_wrap=True)
+    text.file.close()
+
+
+def _conclusions(
+    ranked: Sequence[Result], by_seed: Mapping[str, Mapping[int, float]], results: Sequence[Result], smaller: bool
+) -> list[str]:
+    best, lines = ranked[0], []
+    rivals: list[tuple[str, Result]] = [("the runner-up", ranked[1])] if len(ranked) > 1 else []
+    rivals += [
+        ("the job as it stands", result) for result in ranked if result.trial.kind == "base" and result is not best
+    ]
+    for name, rival in rivals:
+        found = verdict(by_seed[_key(best)], by_seed[_key(rival)], smaller_is_better=smaller)
+        said = "beats" if found.better else "does not beat"
+        lines.append(
+            f"trial {best.trial.number} {said} {name} (trial {rival.trial.number}) by more than two standard errors: "
+            f"{found.difference:+.4f} +- {found.error:.4f} over {found.seeds} paired seeds"
+        )
+    failed = [result for result in results if result.status == "failed"]
+    lines += [f"trial {result.trial.number} failed: {result.error}" for result in failed]
+    return lines
+
+
+def _plot(
+    path: Path,
+    axis: str,
+    metric: str,
+    costs: Sequence[float],
+    ranked: Sequence[Result],
+    by_seed: Mapping[str, Mapping[int, float]],
+    front: set[int],
+) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for place, (cost, result) in enumerate(zip(costs, ranked, strict=True)):
+        values = list(by_seed[_key(result)].values())
+        mean, spread = sum(values) / len(values), (max(values) - min(values)) / 2
+        colour = "tab:blue" if place in front else "lightgrey"
+        marker = "s" if result.trial.kind == "base" else "o"
+        axes.errorbar(cost, mean, yerr=spread or None, color=colour, marker=marker, capsize=3)
+    axes.set(xlabel=axis, ylabel=metric, title="on the front: blue; the job as it stands: square")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def console_of_width() -> Console:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _PAGE_WIDTH  # a pipe has no width; rich would fold the table at 80
+    return console
+
+
+def field_of(path: str) -> str:
+    return ".".join(path.split(".")[-2:])
+
+
+def _key(result: Result) -> str:
+    return json.dumps(result.trial.values, sort_keys=True)
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for path, value in values.items():
+        *sections, field = path.split(".")
+        place = nested
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[field] = value
+    return nested
+
+
+def short(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(str(part) for part in value.values())
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

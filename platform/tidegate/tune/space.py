@@ -1,0 +1,157 @@
+"""Candidates of a sweep: values of the space, laid over the job as `--set` would, and kept if the budgets allow it."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tidegate.config import ConfigError, load
+from tidegate.train.job import Job
+from tidegate.train.search import SearchConfig, Variation
+from tidegate.tune.budget import Budget, parse, solve, violations
+
+__all__ = ["Candidate", "Space", "draw", "overrides_of"]
+
+_DRAWS_A_CANDIDATE = 200
+Values = dict[str, Any]
+"""By path of the job."""
+
+
+class Candidate(NamedTuple):
+    values: Values
+    job: Job
+
+    @property
+    def overrides(self) -> list[str]:
+        return overrides_of(self.values)
+
+
+class Space:
+    """What may be tried.
+
+    Args:
+        job_file: the job that is varied.
+        overrides: laid over it first.
+        budgets: beside those of its `search:` section.
+
+    Raises:
+        ConfigError: the job has no `search:` section, a budget cannot be read, or what is solved for is also varied.
+    """
+
+    def __init__(self, job_file: Path, overrides: Sequence[str] = (), budgets: Sequence[str] = ()) -> None:
+        self._job_file, self._overrides = job_file, list(overrides)
+        self.base: Job = load(job_file, Job, self._overrides).config
+        if self.base.search is None:
+            raise ConfigError(f"{job_file}: a sweep needs search.space; `tidegate schema` says what it may hold")
+        self.config: SearchConfig = self.base.search
+        self.budgets: list[Budget] = [parse(text, self.base) for text in (*self.config.budgets, *budgets)]
+        for path, variation in self.config.space.items():
+            unknown = [other for other in variation.when if other not in self.config.space]
+            if unknown:
+                raise ConfigError(f"{job_file}: search.space.{path}.when: {unknown[0]} is not in the space")
+        domains = [domain.name for domain in self.base.data.domains]
+        measured = ["val/loss", *(f"val/{name}/{what}" for name in domains for what in ("loss", "ppl"))]
+        if self.config.metric.startswith("val/") and self.config.metric not in measured:
+            raise ConfigError(
+                f"{job_file}: search.metric={self.config.metric} is never reported; the job has {', '.join(measured)}"
+            )
+        exact = [budget for budget in self.budgets if budget.exact]
+        if self.config.solve is None and exact:
+            raise ConfigError(f"{job_file}: the budget {exact[0]} needs search.solve.path, which is chosen to meet it")
+        if self.config.solve is not None and not exact:
+            raise ConfigError(f"{job_file}: search.solve.path={self.config.solve.path} has no == budget to meet")
+        if self.config.solve is not None and self.config.solve.path in self.config.space:
+            raise ConfigError(f"{job_file}: search.solve.path={self.config.solve.path} is in search.space too")
+
+    def at(self, values: Values) -> Candidate:
+        """The candidate with these values, and with what is solved for.
+
+        Raises:
+            ConfigError: the job is not valid with them.
+        """
+        if self.config.solve is not None:
+            path = self.config.solve.path
+            rest = {name: value for name, value in values.items() if name != path}
+            width = solve(lambda value: self._job({**rest, path: value}), self.budgets, self.config.solve)
+            values = {**rest, path: width}
+        return Candidate(values, self._job(values))
+
+    def draw(self, chance: random.Random) -> Values:
+        """Values at random, of the paths whose conditions hold."""
+        drawn = {path: _value(variation, chance) for path, variation in self.config.space.items()}
+        return {path: value for path, value in drawn.items() if self._applies(path, drawn)}
+
+    def _applies(self, path: str, drawn: Values) -> bool:
+        conditions = self.config.space[path].when
+        return all(drawn[other] in allowed and self._applies(other, drawn) for other, allowed in conditions.items())
+
+    def _job(self, values: Values) -> Job:
+        job: Job = load(self._job_file, Job, [*self._overrides, *overrides_of(values)]).config
+        return job
+
+
+def draw(space: Space, number: int, chance: random.Random) -> Iterator[Candidate]:
+    """So many candidates at random that are valid and within the budgets, each once.
+
+    Raises:
+        ConfigError: a path is not in the job; or too few are found: it names the nearest, and by how much it misses.
+    """
+    seen: set[str] = set()
+    nearest: tuple[float, str] = (math.inf, "")
+    found = 0
+    for _ in range(_DRAWS_A_CANDIDATE * number):
+        values = space.draw(chance)
+        key = json.dumps(values, sort_keys=True)
+        if key in seen:
+            continue
+        seen.add(key)
+        try:
+            candidate = space.at(values)
+        except ConfigError as error:
+            if "unknown field" in str(error):
+                raise
+            nearest = min(nearest, (1e9, f"{_in_words(values)}: {error}"))
+            continue
+        missed = violations(candidate.job, space.budgets)
+        if missed:
+            said = (f"{budget} by {100 * excess:+.1f} %" for budget, excess in missed.items())
+            nearest = min(
+                nearest, (max(map(abs, missed.values())), f"{_in_words(candidate.values)} misses {', '.join(said)}")
+            )
+            continue
+        yield candidate
+        found += 1
+        if found == number:
+            return
+    if not found:
+        raise ConfigError(f"search.space: no candidate is within the budgets; the nearest: {nearest[1]}")
+    if found < number:
+        raise ConfigError(
+            f"search.space: only {found} candidates are within the budgets, not {number}; lower search.trials, widen "
+            f"the space, or loosen the budgets: {', '.join(map(str, space.budgets)) or 'none'}"
+        )
+
+
+def _value(variation: Variation, chance: random.Random) -> Any:
+    if variation.choice is not None:
+        return chance.choice(variation.choice)
+    if variation.integer is not None:
+        low, high = variation.integer
+        return chance.randrange(low, high + 1, variation.step)
+    if variation.uniform is not None:
+        return chance.uniform(*variation.uniform)
+    assert variation.log is not None
+    return math.exp(chance.uniform(*map(math.log, variation.log)))
+
+
+def overrides_of(values: Mapping[str, Any]) -> list[str]:
+    """As `--set` takes them."""
+    return [f"{path}={json.dumps(value)}" for path, value in values.items()]
+
+
+def _in_words(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{path}={json.dumps(value)}" for path, value in values.items())

@@ -1,0 +1,112 @@
+"""A real sweep on a local Ray: killed in the middle, resumed, and looked at."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from tidegate.config import load
+from tidegate.train.job import Job
+
+SEARCH: dict[str, Any] = {
+    "space": {"model.ffn.top_k": {"choice": [2, 3, 4]}, "balance.loss_weight": {"log": [0.001, 0.1]}},
+    "budgets": ["active_params<=160%"],
+    "trials": 2,
+    "finalists": 1,
+    "seeds": 2,
+}
+
+
+def tidegate(folder: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "tidegate.cli", *arguments, "--state-dir", str(folder / "state")]
+
+
+def results(folder: Path) -> dict[int, dict[str, Any]]:
+    files = (folder / "state" / "sweeps" / "tiny-1" / "trials").glob("[0-9]*.json")
+    return {document["trial"]["number"]: document for document in (json.loads(file.read_text()) for file in files)}
+
+
+def kill_all(process: subprocess.Popen[str], mark: str) -> None:
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    for other in psutil.process_iter():
+        try:
+            if other.environ().get("TIDEGATE_TEST_SWEEP") == mark:
+                other.kill()
+        except psutil.Error:
+            continue
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_sweep_that_was_killed_goes_on_and_loses_no_finished_trial(
+    tmp_path: Path, tiny_job: Callable[..., Path]
+) -> None:
+    train = {"tokens": 2560, "eval_every": 5}
+    job = tiny_job(search=SEARCH, train=train)
+    mark = str(tmp_path)
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            tidegate(tmp_path, "tune", str(job)),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"TIDEGATE_TEST_SWEEP": mark},
+        )
+        deadline = time.monotonic() + 240
+        while not any(result["status"] == "finished" for result in results(tmp_path).values()):
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        kill_all(process, mark)
+    before = results(tmp_path)
+
+    other = tiny_job(search=SEARCH, train={**train, "tokens": 5120})
+    refused = subprocess.run(tidegate(tmp_path, "tune", "--resume", "tiny-1"), capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "is not the one that this sweep compares (train.tokens=5120)" in refused.stderr
+    assert other == tiny_job(search=SEARCH, train=train)
+
+    done = subprocess.run(tidegate(tmp_path, "tune", "--resume", "tiny-1"), capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = results(tmp_path)
+    assert all(after[number] == result for number, result in before.items() if result["status"] == "finished")
+    assert [after[number]["trial"]["kind"] for number in sorted(after)] == [
+        "base",
+        "random",
+        "random",
+        *["seed"] * (len(after) - 3),
+    ]
+    assert {result["status"] for result in after.values()} == {"finished"}
+
+    folder = tmp_path / "state" / "sweeps" / "tiny-1"
+    assert "over 2 paired seeds" in (folder / "report.md").read_text()
+    assert (folder / "front.png").stat().st_size > 5000
+    best = min((r for r in after.values() if r["trial"]["seed"] == 0 and r["value"]), key=lambda r: r["value"])
+    found = load(folder / "best.yaml", Job).config
+    assert (
+        found
+        == load(job, Job, [f"{path}={json.dumps(value)}" for path, value in best["trial"]["values"].items()]).config
+    )
+    assert yaml.safe_load((folder / "best.yaml").read_text())["extends"] == str(job)
+
+    with closing(sqlite3.connect(tmp_path / "state" / "mlflow" / "mlflow.db")) as database:
+        nested = database.execute("select count(*) from tags where key = 'mlflow.parentRunId'").fetchone()[0]
+    assert nested >= sum(result["run"] != "" for result in after.values())
+
+    again = subprocess.run(tidegate(tmp_path, "front", "tiny-1"), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "val/loss" in again.stdout
