@@ -33,6 +33,7 @@ from tidegate.track import (
 from tidegate.train.checkpoint_store import CheckpointStore
 from tidegate.train.init_from import check_init_from
 from tidegate.train.job import Job
+from tidegate.train.layout import reshapes
 from tidegate.train.storage import Storage
 from tidegate.train.telemetry import Record
 
@@ -208,6 +209,10 @@ def _resumed_from(plan: _Plan, storage: str, record: RunRecord, run: str, report
             f"{record.checkpoints} to {checkpoints}"
         )
     if valid:
+        newest = valid[-1]
+        assert newest.manifest is not None
+        # Refuses another model before the run's stored job is overwritten.
+        reshapes(plan.job, newest.manifest, f"{checkpoints}/{newest.name}")
         reporter.say(f"checkpoints: {checkpoints}, the newest is of step {valid[-1].step}")
     else:
         reporter.say(f"{checkpoints} holds no checkpoint: the run begins again from its first step")

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from tidegate import __version__
-from tidegate.config import ConfigError, diff, flatten
-from tidegate.model.decoder import ModelConfig
+from tidegate.config import ConfigError
 from tidegate.parallel import collectives
 from tidegate.parallel.engine import Engine
 from tidegate.train.checkpoint_store import CheckpointStore, Manifest, finite
 from tidegate.train.job import Job
+from tidegate.train.layout import in_words, layout_of, reshapes
 from tidegate.train.saver import Saver
 from tidegate.train.storage import Storage
 
@@ -113,10 +113,10 @@ class Checkpoints:
 
     def _restore(self, name: str) -> Position:
         manifest = self._store.manifest(name)
-        reshape = self._reshapes(name, manifest)
+        reshape = reshapes(self._job, manifest, self._store.storage.path(name))
         state = self._engine.load(lambda file: self._store.open(name, file), manifest.files, reshape=reshape)
         if reshape and self._rank == 0:
-            self._notice(f"{self._store.storage.path(name)} is reshaped from {_in_words(manifest.layout)}")
+            self._notice(f"{self._store.storage.path(name)} is reshaped from {in_words(manifest.layout)}")
         if _generator_file(self._rank) in manifest.files:
             with self._store.open(name, _generator_file(self._rank)) as file:
                 _restore_generators(torch.load(file, weights_only=True), self._engine.device)
@@ -147,7 +147,7 @@ class Checkpoints:
             tidegate=__version__,
             step=position.step,
             tokens=position.tokens,
-            layout=_layout(self._job),
+            layout=layout_of(self._job),
             model=self._job.model.model_dump(mode="json"),
             metrics=finite({name: value for name, value in metrics.items() if name in kept}),
             files={},
@@ -203,7 +203,7 @@ class Checkpoints:
         for name, problem in reversed(collectives.gather(listed)[0]):
             problems = [problem] if problem else []
             if not problems:
-                self._reshapes(name, self._store.manifest(name))
+                reshapes(self._job, self._store.manifest(name), self._store.storage.path(name))
                 mine = self._store.damage(name, slice(self._rank, None, self._world_size))
                 problems = [line for lines in collectives.gather(mine) for line in lines]
             if not problems:
@@ -212,48 +212,6 @@ class Checkpoints:
             if self._rank == 0:
                 self._notice(f"{self._store.storage.path(name)} is not used: {problems[0]}")
         return None
-
-    def _reshapes(self, name: str, manifest: Manifest) -> bool:
-        """Whether the checkpoint was written at another layout, to which this job's can be reached.
-
-        Raises:
-            ConfigError: it cannot, or the checkpoint is of another model.
-        """
-        model = ModelConfig.model_validate(manifest.model)  # fills in fields that are younger than the checkpoint
-        stored = manifest.layout | {f"model.{field}": value for field, value in flatten(model).items()}
-        job = self._job
-        wanted = _layout(job) | {f"model.{field}": value for field, value in flatten(job.model).items()}
-        changed = list(diff(stored, wanted))
-        why = "resume with the checkpoint's"
-        fixed = [field for field in changed if field not in _RESHAPED]
-        if not fixed and changed and 0 in (stored["parallel.zero_stage"], wanted["parallel.zero_stage"]):
-            fixed, why = changed, f"{why}: reshaping needs parallel.zero_stage=1 or 2 on both sides"
-        if not fixed and changed and "experts" in (stored["parallel.offload"], wanted["parallel.offload"]):
-            fixed, why = changed, f"{why}: experts in the host's memory (parallel.offload=experts) are not reshaped"
-        for field in fixed:
-            raise ConfigError(
-                f"{self._store.storage.path(name)}: the checkpoint was written at {field}={stored.get(field)}, this "
-                f"job has {field}={wanted.get(field)}; {why}"
-            )
-        return bool(changed)
-
-
-def _layout(job: Job) -> dict[str, Any]:
-    return {
-        "resources.workers": job.resources.workers,
-        "parallel.expert": job.parallel.expert,
-        "parallel.zero_stage": job.parallel.zero_stage,
-        "parallel.offload": job.parallel.offload,
-        "train.precision": job.train.precision,
-        "optimizer.state": job.optimizer.state,
-    }
-
-
-_RESHAPED = ("resources.workers", "parallel.expert", "parallel.zero_stage", "parallel.offload")
-
-
-def _in_words(layout: Mapping[str, Any]) -> str:
-    return ", ".join(f"{field}={layout[field]}" for field in _RESHAPED)
 
 
 _TRACKER = "rank_00000/tracker.pt"
