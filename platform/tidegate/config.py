@@ -21,11 +21,19 @@ from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, Union, get_arg
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from tidegate.redact import is_secret_name, redact
+
 __all__ = ["Config", "ConfigError", "LoadedJob", "Variant", "diff", "flatten", "load", "load_stored"]
 
 
 class ConfigError(ValueError):
-    """A user's mistake. The message names the file, the field and the value; the CLI exits with status 2."""
+    """A user's mistake. The message names the file, the field and the value; the CLI exits with status 2.
+
+    Secrets in the message are hidden: values and addresses come from wherever the user keeps them.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redact(message))
 
 
 class Config(BaseModel):
@@ -264,6 +272,13 @@ def _overlay(base: Any, over: Any, source: str, sources: dict[str, str], path: s
 
 
 def _validate(mapping: Any, schema: type[C], path: str, sources: Mapping[str, str]) -> C:
+    secrets = [
+        f"{sources.get(name, path)}: {name}: holds a secret, and a job is recorded where many can read it; leave it to "
+        "the environment (docs/security.md)"
+        for name in _secrets(mapping)
+    ]
+    if secrets:
+        raise ConfigError("\n".join(secrets))
     try:
         return schema.model_validate(mapping)
     except ValidationError as error:
@@ -275,6 +290,23 @@ def _validate(mapping: Any, schema: type[C], path: str, sources: Mapping[str, st
             if problem["type"] != "too_short" or problem["loc"] not in below  # pydantic leaves wrong items uncounted
         ]
         raise ConfigError("\n".join(lines)) from error
+
+
+def _secrets(value: Any, name: str = "") -> Iterator[str]:
+    """Names of the values that must not be recorded."""
+    if isinstance(value, str):
+        if redact(value) != value:
+            yield name
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            child = f"{name}.{key}" if name else str(key)
+            if is_secret_name(key) and item is not None:
+                yield child
+            else:
+                yield from _secrets(item, child)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _secrets(item, f"{name}.{index}")
 
 
 def _describe(problem: Any, schema: type[Config], path: str, sources: Mapping[str, str]) -> str:

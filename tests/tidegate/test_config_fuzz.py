@@ -77,11 +77,10 @@ VALUES = st.recursive(
 
 
 def read(path: Path, overrides: tuple[str, ...] = ()) -> Any:
-    """The job; None if it was refused in words that a terminal can print."""
+    """The job; None if it was refused."""
     try:
         return load(path, Job, overrides).config
-    except ConfigError as error:
-        str(error).encode()
+    except ConfigError:
         return None
 
 
@@ -112,12 +111,15 @@ def test_a_job_with_any_values_in_some_places(
 ) -> None:
     job = yaml.safe_load(tiny_job().read_text(encoding="utf-8"))
     for _ in range(data.draw(st.integers(1, 3))):
-        place = data.draw(st.sampled_from(sorted(flatten(job)))).split(".")
-        depth, here = data.draw(st.integers(0, len(place) - 1)), job
-        for key in place[:depth]:
-            here = here[int(key) if isinstance(here, list) else key]
-        key = data.draw(KEYS) if data.draw(st.booleans()) and isinstance(here, dict) else place[depth]
-        here[int(key) if isinstance(here, list) else key] = data.draw(VALUES)
+        here = job
+        while True:
+            keys = list(here) if isinstance(here, dict) else list(range(len(here)))
+            key = data.draw(st.sampled_from(keys))
+            if not isinstance(here[key], dict | list) or not here[key] or data.draw(st.integers(0, 3)) == 0:
+                break
+            here = here[key]
+        key = data.draw(KEYS) if isinstance(here, dict) and data.draw(st.booleans()) else key
+        here[key] = data.draw(VALUES)
     path = tmp_path / "mutant.yaml"
     with contextlib.suppress(UnicodeEncodeError):
         path.write_text(yaml.safe_dump(job, allow_unicode=True), encoding="utf-8", errors="surrogatepass")

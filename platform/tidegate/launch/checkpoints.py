@@ -9,6 +9,7 @@ from rich.table import Column, Table
 
 from tidegate.config import ConfigError
 from tidegate.launch.state import StateDir
+from tidegate.redact import redact
 from tidegate.train.checkpoint_store import MANIFEST, CheckpointStore, is_checkpoint
 from tidegate.train.export import damaged_files
 from tidegate.train.storage import Storage
@@ -44,7 +45,7 @@ def list_checkpoints(run: str, state: StateDir) -> None:
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = _PAGE_WIDTH
-    console.print(location, soft_wrap=True)
+    console.print(redact(location), soft_wrap=True)
     console.print(table)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import http.client
 import os
 import platform
-import re
 import shutil
 import socket
 import tempfile
@@ -27,6 +26,8 @@ from packaging.specifiers import SpecifierSet
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
+
+from tidegate.redact import redact
 
 __all__ = ["examine", "why_no_ray"]
 
@@ -80,7 +81,7 @@ def examine(address: str | None, state_dir: Path) -> bool:
     for name, check in checks:
         for finding in _guarded(check):
             status = Text(finding.status, style=_COLOURS[finding.status])
-            table.add_row(finding.name or name, status, Text(finding.found), Text(finding.fix))
+            table.add_row(finding.name or name, status, Text(redact(finding.found)), Text(finding.fix))
             failed = failed or finding.status == "FAIL"
     Console(highlight=False).print(table)
     return not failed
@@ -98,8 +99,8 @@ def why_no_ray(address: str) -> str | None:
     try:
         parts = urlsplit(address if "://" in address else f"ray://{address}")
         host, port = parts.hostname, parts.port
-    except ValueError as error:
-        return f"not host:port, ray://host:port or http(s)://host:port: {error}"
+    except ValueError:  # it may quote a password
+        return "not host:port, ray://host:port or http(s)://host:port"
     if parts.scheme in ("http", "https"):
         return _why_no_answer(address)
     if parts.scheme != "ray" or not host or port is None:
@@ -300,8 +301,7 @@ def _ray(address: str | None) -> Iterator[Finding]:
         return
     problem = why_no_ray(address)
     if problem:
-        shown = re.sub(r"//[^/@]*@", "//***@", address)
-        yield Finding("FAIL", f"{shown}: {problem}", "start the cluster, or correct --address")
+        yield Finding("FAIL", f"{address}: {problem}", "start the cluster, or correct --address")
     elif ":" not in address:
         yield Finding("ok", f"{address}: Ray will look it up; {auth}")
     else:

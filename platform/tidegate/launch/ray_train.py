@@ -34,6 +34,7 @@ from tidegate.launch.elastic import Notices, Reason, Trainer, Yielded, causes, i
 from tidegate.launch.ended import Ended
 from tidegate.launch.spot import watch_cloud
 from tidegate.parallel import collectives
+from tidegate.redact import redact
 from tidegate.track import Delivery, MetricLogger, RunHandle
 from tidegate.train.checkpoint import Tracker
 from tidegate.train.job import Job
@@ -322,4 +323,5 @@ def _keep_to_this_machine() -> None:
 def _forwarded_environment() -> dict[str, str]:
     """Settings that workers elsewhere need and Ray does not forward. No secrets: Ray shows them to its users."""
     wanted = ("MLFLOW_TRACKING_URI", "NCCL_", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")
-    return {name: value for name, value in os.environ.items() if name.startswith(wanted)}
+    settings = {name: value for name, value in os.environ.items() if name.startswith(wanted)}
+    return {name: value for name, value in settings.items() if redact(value) == value}

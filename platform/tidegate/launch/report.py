@@ -9,6 +9,7 @@ from rich.table import Table
 
 from tidegate.model.balance import max_violation
 from tidegate.model.flops import total
+from tidegate.redact import redact
 from tidegate.train.evaluate import Evaluation
 from tidegate.train.job import Job
 from tidegate.train.telemetry import Record
@@ -42,7 +43,7 @@ class Reporter:
         self.say(f"layout: {job.resources.workers} workers ({where}), {job.layout}, accumulation {job.accumulation}")
 
     def say(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True, markup=False)
+        self.console.print(redact(text), soft_wrap=True, markup=False)
 
     def start(self) -> None:
         """Begin live progress if this is a terminal."""

@@ -27,6 +27,7 @@ from tidegate.track import (
     log_dict,
     log_file,
     open_run,
+    recorded_uri,
     resolve_tracking_uri,
     run_url,
 )
@@ -173,7 +174,7 @@ def _open(request: Request, plan: _Plan, storage: str, reporter: Reporter) -> _O
     checkpoints = _resumed_from(plan, storage, record, run_folder.name, reporter) if record else None
     try:
         tracking = open_run(
-            record.tracking_uri if record else resolve_tracking_uri(job.track, request.state.root),
+            recorded_uri(record.tracking_uri) if record else resolve_tracking_uri(job.track, request.state.root),
             job.track,
             job=job.name,
             resolved=job,

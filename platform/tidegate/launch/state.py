@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tidegate.config import Config, ConfigError, load_stored
+from tidegate.redact import redact, redact_command
 from tidegate.track import RunHandle
 from tidegate.train.job import Job
 
@@ -36,6 +37,7 @@ class RunRecord(Config):
     checkpoints: str
     """Folder or URI of the run's checkpoints."""
     tracking_uri: str
+    """Without its password, for which `recorded_uri` asks the environment."""
     run_id: str
     command: tuple[str, ...]
     """The first start's command line."""
@@ -56,9 +58,9 @@ class RunFolder:
         record = RunRecord(
             job_dir=str(job_dir),
             checkpoints=checkpoints,
-            tracking_uri=handle.uri,
+            tracking_uri=redact(handle.uri),
             run_id=handle.run_id,
-            command=tuple(command),
+            command=redact_command(command),
         )
         self.write_job(job)
         write_whole(self._record_file, record.model_dump_json(indent=2))

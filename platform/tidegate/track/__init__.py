@@ -15,6 +15,7 @@ from tidegate.track.store import (
     log_file,
     log_text,
     open_run,
+    recorded_uri,
     resolve_tracking_uri,
     run_url,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "log_file",
     "log_text",
     "open_run",
+    "recorded_uri",
     "replay_spool",
     "resolve_tracking_uri",
     "run_url",

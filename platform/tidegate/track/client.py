@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from tidegate.redact import redact
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -43,11 +44,6 @@ def database_file(uri: str) -> Path | None:
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """The error as one line of at most `limit` characters, without a password."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return without_password(text if len(text) <= limit else text[: limit - 3] + "...")
-
-
-def without_password(text: str) -> str:
-    """`text` with `user:secret@` in every URI shown as `user:***@`."""
-    return re.sub(r"(://[^/\s:@\"']*):[^/\s@\"']+@", r"\1:***@", text)
+    """The error as one line of at most `limit` characters, without secrets."""
+    text = redact(" ".join(str(error).split())) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."

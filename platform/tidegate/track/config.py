@@ -15,6 +15,7 @@ class TrackConfig(Config):
     experiment: str = Field("tidegate", min_length=1, max_length=500)
     """Name of the MLflow experiment that groups the runs; created when it does not exist."""
     tracking_uri: str | None = Field(None, min_length=1)
-    """An MLflow server or database. None: MLFLOW_TRACKING_URI, else a SQLite store in the state directory."""
+    """An MLflow server or database. None: MLFLOW_TRACKING_URI, else a SQLite store in the state directory.
+    A password in it belongs in the variable: jobs are recorded."""
     flush_every_s: float = Field(2.0, gt=0)
     """Seconds between two deliveries of step metrics."""

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from tidegate.config import ConfigError
-from tidegate.track.client import connect, database_file, one_line, without_password
+from tidegate.redact import redact
+from tidegate.track.client import connect, database_file, one_line
 from tidegate.track.spool import TOKENS, Record, Spool, read_spool
 
 if TYPE_CHECKING:
@@ -116,11 +117,11 @@ def replay_spool(path: Path, uri: str) -> int:
         missing = [record for record in records if record.timestamp_ms not in arrived]
         rejections = [rejection for batch in _batches(missing) for rejection in deliver(sender, batch)]
     except Exception as error:  # MLflow lets errors of requests, SQLAlchemy and the file system through
-        raise ConfigError(f"cannot replay {path} to {without_password(uri)}: {one_line(error)}") from error
+        raise ConfigError(f"cannot replay {path} to {redact(uri)}: {one_line(error)}") from error
     Spool(path, run_id).replace([rejection.record for rejection in rejections])
     if rejections:
         count = f"{len(rejections)} of {len(missing)} records"
-        raise ConfigError(f"{without_password(uri)} rejects {count}, they stay in {path}: {rejections[0].reason}")
+        raise ConfigError(f"{redact(uri)} rejects {count}, they stay in {path}: {rejections[0].reason}")
     return len(missing)
 
 

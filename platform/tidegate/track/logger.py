@@ -17,7 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from tidegate.track.client import import_mlflow, one_line, without_password
+from tidegate.redact import redact
+from tidegate.track.client import import_mlflow, one_line
 from tidegate.track.delivery import Rejection, Sender, deliver, next_batch
 from tidegate.track.spool import TOKENS, Record, Spool
 
@@ -326,4 +327,4 @@ class MetricLogger:
 
     @property
     def _where(self) -> str:
-        return without_password(self._uri)
+        return redact(self._uri)

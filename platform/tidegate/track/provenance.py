@@ -1,4 +1,4 @@
-"""What a run was made of: commit, command, package versions. Never the host or the user."""
+"""What a run was made of: commit, command, package versions. Never the host, the user or a secret."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from importlib import metadata
 
-from tidegate.track.client import without_password
+from tidegate.redact import redact_command
 
 VERSIONED_PACKAGES = ("tidegate", "torch", "ray", "deepspeed", "triton", "mlflow", "datasets")
 
@@ -17,7 +17,7 @@ _TAG_VALUE_LIMIT = 8000  # MLflow refuses longer ones
 
 def provenance_tags(job: str, command: Sequence[str]) -> dict[str, str]:
     """The tags that say how to repeat a run: `tidegate.job`, `.command`, `.commit`, `.version.*`."""
-    tags = {"tidegate.job": job, "tidegate.command": without_password(shlex.join(command))}
+    tags = {"tidegate.job": job, "tidegate.command": shlex.join(redact_command(command))}
     tags |= {f"tidegate.version.{name}": version for name, version in versions().items()}
     commit = git_commit()
     if commit is not None:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tidegate.config import Config, ConfigError, flatten
-from tidegate.track.client import connect, database_file, one_line, without_password
+from tidegate.redact import HIDDEN, redact, redact_values
+from tidegate.track.client import connect, database_file, one_line
 from tidegate.track.config import TrackConfig
 from tidegate.track.provenance import provenance_tags
 
@@ -35,6 +36,7 @@ __all__ = [
     "log_file",
     "log_text",
     "open_run",
+    "recorded_uri",
     "resolve_tracking_uri",
     "run_url",
 ]
@@ -76,7 +78,7 @@ def resolve_tracking_uri(config: TrackConfig, state_dir: Path) -> str:
     uri = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
         return embedded_uri(state_dir)
-    shown = without_password(uri)
+    shown = redact(uri)
     if uri.startswith("file:") or ("://" not in uri and uri != "databricks"):
         raise ConfigError(
             f"{field}: {shown!r} is not a store MLflow still has; give http(s)://, sqlite:/// or a database URI"
@@ -84,6 +86,23 @@ def resolve_tracking_uri(config: TrackConfig, state_dir: Path) -> str:
     if uri.startswith("sqlite:") and not re.match(r"sqlite:///(/|[A-Za-z]:)", uri):
         raise ConfigError(
             f"{field}: {shown!r} is relative to a directory that workers change; write sqlite:////absolute/path.db"
+        )
+    return uri
+
+
+def recorded_uri(recorded: str) -> str:
+    """The whole URI of a store that a run's record names without its password: MLFLOW_TRACKING_URI has it.
+
+    Raises:
+        ConfigError: the variable is not set to that store.
+    """
+    if HIDDEN not in recorded:
+        return recorded
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if redact(uri) != recorded:
+        raise ConfigError(
+            f"MLFLOW_TRACKING_URI: the run is at {recorded}, and its password is recorded nowhere; set it to the whole "
+            f"URI (it is {redact(uri)!r})"
         )
     return uri
 
@@ -121,7 +140,7 @@ def open_run(
     Raises:
         ConfigError: the store cannot be reached or refuses, the experiment is deleted, or no run has `run_id`.
     """
-    shown = without_password(uri)
+    shown = redact(uri)
     database = database_file(uri)
     if database and not database.exists():
         notice(f"creating the MLflow store {database} (the first use takes up to 15 s)")
@@ -130,14 +149,14 @@ def open_run(
             database.parent.mkdir(parents=True, exist_ok=True)
         client = connect(uri)
         all_tags = provenance_tags(job, command) | dict(tags or {})
-        document = json.loads(without_password(json.dumps(_as_mapping(resolved))))
+        document = redact_values(_as_mapping(resolved))
         if run_id is not None:
             return _resume(client, uri, run_id, document, all_tags, notice)
         experiment_id = _experiment(client, config.experiment, artifact_root(uri))
         run = client.create_run(experiment_id, run_name=name or job, tags=all_tags)
         _log_params(client, run.info.run_id, _params(document))
         client.log_text(run.info.run_id, _pretty(document), "job/resolved.json")
-        client.log_text(run.info.run_id, without_password(_pretty(dict(changes))), "job/changes.json")
+        client.log_text(run.info.run_id, _pretty(redact_values(changes)), "job/changes.json")
     except ConfigError:
         raise
     except Exception as error:  # MLflow lets errors of requests, SQLAlchemy and the file system through
@@ -172,16 +191,14 @@ def run_url(handle: RunHandle) -> str:
         return re.sub(r"//[^/@]+@", "//", handle.uri).rstrip("/") + page
     if database_file(handle.uri):
         return f"tidegate ui  (then open {page})"
-    return f"mlflow ui --backend-store-uri {shlex.quote(without_password(handle.uri))}  (then open {page})"
+    return f"mlflow ui --backend-store-uri {shlex.quote(redact(handle.uri))}  (then open {page})"
 
 
 def _best_effort(handle: RunHandle, what: str, act: Callable[[MlflowClient], None]) -> bool:
     try:
         act(connect(handle.uri))
     except Exception as error:  # see the module docstring: a finished training stays finished
-        _log.warning(
-            "run %s: %s was not stored at %s: %s", handle.run_id, what, without_password(handle.uri), one_line(error)
-        )
+        _log.warning("run %s: %s was not stored at %s: %s", handle.run_id, what, redact(handle.uri), one_line(error))
         return False
     return True
 
@@ -213,7 +230,7 @@ def _resume(
 ) -> RunHandle:
     run = client.get_run(run_id)
     if run.info.lifecycle_stage != "active":
-        raise ConfigError(f"run {run_id!r} is deleted in {without_password(uri)}; restore it there or start a new run")
+        raise ConfigError(f"run {run_id!r} is deleted in {redact(uri)}; restore it there or start a new run")
     params = _params(document)
     _log_params(client, run_id, {key: value for key, value in params.items() if key not in run.data.params})
     differs = {key: params.get(key) for key in {**run.data.params, **params} if _differs(run, params, key)}

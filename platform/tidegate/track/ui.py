@@ -13,7 +13,8 @@ from contextlib import closing
 from pathlib import Path
 
 from tidegate.config import ConfigError
-from tidegate.track.client import connect, database_file, import_mlflow, one_line, without_password
+from tidegate.redact import redact
+from tidegate.track.client import connect, database_file, import_mlflow, one_line
 from tidegate.track.store import artifact_root, embedded_uri
 
 __all__ = ["check_tracking", "serve_ui"]
@@ -52,7 +53,7 @@ def serve_ui(state_dir: Path, host: str = "127.0.0.1", port: int = 5000) -> int:
 
 def check_tracking(uri: str) -> str:
     """One line for `tidegate doctor`, within 5 s: starts with `reachable` or `not reachable`, then why."""
-    shown = without_password(uri)
+    shown = redact(uri)
     database = database_file(uri)
     if database:
         return _check_database(database)
