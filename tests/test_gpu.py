@@ -366,3 +366,57 @@ def test_a_snapshot_of_device_tensors_lies_in_pinned_memory_that_stays() -> None
     torch.cuda.synchronize()
     assert second["weight"] is first["weight"]
     assert not second["weight"].any()
+
+
+def losses_of_a_run(folder: str, job_file: str) -> list[dict[int, float]]:
+    """By step: of a whole run, and of one that goes on from the first one's checkpoint in the middle."""
+    from pathlib import Path
+    from shutil import copytree, rmtree
+
+    from tidegate.config import load
+    from tidegate.data import prepare
+    from tidegate.parallel import collectives
+    from tidegate.train.job import Job
+    from tidegate.train.loop import World, train
+
+    torch.distributed.destroy_process_group()
+    collectives.start(alone=True)
+    job = load(job_file, Job).config
+    dataset = prepare(job.data, cache_dir=Path(folder, "data"), job_dir=Path(job_file).parent)
+    runs = []
+    for name in ("whole", "resumed"):
+        place = Path(folder, name)
+        if name == "resumed":
+            copytree(Path(folder, "whole"), place)
+            newest = sorted(place.glob("step_*"))[-1]
+            rmtree(newest)
+        losses: dict[int, float] = {}
+
+        def record(record, losses=losses) -> None:  # type: ignore[no-untyped-def]
+            if "train/loss" in record.metrics:
+                losses[record.step] = record.metrics["train/loss"]
+
+        train(job, World(Path(dataset), str(place), record, print, lambda: False))
+        runs.append(losses)
+        gc.collect()
+    return runs
+
+
+def test_a_bf16_run_goes_on_from_its_checkpoint_within_a_tolerance(on_ranks, tiny_job, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """Atomic additions round in an order of their own; everything else is restored to the bit."""
+    job = tiny_job(
+        model={
+            "width": 64,
+            "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16},
+            "ffn": {"kind": "moe", "num_experts": 4, "top_k": 2, "expert_dim": 64, "shared": {"num": 1}},
+        },
+        train={"tokens": 512 * 16, "precision": "bf16"},
+        optimizer={"schedule": {"kind": "cosine", "peak": 3e-3, "warmup_tokens": 512}, "state": "bf16"},
+        checkpoint={"every": 8},
+        resources={"workers": 1, "gpu": torch.cuda.is_available()},
+    )
+    ((whole, resumed),) = on_ranks(1, losses_of_a_run, str(tmp_path), str(job))
+    assert sorted(whole) == list(range(1, 17))
+    assert sorted(resumed) == list(range(9, 17))
+    for step, loss in resumed.items():
+        assert loss == pytest.approx(whole[step], rel=2e-3), step
