@@ -281,7 +281,7 @@ class Run:
         complete = sorted(self._folder.glob("checkpoints/step_*/manifest.json"))
         if len(complete) < 2:
             return
-        path = chance.choice(sorted(p for p in complete[-1].parent.rglob("*") if p.stat().st_size))
+        path = chance.choice(sorted(p for p in complete[-1].parent.rglob("*") if p.is_file() and p.stat().st_size))
         content = bytearray(path.read_bytes())
         content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
         path.write_bytes(content)
