@@ -212,7 +212,7 @@ def doctor(
 
 @app.command()
 def ui(
-    host: Annotated[str, typer.Option()] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option()] = 5000,
     state_dir: StateOption = None,
 ) -> None:

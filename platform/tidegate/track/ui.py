@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import signal
 import socket
@@ -21,6 +22,9 @@ __all__ = ["check_tracking", "serve_ui"]
 
 CHECK_TIMEOUT_S = 4.5
 _SHUTDOWN_S = 10.0
+_LOOPBACK_NAMES = "localhost,localhost:*,127.0.0.1,127.0.0.1:*,[::1],[[]::1]:*"
+"""What a browser may call a server on loopback, also through a tunnel; another name is DNS rebinding. The last two are
+MLflow's patterns for an address in brackets."""
 
 
 def serve_ui(state_dir: Path, host: str = "127.0.0.1", port: int = 5000) -> int:
@@ -28,14 +32,14 @@ def serve_ui(state_dir: Path, host: str = "127.0.0.1", port: int = 5000) -> int:
 
     Args:
         state_dir: the directory that runs were started with.
-        host: the address to listen on.
+        host: the address to listen on. One that other machines reach is taken only with MLFLOW_SERVER_ALLOWED_HOSTS.
         port: the port to listen on, 1 to 65535.
 
     Returns:
         The exit status of the server.
 
     Raises:
-        ConfigError: nothing has been recorded in `state_dir`, or the address cannot be used.
+        ConfigError: nothing has been recorded in `state_dir`, or the address cannot or should not be used.
     """
     uri = embedded_uri(state_dir)
     database, artifacts = database_file(uri), artifact_root(uri)
@@ -43,11 +47,18 @@ def serve_ui(state_dir: Path, host: str = "127.0.0.1", port: int = 5000) -> int:
     assert artifacts is not None
     if not database.exists():
         raise ConfigError(f"state_dir: no run has been recorded in {str(state_dir)!r} ({database} does not exist)")
-    _refuse_unusable(host, port)
+    allowed = os.environ.get("MLFLOW_SERVER_ALLOWED_HOSTS")
+    if not _is_loopback(host, port) and not allowed:
+        raise ConfigError(
+            f"host: whoever reaches {host} could read and change every run, as this server asks for no password; use "
+            f"ssh -L {port}:localhost:{port}, or set MLFLOW_SERVER_ALLOWED_HOSTS to the names that it may be called by"
+        )
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", uri, "--default-artifact-root", artifacts]
+    command += ["--allowed-hosts", allowed or _LOOPBACK_NAMES]
     # Without the job runner of MLflow's evaluation features, which would start several more processes.
     environment = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | os.environ
+    environment["MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE"] = "false"
     return _wait_for(subprocess.Popen(command, env=environment, cwd=database.parent))
 
 
@@ -87,7 +98,12 @@ def _check_database(database: Path) -> str:
     return f"reachable: {database} ({runs} runs)"
 
 
-def _refuse_unusable(host: str, port: int) -> None:
+def _is_loopback(host: str, port: int) -> bool:
+    """Whether only this machine reaches the address.
+
+    Raises:
+        ConfigError: nobody can listen there.
+    """
     if not 1 <= port <= 65535:  # getaddrinfo would take it modulo 65536
         raise ConfigError(f"port: {port} is not between 1 and 65535")
     try:
@@ -95,8 +111,9 @@ def _refuse_unusable(host: str, port: int) -> None:
         with socket.socket(family, kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that just ended does not count
             probe.bind(address)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: a name that no host has
         raise ConfigError(f"port: cannot listen on {host}:{port} ({one_line(error)}); choose another") from error
+    return ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
 
 
 def _wait_for(child: subprocess.Popen[bytes]) -> int:

@@ -20,6 +20,7 @@ from tidegate.config import ConfigError
 from tidegate.launch.report import Reporter
 from tidegate.launch.run import Request, prepare_data, run
 from tidegate.launch.state import StateDir
+from tidegate.redact import redact
 from tidegate.track import RunHandle, finish_run, log_file, open_run, resolve_tracking_uri, run_url
 from tidegate.train.job import Job
 from tidegate.train.telemetry import Record
@@ -139,6 +140,12 @@ def _connect(request: SweepRequest, job: Job) -> int:
 
     from tidegate.launch.ray_train import connect
 
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if request.address is not None and redact(uri) != uri:
+        raise ConfigError(
+            f"MLFLOW_TRACKING_URI={uri}: its password does not go to the cluster, where Ray would show it; set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD where the cluster's nodes start, and here"
+        )
     connect(request.address, job)
     resources, available = job.resources, ray.cluster_resources()
     fits = int(available["CPU"] // (resources.workers * resources.cpus_per_worker))
@@ -249,7 +256,7 @@ def _trial(config: dict[str, int], task: _Task) -> None:
     try:
         ran = run(asked)
     except Exception as error:  # one trial never ends the sweep
-        put(status="failed", error=" ".join(str(error).split())[:500])
+        put(status="failed", error=redact(" ".join(str(error).split()))[:500])
         return
     problem = "" if latest.get("value") is not None else f"it never reported {task.metric}"
     put(status="finished" if ran.outcome.finished and not problem else "failed", error=problem)

@@ -16,6 +16,7 @@ from tidegate.launch.state import StateDir
 from tidegate.track import RunHandle
 from tidegate.track.store import recorded_uri
 from tidegate.train.job import Job
+from tidegate.tune.sweep import SweepRequest, sweep
 
 PLANTED = "Zx7PlantedQ9"
 
@@ -106,3 +107,13 @@ def test_a_record_has_neither_the_stores_password_nor_the_commands(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     assert recorded_uri(recorded) == store
     assert recorded_uri("sqlite:////x/mlflow.db") == "sqlite:////x/mlflow.db"
+
+
+def test_a_sweep_sends_no_password_to_a_cluster(
+    tiny_job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{PLANTED}@server")
+    job = tiny_job(search={"space": {"model.ffn.top_k": {"choice": [1, 2]}}, "budgets": ["active_params<=160%"]})
+    with pytest.raises(ConfigError, match=r"^MLFLOW_TRACKING_URI=http://me:\*\*\*@server: its password does not go"):
+        sweep(SweepRequest(job, [], [], StateDir(tmp_path / "state"), address="ray://head:10001"))
+    assert files_with(PLANTED, tmp_path) == []

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 
 import pytest
 
 from tidegate.config import ConfigError
-from tidegate.track import check_tracking, run_url, serve_ui
+from tidegate.track import check_tracking, run_url, serve_ui, ui
 
 
 def test_no_store_is_refused_by_its_path(tmp_path):
@@ -42,7 +44,8 @@ def test_the_ui_shows_the_run_and_ends_with_its_parent(handle, state_dir, unused
     code += "sys.exit(serve_ui(Path(sys.argv[1]), port=int(sys.argv[2])))"
     with (state_dir / "log").open("wb") as log:
         command = [sys.executable, "-c", code, str(state_dir), str(unused_port)]
-        parent = subprocess.Popen(command, stdout=log, stderr=log, cwd=state_dir.parent)
+        careless = os.environ | {"MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE": "true"}
+        parent = subprocess.Popen(command, stdout=log, stderr=log, cwd=state_dir.parent, env=careless)
     address = f"http://127.0.0.1:{unused_port}"
     try:
         wait_until(lambda: parent.poll() is not None or check_port(unused_port), 90, "the UI")
@@ -54,11 +57,39 @@ def test_the_ui_shows_the_run_and_ends_with_its_parent(handle, state_dir, unused
                 assert response.status == 200
                 body = response.read()
         assert body == b'{\n  "a": 1\n}\n'
+        search = "/api/2.0/mlflow/experiments/search"
+        assert post(address + search) == 200
+        assert post(address + search, Host=f"localhost:{unused_port}", Origin="http://localhost:6000") == 200
+        assert post(address + search, Host="localhost:6000") == 200, "through a tunnel"
+        for stranger in ("rebound.example", "192.168.0.7:5000", "10.0.0.1"):
+            assert post(address + search, Host=stranger) == 403, stranger
+        assert post(address + search, Origin="https://elsewhere.example") == 403
     finally:
         parent.send_signal(signal.SIGTERM)
         parent.wait(20)
     wait_until(lambda: not check_port(unused_port), 10, "the server to end with its parent")
     assert not (state_dir.parent / "mlruns").exists()
+
+
+def post(url: str, **headers: str) -> int:
+    """The status of the answer."""
+    headers = {"Content-Type": "application/json", **headers}
+    try:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, b'{"max_results": 1}', headers), timeout=20
+        ) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code
+
+
+def test_a_host_that_others_reach_is_taken_only_on_purpose(state_dir, unused_port, monkeypatch):
+    monkeypatch.setattr(ui, "_wait_for", lambda child: pytest.fail("a server was started"))
+    with pytest.raises(
+        ConfigError, match=rf"^host: whoever reaches .*ssh -L {unused_port}:localhost:{unused_port}, or"
+    ):
+        serve_ui(state_dir, "0.0.0.0", unused_port)
 
 
 def check_port(port: int) -> bool:
