@@ -52,6 +52,12 @@ def sweep(request: SweepRequest) -> SweepFolder:
         ConfigError: no candidate is within the budgets, the job changed since the sweep began, a trial does not fit on
             the cluster, or no trial came to its end.
     """
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if request.address is not None and redact(uri) != uri:
+        raise ConfigError(
+            f"MLFLOW_TRACKING_URI={uri}: its password does not go to the cluster, where Ray would show it; set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD where the cluster's nodes start, and here"
+        )
     folder, space = _open(request)
     record, base = folder.read(), space.base
     console = console_of_width()
@@ -140,12 +146,6 @@ def _connect(request: SweepRequest, job: Job) -> int:
 
     from tidegate.launch.ray_train import connect
 
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if request.address is not None and redact(uri) != uri:
-        raise ConfigError(
-            f"MLFLOW_TRACKING_URI={uri}: its password does not go to the cluster, where Ray would show it; set "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD where the cluster's nodes start, and here"
-        )
     connect(request.address, job)
     resources, available = job.resources, ray.cluster_resources()
     fits = int(available["CPU"] // (resources.workers * resources.cpus_per_worker))

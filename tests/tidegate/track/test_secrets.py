@@ -113,7 +113,6 @@ def test_a_sweep_sends_no_password_to_a_cluster(
     tiny_job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{PLANTED}@server")
-    job = tiny_job(search={"space": {"model.ffn.top_k": {"choice": [1, 2]}}, "budgets": ["active_params<=160%"]})
     with pytest.raises(ConfigError, match=r"^MLFLOW_TRACKING_URI=http://me:\*\*\*@server: its password does not go"):
-        sweep(SweepRequest(job, [], [], StateDir(tmp_path / "state"), address="ray://head:10001"))
+        sweep(SweepRequest(tiny_job(), [], [], StateDir(tmp_path / "state"), address="ray://head:10001"))
     assert files_with(PLANTED, tmp_path) == []
