@@ -4,14 +4,15 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: help env demo demo-tune test chaos check format clean
+.PHONY: help env demo demo-tune test chaos check audit format clean
 
 help:
 	@echo "make demo    train jobs/demo.yaml on two workers and show what came out"
 	@echo "make demo-tune  search jobs/tune/demo.yaml: a dozen runs under a budget, the best with three seeds"
 	@echo "make test    run the tests"
 	@echo "make chaos   inject hundreds of faults into runs, for half an hour"
-	@echo "make check   ruff, mypy and import-linter"
+	@echo "make check   ruff, mypy, import-linter and audit"
+	@echo "make audit   known vulnerabilities of the versions in constraints.txt"
 	@echo "make format  let ruff rewrite the code"
 
 env: $(READY)
@@ -44,6 +45,10 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/audit.py
+
+audit: $(READY)
+	$(BIN)/python .ci/audit.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
