@@ -5,6 +5,7 @@ It belongs to the job file so that a sweep is one file; `tidegate train` does no
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -58,9 +59,26 @@ class SearchConfig(Config):
     metric: str = "val/loss"
     mode: Literal["min", "max"] = "min"
     trials: int = Field(default=16, ge=1)
+    searcher: Literal["random", "tpe", "nsga2"] = "random"
+    """`nsga2` looks for the front of the metric and the first budget's quantity, `tpe` for the best metric."""
+    random_share: float = Field(default=0.25, gt=0, lt=1)
+    """Of the trials with any other searcher: drawn at random, the baseline that it has to beat."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """That a sweep may train on in all: no trial begins that would lead beyond it."""
+    max_minutes: float | None = Field(default=None, gt=0)
+    """From its start, or resume: no trial begins that is expected to end later, judged by those that have ended."""
     finalists: int = Field(default=2, ge=1)
     """The best so many run again with other seeds, the same for all, for the verdict."""
     seeds: int = Field(default=3, ge=1)
     """Runs of a finalist in all."""
     seed: int = Field(default=0, ge=0)
     """Of the draws."""
+
+    @property
+    def random_trials(self) -> int:
+        return self.trials if self.searcher == "random" else math.ceil(self.random_share * self.trials)
+
+    @property
+    def most_reruns(self) -> int:
+        """Finalists, the job as it stands and the best random trial, with the other seeds."""
+        return (self.finalists + 1 + (self.searcher != "random")) * (self.seeds - 1)

@@ -28,8 +28,15 @@ def ranked_results(results: Sequence[Result], smaller_is_better: bool, seed: int
     return sorted(ended, key=lambda result: (result.value or 0.0) * (1 if smaller_is_better else -1))
 
 
-def report(folder: SweepFolder, space: Space, console: Console) -> None:
-    """Print the table, the verdict and the front; write them, the picture and the best job beside the sweep."""
+def report(folder: SweepFolder, space: Space, console: Console, notes: Sequence[str] = ()) -> None:
+    """Print the table, the verdict and the front; write them, the picture and the best job beside the sweep.
+
+    Args:
+        notes: more lines to say.
+
+    Raises:
+        ConfigError: no trial has come to its end.
+    """
     config, results = space.config, folder.results()
     smaller = config.mode == "min"
     ranked = ranked_results(results, smaller, space.base.train.seed)
@@ -58,7 +65,7 @@ def report(folder: SweepFolder, space: Space, console: Console) -> None:
             *row, shown(axis, cost), result.run, *(short(result.trial.values.get(p, "")) for p in config.space)
         )
     console.print(table)
-    lines = list(_conclusions(ranked, by_seed, results, smaller))
+    lines = [*_conclusions(ranked, by_seed, results, smaller, config.searcher != "random"), *notes]
     for line in lines:
         console.print(line, soft_wrap=True)
     best = folder.folder / "best.yaml"
@@ -74,13 +81,26 @@ def report(folder: SweepFolder, space: Space, console: Console) -> None:
 
 
 def _conclusions(
-    ranked: Sequence[Result], by_seed: Mapping[str, Mapping[int, float]], results: Sequence[Result], smaller: bool
+    ranked: Sequence[Result],
+    by_seed: Mapping[str, Mapping[int, float]],
+    results: Sequence[Result],
+    smaller: bool,
+    searched: bool,
 ) -> list[str]:
     best, lines = ranked[0], []
     rivals: list[tuple[str, Result]] = [("the runner-up", ranked[1])] if len(ranked) > 1 else []
     rivals += [
         ("the job as it stands", result) for result in ranked if result.trial.kind == "base" and result is not best
     ]
+    if searched:
+        drawn = [result for result in ranked if result.trial.kind == "random"]
+        lines.append(
+            f"the best random trial: {drawn[0].trial.number}, {drawn[0].value:.4f}"
+            + (", the best of all" if drawn[0] is best else "")
+            if drawn
+            else "no random trial has come to its end"
+        )
+        rivals += [("the best random trial", drawn[0])] if drawn and drawn[0] is not best else []
     for name, rival in rivals:
         found = verdict(by_seed[_key(best)], by_seed[_key(rival)], smaller_is_better=smaller)
         said = "beats" if found.better else "does not beat"
@@ -89,6 +109,7 @@ def _conclusions(
             f"{found.difference:+.4f} +- {found.error:.4f} over {found.seeds} paired seeds"
         )
     failed = [result for result in results if result.status == "failed"]
+    lines += [f"trial {r.trial.number} has not ended" for r in results if not r.ended]
     lines += [f"trial {result.trial.number} failed: {result.error}" for result in failed]
     return lines
 

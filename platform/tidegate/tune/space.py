@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import graphlib
 import json
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +54,13 @@ class Space:
             unknown = [other for other in variation.when if other not in self.config.space]
             if unknown:
                 raise ConfigError(f"{job_file}: search.space.{path}.when: {unknown[0]} is not in the space")
+        try:
+            self.order = tuple(
+                graphlib.TopologicalSorter({p: list(v.when) for p, v in self.config.space.items()}).static_order()
+            )
+            """Paths, each after those that its condition names."""
+        except graphlib.CycleError as error:
+            raise ConfigError(f"{job_file}: search.space: `when` goes round: {' -> '.join(error.args[1])}") from error
         domains = [domain.name for domain in self.base.data.domains]
         measured = ["val/loss", *(f"val/{name}/{what}" for name in domains for what in ("loss", "ppl"))]
         if self.config.metric.startswith("val/") and self.config.metric not in measured:
@@ -83,11 +91,20 @@ class Space:
     def draw(self, chance: random.Random) -> Values:
         """Values at random, of the paths whose conditions hold."""
         drawn = {path: _value(variation, chance) for path, variation in self.config.space.items()}
-        return {path: value for path, value in drawn.items() if self._applies(path, drawn)}
+        return self.chosen(lambda path: drawn[path])
 
-    def _applies(self, path: str, drawn: Values) -> bool:
-        conditions = self.config.space[path].when
-        return all(drawn[other] in allowed and self._applies(other, drawn) for other, allowed in conditions.items())
+    def chosen(self, choose: Callable[[str], Any]) -> Values:
+        """Values of the paths whose conditions hold, and of those only."""
+        values: Values = {}
+        for path in self.order:
+            conditions = self.config.space[path].when.items()
+            if all(other in values and values[other] in allowed for other, allowed in conditions):
+                values[path] = choose(path)
+        return {path: values[path] for path in self.config.space if path in values}
+
+    def key(self, values: Values) -> str:
+        """The same for the same candidate, whatever is solved for."""
+        return json.dumps({path: values[path] for path in self.config.space if path in values}, sort_keys=True)
 
     def _job(self, values: Values) -> Job:
         job: Job = load(self._job_file, Job, [*self._overrides, *overrides_of(values)]).config
@@ -105,7 +122,7 @@ def draw(space: Space, number: int, chance: random.Random) -> Iterator[Candidate
     found = 0
     for _ in range(_DRAWS_A_CANDIDATE * number):
         values = space.draw(chance)
-        key = json.dumps(values, sort_keys=True)
+        key = space.key(values)
         if key in seen:
             continue
         seen.add(key)

@@ -9,27 +9,27 @@ from __future__ import annotations
 import os
 import random
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rich.table import Table
 
 from tidegate.config import ConfigError
 from tidegate.launch.report import Reporter
-from tidegate.launch.run import Request, prepare_data, run
+from tidegate.launch.run import prepare_data
 from tidegate.launch.state import StateDir
 from tidegate.redact import redact
-from tidegate.track import RunHandle, finish_run, log_file, open_run, resolve_tracking_uri, run_url
+from tidegate.track import finish_run, log_file, open_run, resolve_tracking_uri, run_url
 from tidegate.train.job import Job
-from tidegate.train.telemetry import Record
 from tidegate.tune.budget import QUANTITIES, shown
+from tidegate.tune.queue import Limits, Queue
 from tidegate.tune.report import console_of_width, field_of, ranked_results, report, short
-from tidegate.tune.space import Candidate, Space, draw, overrides_of
-from tidegate.tune.trials import Result, SweepFolder, SweepRecord, Trial
+from tidegate.tune.searchers import Searcher
+from tidegate.tune.space import Candidate, Space, draw
+from tidegate.tune.trials import SweepFolder, SweepRecord, Trial
 
-__all__ = ["SweepRequest", "show_candidates", "show_front", "sweep"]
+__all__ = ["SweepRequest", "drawn_trials", "show_candidates", "show_front", "sweep"]
 
 
 class SweepRequest(NamedTuple):
@@ -52,6 +52,8 @@ def sweep(request: SweepRequest) -> SweepFolder:
         ConfigError: no candidate is within the budgets, the job changed since the sweep began, a trial does not fit on
             the cluster, or no trial came to its end.
     """
+    from tidegate.tune.on_ray import Task, run_trials  # Ray takes seconds
+
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if request.address is not None and redact(uri) != uri:
         raise ConfigError(
@@ -59,9 +61,10 @@ def sweep(request: SweepRequest) -> SweepFolder:
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD where the cluster's nodes start, and here"
         )
     folder, space = _open(request)
-    record, base = folder.read(), space.base
+    record, base, config = folder.read(), space.base, space.config
     console = console_of_width()
     concurrent = _connect(request, base)
+    limits = Limits(base, concurrent)
     reporter = Reporter(base)
     prepare_data(base, request.state, Path(record.job_file).parent, reporter)
     parent = open_run(
@@ -75,13 +78,18 @@ def sweep(request: SweepRequest) -> SweepFolder:
         tags={"tidegate.sweep": folder.name},
         notice=reporter.say,
     )
-    console.print(f"sweep {folder.name}: {len(record.trials)} trials, {concurrent} at a time; {run_url(parent)}")
+    console.print(f"sweep {folder.name}: {config.trials} candidates, {concurrent} at a time; {run_url(parent)}")
+    where = Path(record.job_file), record.overrides, folder.folder, request.state.root
+    task = Task(*where, parent.run_id, config.metric, alone=base.resources.workers == 1)
     finished = False
     try:
-        _run(request, folder, record, record.trials, parent, concurrent)
-        again = _finalists(space, folder)
-        _run(request, folder, record, again, parent, concurrent)
-        report(folder, space, console)
+        searcher = Searcher(space, folder.results(), record.trials) if config.searcher != "random" else None
+        searched = config.trials - config.random_trials
+        candidates = Queue(folder, record.trials, limits, config.most_reruns, searcher, searched)
+        run_trials(candidates, task, base, concurrent)
+        again = Queue(folder, _finalists(space, folder), limits)
+        run_trials(again, task, base, concurrent)
+        report(folder, space, console, list(_cut_short(candidates, again)))
         for name in ("report.md", "front.png"):
             log_file(parent, folder.folder / name)
         finished = True
@@ -90,17 +98,27 @@ def sweep(request: SweepRequest) -> SweepFolder:
     return folder
 
 
+def _cut_short(candidates: Queue, again: Queue) -> Iterator[str]:
+    for queue, what in ((candidates, "candidates"), (again, "reruns of finalists")):
+        if queue.stopped_by:
+            yield f"{queue.most} {what} were not begun: {queue.stopped_by}"
+
+
 def show_candidates(request: SweepRequest) -> None:
     """Print the candidates that a sweep would try, and what each costs."""
     assert request.job_file is not None
     space = Space(request.job_file, request.overrides, request.budgets)
     varied = [*space.config.space, *([space.config.solve.path] if space.config.solve else [])]
     table = Table("", *map(field_of, varied), *QUANTITIES)
-    for trial in _trials(space):
+    for trial in drawn_trials(space):
         candidate = space.at(trial.values) if trial.values else Candidate({}, space.base)
         values = (short(candidate.values.get(path, "")) for path in varied)
         table.add_row(trial.kind, *values, *(shown(name, q.of(candidate.job)) for name, q in QUANTITIES.items()))
-    console_of_width().print(table)
+    console = console_of_width()
+    console.print(table)
+    more = space.config.trials - space.config.random_trials
+    if more:
+        console.print(f"and {more} more that {space.config.searcher} proposes from what those come to")
 
 
 def show_front(name: str, state: StateDir) -> None:
@@ -122,7 +140,7 @@ def _open(request: SweepRequest) -> tuple[SweepFolder, Space]:
     if request.job_file is None:
         raise ConfigError("name a job file with a search: section, or --resume SWEEP")
     space = Space(request.job_file, request.overrides, request.budgets)
-    trials = tuple(_trials(space))  # before there is a folder: there may be none
+    trials = tuple(drawn_trials(space))  # before there is a folder: there may be none
     folder = SweepFolder.new(sweeps, space.base.name)
     resolved = space.base.model_dump(mode="json")
     whole = str(request.job_file.absolute())
@@ -131,12 +149,12 @@ def _open(request: SweepRequest) -> tuple[SweepFolder, Space]:
     return folder, space
 
 
-def _trials(space: Space) -> list[Trial]:
-    """The job as it stands if the budgets allow it, then candidates at random."""
+def drawn_trials(space: Space) -> list[Trial]:
+    """The job as it stands if the budgets allow it, then the candidates that are drawn."""
     seed, base = space.base.train.seed, []
     if not any(budget.excess(space.base) for budget in space.budgets):
         base = [Trial(number=0, values={}, seed=seed, kind="base")]
-    drawn = draw(space, space.config.trials, random.Random(space.config.seed))
+    drawn = draw(space, space.config.random_trials, random.Random(space.config.seed))
     return base + [Trial(number=1 + i, values=one.values, seed=seed, kind="random") for i, one in enumerate(drawn)]
 
 
@@ -154,125 +172,23 @@ def _connect(request: SweepRequest, job: Job) -> int:
     return fits
 
 
-def _run(
-    request: SweepRequest,
-    folder: SweepFolder,
-    record: SweepRecord,
-    trials: Sequence[Trial],
-    parent: RunHandle,
-    concurrent: int,
-) -> None:
-    """Run those trials that have not ended, so many at a time."""
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its tables show neither metrics nor runs
-    from ray import tune
-
-    ended = {result.trial.number for result in folder.results() if result.status in ("finished", "stopped", "failed")}
-    left = [trial for trial in trials if trial.number not in ended]
-    if not left:
-        return
-    space = Space(Path(record.job_file), record.overrides, record.budgets)
-    resources = space.base.resources
-    alone = resources.workers == 1
-    by_number = {trial.number: trial for trial in left}
-    task = _Task(record, by_number, folder.folder, request.state.root, parent.run_id, space.config.metric, alone)
-    # What Ray Train asks for by itself is not asked for twice.
-    needs = {"CPU": float(resources.cpus_per_worker), "GPU": float(resources.gpu)} if alone else {"CPU": 0.0}
-    tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(_trial, task=task), needs),
-        param_space={
-            "number": tune.grid_search([trial.number for trial in left]),
-            "trials": {t.number: t.model_dump() for t in left},
-        },
-        tune_config=tune.TuneConfig(max_concurrent_trials=concurrent),
-        run_config=tune.RunConfig(
-            name=f"{folder.name}-{int(time.time())}",
-            storage_path=str(folder.folder / "ray"),
-            callbacks=[_announcer(folder)],
-            verbose=0,
-        ),
-    )
-    tuner.fit()
-
-
-def _announcer(folder: SweepFolder) -> Any:
-    """Says a line when a trial has ended; Ray pickles it."""
-    from ray import tune
-
-    class Announcer(tune.Callback):
-        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            for result in folder.results():
-                if result.trial.number == trial.config["number"]:
-                    value = "" if result.value is None else f", {result.value:.4f}"
-                    print(f"trial {result.trial.number} ({result.run}) {result.status}{value} {result.error}")
-
-    return Announcer()
-
-
-class _Task(NamedTuple):
-    """What every trial's process gets."""
-
-    record: SweepRecord
-    trials: dict[int, Trial]
-    folder: Path
-    state: Path
-    parent: str
-    metric: str
-    alone: bool
-
-
-def _trial(config: dict[str, int], task: _Task) -> None:
-    """One trial, in a process of its own; resumes its run if it began once."""
-    trial = task.trials[config["number"]]
-    folder = SweepFolder(task.folder.parent, task.folder.name)
-    before = next((result.run for result in folder.results() if result.trial.number == trial.number), "")
-    state, begun = StateDir(task.state), time.monotonic()
-    latest: dict[str, Any] = {"trial": trial, "run": before, "status": "running"}
-
-    def put(**known: Any) -> None:
-        latest.update(known)
-        folder.put(Result(**latest))
-
-    def watch(record: Record) -> None:
-        if task.metric in record.metrics:
-            put(value=record.metrics[task.metric], tokens=record.tokens, seconds=time.monotonic() - begun)
-
-    overrides = [*task.record.overrides, *overrides_of(trial.values), f"train.seed={trial.seed}"]
-    began = bool(before) and (task.state / "runs" / before / "run.json").exists()
-    asked = Request(
-        None if began else Path(task.record.job_file),
-        [] if began else overrides,
-        state,
-        resume=before if began else None,
-        local=task.alone,
-        tags={
-            "mlflow.parentRunId": task.parent,
-            "tidegate.sweep": folder.name,
-            "tidegate.trial": str(trial.number),
-            "tidegate.trial.kind": trial.kind,
-        },
-        opened=lambda name: put(run=name),
-        watch=watch,
-    )
-    try:
-        ran = run(asked)
-    except Exception as error:  # one trial never ends the sweep
-        put(status="failed", error=redact(" ".join(str(error).split()))[:500])
-        return
-    problem = "" if latest.get("value") is not None else f"it never reported {task.metric}"
-    put(status="finished" if ran.outcome.finished and not problem else "failed", error=problem)
-
-
 def _finalists(space: Space, folder: SweepFolder) -> list[Trial]:
-    """The best candidates, and the job as it stands, again, with the same other seeds for each."""
-    config, first = space.config, space.base.train.seed
-    ranked = ranked_results(folder.results(), config.mode == "min", seed=first)
+    """The best candidates, the job as it stands and the best random trial, again, each with the same other seeds."""
+    config, first, results = space.config, space.base.train.seed, folder.results()
+    ranked = ranked_results(results, config.mode == "min", seed=first)
     if not ranked:
-        failed = [f"trial {result.trial.number}: {result.error}" for result in folder.results()]
+        failed = [f"trial {result.trial.number}: {result.error}" for result in results]
         raise ConfigError(f"{folder.name}: no trial came to its end; {'; '.join(failed[:3])}")
-    number = 1 + max(result.trial.number for result in folder.results() if result.trial.kind != "seed")
-    base = [result for result in ranked[config.finalists :] if result.trial.kind == "base"]
-    pairs = [(result, seed) for result in [*ranked[: config.finalists], *base] for seed in range(1, config.seeds)]
-    return [
-        Trial(number=number + place, values=result.trial.values, seed=first + seed, kind="seed")
-        for place, (result, seed) in enumerate(pairs)
-    ]
+    chosen = ranked[: config.finalists]
+    for kind in ("base", *(["random"] if config.searcher != "random" else [])):
+        chosen += [result for result in ranked if result.trial.kind == kind and result not in chosen][:1]
+    record = folder.read()
+    number = 1 + max(t.number for t in (*record.trials, *(result.trial for result in results)))
+    known = {(space.key(t.values), t.seed): t for t in (r.trial for r in results if r.trial.kind == "seed")}
+    trials = []
+    for result in chosen:
+        for seed in range(first + 1, first + config.seeds):
+            new = Trial(number=number, values=result.trial.values, seed=seed, kind="seed")
+            trials.append(known.get((space.key(new.values), seed), new))
+            number += trials[-1] is new
+    return trials

@@ -1,8 +1,8 @@
 """A sweep's folder: what is to be tried, and what came of it. A file a trial, so that a killed sweep loses none.
 
 <state>/sweeps/<name>/
-  sweep.json            the job as it stood, its file, and the candidates
-  trials/0007.json      one trial: its run, how it ended, its metric
+  sweep.json            the job as it stood, its file, and the candidates that were drawn
+  trials/0007.json      one trial, written before it begins: its run, how it ended, its metric
   report.md, front.png  of the whole
 """
 
@@ -19,6 +19,9 @@ from tidegate.train.job import Job
 __all__ = ["Result", "SweepFolder", "SweepRecord", "Trial"]
 
 
+_LIMITS = ("search.max_tokens", "search.max_minutes")
+
+
 class Trial(Config):
     """One run that is to be made."""
 
@@ -27,8 +30,8 @@ class Trial(Config):
     """By path of the job; what was solved for too."""
     seed: int
     """`train.seed`."""
-    kind: Literal["base", "random", "seed"]
-    """The job as it stands, a candidate, or a finalist again with another seed."""
+    kind: Literal["base", "random", "searched", "seed"]
+    """The job as it stands, a candidate drawn or proposed by a searcher, or a finalist again with another seed."""
 
 
 class Result(Config):
@@ -37,13 +40,18 @@ class Result(Config):
     trial: Trial
     run: str
     """Name of the run, which can be resumed, looked at and exported like any other."""
-    status: Literal["running", "finished", "failed", "stopped"]
+    status: Literal["proposed", "running", "finished", "failed", "stopped"]
+    """`proposed` before it begins; `stopped` by a scheduler."""
     value: float | None = None
     """The last of the sweep's metric."""
     tokens: int = 0
     seconds: float = 0.0
     """Of training and evaluating, without what it took to start."""
     error: str = ""
+
+    @property
+    def ended(self) -> bool:
+        return self.status in ("finished", "failed", "stopped")
 
 
 class SweepRecord(Config):
@@ -100,8 +108,9 @@ class SweepFolder:
         return load_stored(self._record.read_text(encoding="utf-8"), SweepRecord, str(self._record))
 
     def refuse_another(self, job: Job) -> None:
-        """Raise ConfigError if the job is not the one that the sweep was begun with."""
+        """Raise ConfigError if the job is not the one that the sweep was begun with, except for its limits."""
         changed = diff(self.read().job, job.model_dump(mode="json"))
+        changed = {path: value for path, value in changed.items() if path not in _LIMITS}
         if changed:
             said = ", ".join(f"{path}={value}" for path, value in sorted(changed.items()))
             raise ConfigError(
@@ -112,7 +121,12 @@ class SweepFolder:
     def put(self, result: Result) -> None:
         write_whole(self._trials / f"{result.trial.number:04d}.json", result.model_dump_json(indent=1))
 
+    def result(self, number: int) -> Result:
+        """Of a trial that was proposed."""
+        file = self._trials / f"{number:04d}.json"
+        return load_stored(file.read_text(encoding="utf-8"), Result, str(file))
+
     def results(self) -> list[Result]:
-        """Of all trials that were begun, in order."""
+        """Of all trials that were proposed or begun, in order."""
         files: Iterable[Path] = sorted(self._trials.glob("[0-9]*.json"))
         return [load_stored(file.read_text(encoding="utf-8"), Result, str(file)) for file in files]

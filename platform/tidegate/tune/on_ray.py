@@ -1,0 +1,142 @@
+"""Trials on Ray Tune: one process each, fed by the queue as others end.
+
+Ray's own record of trials is not used again: what was proposed, and what came of it, is in the sweep's folder.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ray import tune
+from ray.tune.search import Searcher as RaySearcher
+
+from tidegate.launch.run import Request, run
+from tidegate.launch.state import StateDir
+from tidegate.redact import redact
+from tidegate.train.job import Job
+from tidegate.train.telemetry import Record
+from tidegate.tune.queue import Queue
+from tidegate.tune.space import overrides_of
+from tidegate.tune.trials import Result, SweepFolder
+
+__all__ = ["Task", "run_trials"]
+
+
+class Task(NamedTuple):
+    """What every trial's process gets."""
+
+    job_file: Path
+    overrides: tuple[str, ...]
+    folder: Path
+    """Of the sweep."""
+    state: Path
+    parent: str
+    """The sweep's run in MLflow."""
+    metric: str
+    alone: bool
+    """Train in the trial's process."""
+
+
+def run_trials(queue: Queue, task: Task, job: Job, concurrent: int) -> None:
+    """Run what the queue gives out, so many at a time, until it gives out no more."""
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its tables show neither metrics nor runs
+    if not queue.most:
+        return
+    resources = job.resources
+    # What Ray Train asks for by itself is not asked for twice.
+    needs = {"CPU": float(resources.cpus_per_worker), "GPU": float(resources.gpu)} if task.alone else {"CPU": 0.0}
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(_trial, task=task), needs),
+        tune_config=tune.TuneConfig(search_alg=_Feed(queue), num_samples=queue.most, max_concurrent_trials=concurrent),
+        run_config=tune.RunConfig(
+            name=f"{task.folder.name}-{time.time_ns()}",
+            storage_path=str(task.folder / "ray"),
+            callbacks=[_Announcer(task.folder)],
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+
+
+class _Feed(RaySearcher):
+    """The queue as Ray Tune asks it."""
+
+    def __init__(self, queue: Queue) -> None:
+        super().__init__()
+        self._queue = queue
+        self._numbers: dict[str, int] = {}
+
+    def suggest(self, trial_id: str) -> Any:
+        trial = self._queue.next()
+        if trial is None:
+            return RaySearcher.FINISHED
+        self._numbers[trial_id] = trial.number
+        return {"number": trial.number}
+
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        self._queue.ended(self._numbers.pop(trial_id))
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the sweep's folder is what a resumed sweep reads."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError
+
+
+class _Announcer(tune.Callback):
+    """Says a line when a trial has ended; Ray pickles it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = SweepFolder(folder.parent, folder.name)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        result = self._folder.result(trial.config["number"])
+        value = "" if result.value is None else f", {result.value:.4f}"
+        print(f"trial {result.trial.number} ({result.run}) {result.status}{value} {result.error}")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        print(f"trial {trial.config['number']}: its process ended; --resume goes on with it")
+
+
+def _trial(config: dict[str, int], task: Task) -> None:
+    """One trial, in a process of its own; resumes its run if it began once."""
+    folder = SweepFolder(task.folder.parent, task.folder.name)
+    trial, before = (known := folder.result(config["number"])).trial, known.run
+    state, begun = StateDir(task.state), time.monotonic()
+    latest: dict[str, Any] = {"trial": trial, "run": before, "status": "running"}
+
+    def put(**known: Any) -> None:
+        latest.update(known)
+        folder.put(Result(**latest))
+
+    def watch(record: Record) -> None:
+        if task.metric in record.metrics:
+            put(value=record.metrics[task.metric], tokens=record.tokens, seconds=time.monotonic() - begun)
+
+    overrides = [*task.overrides, *overrides_of(trial.values), f"train.seed={trial.seed}"]
+    began = bool(before) and (task.state / "runs" / before / "run.json").exists()
+    asked = Request(
+        None if began else task.job_file,
+        [] if began else overrides,
+        state,
+        resume=before if began else None,
+        local=task.alone,
+        tags={
+            "mlflow.parentRunId": task.parent,
+            "tidegate.sweep": folder.name,
+            "tidegate.trial": str(trial.number),
+            "tidegate.trial.kind": trial.kind,
+        },
+        opened=lambda name: put(run=name),
+        watch=watch,
+    )
+    try:
+        ran = run(asked)
+    except Exception as error:  # one trial never ends the sweep
+        put(status="failed", error=redact(" ".join(str(error).split()))[:500])
+        return
+    problem = "" if latest.get("value") is not None else f"it never reported {task.metric}"
+    put(status="finished" if ran.outcome.finished and not problem else "failed", error=problem)

@@ -1,0 +1,195 @@
+"""Searchers: candidates proposed by Optuna from what earlier ones came to.
+
+A searcher keeps nothing of its own between processes: it is told everything again from the sweep's folder. When it
+proposes what does not fit the budgets, it is asked again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal
+
+from tidegate.config import ConfigError
+from tidegate.train.job import Job
+from tidegate.train.search import Variation
+from tidegate.tune.budget import QUANTITIES, violations
+from tidegate.tune.space import Candidate, Space, Values
+from tidegate.tune.trials import Result, Trial
+
+if TYPE_CHECKING:
+    import optuna
+
+__all__ = ["CANDIDATES", "Searcher", "cost_axis", "importances"]
+
+CANDIDATES = ("random", "searched")
+"""Kinds of trials that are points of the space."""
+FEWEST_FOR_IMPORTANCE = 8
+_ASKS_A_PROPOSAL = 200
+
+
+def cost_axis(space: Space) -> str:
+    """The quantity that the metric is weighed against."""
+    return space.budgets[0].quantity if space.budgets else "active_params"
+
+
+class Searcher:
+    """Proposes candidates that are valid, within the budgets, and new.
+
+    Args:
+        space: what may be tried, and the searcher's name.
+        results: of the sweep so far.
+        taken: candidates that will be tried anyway.
+    """
+
+    def __init__(self, space: Space, results: Iterable[Result], taken: Iterable[Trial] = ()) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        config, results = space.config, list(results)
+        self._space, self._seen = space, {space.key(trial.values) for trial in taken}
+        self._asked: dict[int, optuna.trial.Trial] = {}
+        startup = max(2, config.random_trials)  # random trials are what it begins with
+        seed = config.seed + len(results)  # a resumed sweep does not draw what it drew before
+        goal: Literal["minimize", "maximize"] = "minimize" if config.mode == "min" else "maximize"
+        sampler: optuna.samplers.BaseSampler
+        if config.searcher == "tpe":
+            self._directions: list[Literal["minimize", "maximize"]] = [goal]
+            sampler = optuna.samplers.TPESampler(n_startup_trials=startup, seed=seed, constant_liar=True)
+        else:
+            assert config.searcher == "nsga2"
+            self._directions = [goal, "minimize"]
+            sampler = optuna.samplers.NSGAIISampler(population_size=startup, seed=seed)
+        self._study = optuna.create_study(directions=self._directions, sampler=sampler)
+        for result in results:
+            if result.trial.kind in CANDIDATES:
+                self.adopt(result.trial)
+                if result.ended:
+                    self.tell(result)
+
+    def adopt(self, trial: Trial) -> None:
+        """Count as under way what is begun without having been proposed here."""
+        self._seen.add(self._space.key(trial.values))
+        self._study.enqueue_trial({p: _told(self._space.config.space[p], v) for p, v in self._told_of(trial)})
+        asked = self._study.ask()
+        if self._space.key(self._suggest(asked)) == self._space.key(trial.values):
+            self._asked[trial.number] = asked  # else it is from before the space was changed by force
+
+    def propose(self, number: int) -> Trial | None:
+        """The next trial, under this number; None if the searcher, asked often, has nothing new within the budgets."""
+        for _ in range(_ASKS_A_PROPOSAL):
+            asked = self._study.ask()
+            values = self._suggest(asked)
+            candidate = None if self._space.key(values) in self._seen else self._within(values)
+            if candidate is None:
+                # It stays under way for Optuna, which takes such for bad ones. Pruned ones would be too, but count
+                # among those of which TPE calls a tenth good: under a tight budget soon all that were ever within.
+                continue
+            self._seen.add(self._space.key(values))
+            self._asked[number] = asked
+            return Trial(number=number, values=candidate.values, seed=self._space.base.train.seed, kind="searched")
+        return None
+
+    def tell(self, result: Result) -> None:
+        """What came of a candidate: its value, at which tokens it was stopped, or that it failed."""
+        from optuna.trial import TrialState
+
+        asked = self._asked.pop(result.trial.number, None)
+        if asked is None:
+            return
+        value = result.value
+        if value is None or not math.isfinite(value) or not result.ended or result.status == "failed":
+            self._study.tell(asked, state=TrialState.FAIL)
+        elif result.status == "stopped":
+            if len(self._directions) == 1:
+                asked.report(value, result.tokens)
+            self._study.tell(asked, state=TrialState.PRUNED)
+        else:
+            job = self._space.at(result.trial.values).job
+            self._study.tell(asked, [value, self._cost(job)][: len(self._directions)])
+
+    def _cost(self, job: Job) -> float:
+        return QUANTITIES[cost_axis(self._space)].of(job)
+
+    def _within(self, values: Values) -> Candidate | None:
+        try:
+            candidate = self._space.at(values)
+        except ConfigError:
+            return None
+        return None if violations(candidate.job, self._space.budgets) else candidate
+
+    def _suggest(self, asked: optuna.trial.Trial) -> Values:
+        space = self._space.config.space
+        return self._space.chosen(lambda path: _value(space[path], _suggested(asked, path, space[path])))
+
+    def _told_of(self, trial: Trial) -> list[tuple[str, Any]]:
+        return [(path, trial.values[path]) for path in self._space.config.space if path in trial.values]
+
+
+def distribution(variation: Variation) -> optuna.distributions.BaseDistribution:
+    """Of Optuna; a choice is by its JSON, since Optuna takes no mappings."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if variation.choice is not None:
+        return CategoricalDistribution([_text(value) for value in variation.choice])
+    if variation.integer is not None:
+        low, high = variation.integer
+        return IntDistribution(low, high - (high - low) % variation.step, step=variation.step)
+    if variation.uniform is not None:
+        return FloatDistribution(*variation.uniform)
+    assert variation.log is not None
+    return FloatDistribution(*variation.log, log=True)
+
+
+def _suggested(asked: optuna.trial.Trial, path: str, variation: Variation) -> Any:
+    if variation.choice is not None:
+        return asked.suggest_categorical(path, [_text(value) for value in variation.choice])
+    if variation.integer is not None:
+        low, high = variation.integer
+        return asked.suggest_int(path, low, high - (high - low) % variation.step, step=variation.step)
+    if variation.uniform is not None:
+        return asked.suggest_float(path, *variation.uniform)
+    assert variation.log is not None
+    return asked.suggest_float(path, *variation.log, log=True)
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _told(variation: Variation, value: Any) -> Any:
+    return value if variation.choice is None else _text(value)
+
+
+def _value(variation: Variation, told: Any) -> Any:
+    return told if variation.choice is None else next(v for v in variation.choice if _text(v) == told)
+
+
+def importances(space: Space, results: Iterable[Result]) -> dict[str, float]:
+    """Share of the metric's variance over the space that each path explains by itself, by fANOVA, the largest first.
+
+    Paths that only some candidates have are left out.
+
+    Args:
+        results: those that ended; empty if they are too few, or all alike.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    ended = [r for r in results if r.trial.kind in CANDIDATES and r.status == "finished" and r.value is not None]
+    if len(ended) < FEWEST_FOR_IMPORTANCE or len({result.value for result in ended}) == 1:
+        return {}
+    variations = space.config.space
+    study = optuna.create_study()
+    for result in ended:
+        paths = [path for path in variations if path in result.trial.values]
+        study.add_trial(
+            optuna.trial.create_trial(
+                params={path: _told(variations[path], result.trial.values[path]) for path in paths},
+                distributions={path: distribution(variations[path]) for path in paths},
+                value=result.value,
+            )
+        )
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
