@@ -36,6 +36,7 @@ def on_ranks(world_size: int, function: Callable[..., R], *args: Any) -> list[R]
     with tempfile.TemporaryDirectory(prefix="tidegate-") as folder:
         call = _Call(world_size, collectives.free_port(), Path(folder), function, args)
         spawn(_run_rank, (call,), nprocs=world_size)
+        # Any Python value, so unpickled: from a folder that only this user may enter, written by the processes above.
         return [torch.load(call.result(rank), weights_only=False) for rank in range(world_size)]
 
 

@@ -15,7 +15,7 @@ from ray._private import ray_constants
 from tidegate.launch import ray_train
 
 _STARTED = """
-import json, os, subprocess, sys, urllib.error, urllib.request
+import json, os, pathlib, subprocess, sys, urllib.error, urllib.request
 import psutil, ray
 from tidegate.config import load
 from tidegate.launch.doctor import _jobs_api
@@ -46,7 +46,11 @@ def ask_gcs(token):
     command = [sys.executable, "-c", sys.argv[2], info["gcs_address"]]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"RAY_AUTH_TOKEN": token}).stdout
 
+def holds_token(path):
+    return path.is_file() and os.environ["RAY_AUTH_TOKEN"].encode() in path.read_bytes()
+
 json.dump({
+    "written": [str(path) for path in pathlib.Path(info["session_dir"]).rglob("*") if holds_token(path)],
     "listening": listening,
     "gcs": info["gcs_address"],
     "stranger": answers({}),
@@ -84,6 +88,7 @@ def test_only_this_machine_reaches_a_local_ray_and_only_with_its_token(
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.rglob("auth_token")), "a token in the home folder is every Ray's"
     found = json.loads((tmp_path / "found.json").read_text())
+    assert found["written"] == []
     assert found["token"] not in done.stdout + done.stderr
     names = {name for name, _ in found["listening"]}
     assert {"gcs_server", "raylet"} <= names
