@@ -203,6 +203,8 @@ class SafetensorsFolder(Weights):
         self._specs = {}
         for name, file in self._file_of.items():
             part = self._open(file).get_slice(name)
+            if part.get_dtype() not in _DTYPES:
+                raise ConfigError(f"{folder / file}: {name} is of dtype {part.get_dtype()}, which no model here has")
             self._specs[name] = Spec(tuple(part.get_shape()), _DTYPES[part.get_dtype()])
 
     @property
@@ -220,7 +222,9 @@ class SafetensorsFolder(Weights):
             if not (self.folder / _SINGLE).exists():
                 raise ConfigError(f"{self.folder}: has neither {_SINGLE} nor {_INDEX}")
             return dict.fromkeys(self._open(_SINGLE).keys(), _SINGLE)
-        files: dict[str, str] = read_json(index).get("weight_map", {})
+        files = read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+            raise ConfigError(f"{index}: weight_map is no mapping of tensors to files")
         for name, file in files.items():
             if not stays_inside(file):
                 raise ConfigError(f"{index}: names {file!r}, which is not a file of the folder")
@@ -262,7 +266,10 @@ def open_export(folder: Path) -> tuple[ModelConfig, Weights]:
         raise ConfigError(f"{folder}: there is no such folder")
     manifest = read_manifest(folder)
     if manifest is not None and manifest.format == "tidegate":
-        model = ModelConfig.model_validate(manifest.model)
+        try:
+            model = ModelConfig.model_validate(manifest.model)
+        except ValidationError as error:
+            raise ConfigError(f"{folder / MANIFEST}: model: {' '.join(str(error).split())}") from error
         return model, _under_our_names(folder, model, "tidegate")
     if not (folder / _CONFIG).exists():
         raise ConfigError(f"{folder}: has neither {MANIFEST} nor {_CONFIG}: not an export, nor a model of transformers")
@@ -322,7 +329,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: is not a JSON object")

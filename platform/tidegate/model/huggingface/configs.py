@@ -119,6 +119,13 @@ def model_of(config: Mapping[str, Any], where: str) -> tuple[Architecture, Model
     Raises:
         ConfigError: it is of another architecture, or uses something that a decoder here does not have.
     """
+    try:
+        return _model_of(config, where)
+    except (TypeError, AttributeError, ZeroDivisionError, OverflowError) as error:
+        raise ConfigError(f"{where}: a field has a value of a kind that no model has ({error})") from error
+
+
+def _model_of(config: Mapping[str, Any], where: str) -> tuple[Architecture, ModelConfig]:
     known = dict.fromkeys(architecture.model_type for architecture in ARCHITECTURES)
     read = _Fields(config, where)
     model_type = read("model_type")
