@@ -24,16 +24,17 @@ def run_local(
     dataset: Path,
     checkpoints: str,
     logger: MetricLogger,
-    show: Callable[[Record], None],
+    show: Callable[[Record], bool],
     notice: Callable[[str], None],
 ) -> Ended:
-    """Train here; continues from the newest of the run's checkpoints."""
+    """Train here until the end, a signal, or `show` says so; continues from the newest of the run's checkpoints."""
     made = collectives.start(alone=True)
     assert made
     stop = _StopOnSignal()
 
     def record(record: Record) -> None:
-        show(record)
+        if show(record):
+            stop.request()
         logger.log(record.metrics, step=record.step, tokens=record.tokens)
 
     tracker = Tracker(logger.unsent, logger.adopt)
@@ -55,6 +56,9 @@ class _StopOnSignal:
 
     def requested(self) -> bool:
         return self._requested
+
+    def request(self) -> None:
+        self._requested = True
 
     def __enter__(self) -> None:
         # In a thread, as in a trial of a sweep, signals are somebody else's.

@@ -100,7 +100,7 @@ def run_on_ray(
     dataset: Path,
     tracking: RunHandle,
     spool: Path,
-    show: Callable[[Record], None],
+    show: Callable[[Record], bool],
     notice: Callable[[str], None],
 ) -> Ended:
     """Train on Ray Train workers; continues from the newest of the run's `checkpoints`.
@@ -260,8 +260,8 @@ class _Board:
 
 
 @contextlib.contextmanager
-def _watch(board: Any, show: Callable[[Record], None], notice: Callable[[str], None]) -> Iterator[None]:
-    """Show records and notices as they come; SIGTERM asks the run to stop after its step."""
+def _watch(board: Any, show: Callable[[Record], bool], notice: Callable[[str], None]) -> Iterator[None]:
+    """Show records and notices as they come; SIGTERM, or what shows them, asks the run to stop after its step."""
     done = threading.Event()
 
     def drain() -> None:
@@ -269,7 +269,10 @@ def _watch(board: Any, show: Callable[[Record], None], notice: Callable[[str], N
             finished = done.wait(0.5)
             with contextlib.suppress(ray.exceptions.RayActorError):
                 for record in ray.get(board.drain.remote()):
-                    notice(record) if isinstance(record, str) else show(record)
+                    if isinstance(record, str):
+                        notice(record)
+                    elif show(record):
+                        board.request_stop.remote()
             if finished:
                 return
 

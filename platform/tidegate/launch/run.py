@@ -58,8 +58,8 @@ class Request(NamedTuple):
     """More tags for MLflow."""
     opened: Callable[[str], None] = lambda name: None
     """Is told the run's name when it exists."""
-    watch: Callable[[Record], None] = lambda record: None
-    """Sees every record as it comes, beside the terminal."""
+    watch: Callable[[Record], bool] = lambda record: False
+    """Sees every record as it comes, beside the terminal; true asks the run to end after a step."""
 
 
 class Ran(NamedTuple):
@@ -255,9 +255,9 @@ def _train(
     tracking: RunHandle,
     reporter: Reporter,
 ) -> Ended:
-    def show(record: Record) -> None:
+    def show(record: Record) -> bool:
         reporter.record(record)
-        request.watch(record)
+        return request.watch(record)
 
     if not request.local:
         from tidegate.launch.ray_train import run_on_ray

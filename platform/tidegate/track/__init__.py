@@ -18,6 +18,7 @@ from tidegate.track.store import (
     recorded_uri,
     resolve_tracking_uri,
     run_url,
+    tag_run,
 )
 from tidegate.track.ui import check_tracking, serve_ui
 
@@ -38,4 +39,5 @@ __all__ = [
     "resolve_tracking_uri",
     "run_url",
     "serve_ui",
+    "tag_run",
 ]

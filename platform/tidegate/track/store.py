@@ -169,6 +169,11 @@ def finish_run(handle: RunHandle, status: RunStatus) -> bool:
     return _best_effort(handle, "its status", lambda client: client.set_terminated(handle.run_id, status))
 
 
+def tag_run(handle: RunHandle, key: str, value: str) -> bool:
+    """Set a tag; False, with a warning logged, when the store does not answer."""
+    return _best_effort(handle, f"its tag {key}", lambda client: client.set_tag(handle.run_id, key, value))
+
+
 def log_file(handle: RunHandle, path: Path, folder: str | None = None) -> bool:
     """Store a file as an artifact under `folder`; False, with a warning logged, when that fails."""
     return _best_effort(handle, str(path), lambda client: client.log_artifact(handle.run_id, str(path), folder))
@@ -194,7 +199,7 @@ def run_url(handle: RunHandle) -> str:
     return f"mlflow ui --backend-store-uri {shlex.quote(redact(handle.uri))}  (then open {page})"
 
 
-def _best_effort(handle: RunHandle, what: str, act: Callable[[MlflowClient], None]) -> bool:
+def _best_effort(handle: RunHandle, what: str, act: Callable[[MlflowClient], object]) -> bool:
     try:
         act(connect(handle.uri))
     except Exception as error:  # see the module docstring: a finished training stays finished

@@ -63,6 +63,8 @@ class SearchConfig(Config):
     """`nsga2` looks for the front of the metric and the first budget's quantity, `tpe` for the best metric."""
     random_share: float = Field(default=0.25, gt=0, lt=1)
     """Of the trials with any other searcher: drawn at random, the baseline that it has to beat."""
+    scheduler: Literal["none", "asha", "median"] = "none"
+    """Ends candidates early that are behind others on as many tokens: at rungs, or below the median."""
     max_tokens: int | None = Field(default=None, ge=1)
     """That a sweep may train on in all: no trial begins that would lead beyond it."""
     max_minutes: float | None = Field(default=None, gt=0)

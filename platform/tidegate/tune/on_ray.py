@@ -16,9 +16,11 @@ from ray.tune.search import Searcher as RaySearcher
 from tidegate.launch.run import Request, run
 from tidegate.launch.state import StateDir
 from tidegate.redact import redact
+from tidegate.track import tag_run
 from tidegate.train.job import Job
 from tidegate.train.telemetry import Record
 from tidegate.tune.queue import Queue
+from tidegate.tune.schedulers import build_scheduler
 from tidegate.tune.space import overrides_of
 from tidegate.tune.trials import Result, SweepFolder
 
@@ -36,21 +38,31 @@ class Task(NamedTuple):
     parent: str
     """The sweep's run in MLflow."""
     metric: str
+    tokens: int
+    """Of a whole trial."""
     alone: bool
     """Train in the trial's process."""
+    judged: bool
+    """By a scheduler."""
 
 
 def run_trials(queue: Queue, task: Task, job: Job, concurrent: int) -> None:
-    """Run what the queue gives out, so many at a time, until it gives out no more."""
+    """Run what the queue gives out, so many at a time, until it gives out no more; a scheduler may end some early."""
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its tables show neither metrics nor runs
     if not queue.most:
         return
     resources = job.resources
     # What Ray Train asks for by itself is not asked for twice.
     needs = {"CPU": float(resources.cpus_per_worker), "GPU": float(resources.gpu)} if task.alone else {"CPU": 0.0}
+    folder = SweepFolder(task.folder.parent, task.folder.name)
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(_trial, task=task), needs),
-        tune_config=tune.TuneConfig(search_alg=_Feed(queue), num_samples=queue.most, max_concurrent_trials=concurrent),
+        tune_config=tune.TuneConfig(
+            search_alg=_Feed(queue),
+            scheduler=build_scheduler(job, folder) if task.judged else None,
+            num_samples=queue.most,
+            max_concurrent_trials=concurrent,
+        ),
         run_config=tune.RunConfig(
             name=f"{task.folder.name}-{time.time_ns()}",
             storage_path=str(task.folder / "ray"),
@@ -112,9 +124,15 @@ def _trial(config: dict[str, int], task: Task) -> None:
         latest.update(known)
         folder.put(Result(**latest))
 
-    def watch(record: Record) -> None:
-        if task.metric in record.metrics:
-            put(value=record.metrics[task.metric], tokens=record.tokens, seconds=time.monotonic() - begun)
+    def watch(record: Record) -> bool:
+        if latest["status"] == "running" and task.metric in record.metrics:
+            value = record.metrics[task.metric]
+            put(value=value, tokens=record.tokens, seconds=time.monotonic() - begun)
+            if task.judged and record.tokens < task.tokens:
+                tune.report({task.metric: value, "tokens": record.tokens})  # waits for the scheduler
+                known = folder.result(trial.number)
+                latest.update(status=known.status, stopped_by=known.stopped_by)
+        return bool(latest["status"] == "stopped")
 
     overrides = [*task.overrides, *overrides_of(trial.values), f"train.seed={trial.seed}"]
     began = bool(before) and (task.state / "runs" / before / "run.json").exists()
@@ -138,5 +156,8 @@ def _trial(config: dict[str, int], task: Task) -> None:
     except Exception as error:  # one trial never ends the sweep
         put(status="failed", error=redact(" ".join(str(error).split()))[:500])
         return
+    if latest["status"] == "stopped" and not ran.outcome.finished:
+        tag_run(ran.tracking, "tidegate.stopped_by", latest["stopped_by"])
+        return
     problem = "" if latest.get("value") is not None else f"it never reported {task.metric}"
-    put(status="finished" if ran.outcome.finished and not problem else "failed", error=problem)
+    put(status="finished" if ran.outcome.finished and not problem else "failed", error=problem, stopped_by="")

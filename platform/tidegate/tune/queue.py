@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 
-from tidegate.config import ConfigError
 from tidegate.train.job import Job
 from tidegate.train.search import SearchConfig
 from tidegate.tune.searchers import Searcher
@@ -25,9 +24,6 @@ class Limits:
         job: of which each trial is a variation; all train on as many tokens.
         concurrent: trials at a time.
         clock: in seconds.
-
-    Raises:
-        ConfigError: not even one candidate may begin.
     """
 
     def __init__(self, job: Job, concurrent: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -35,12 +31,6 @@ class Limits:
         self._config: SearchConfig = job.search
         self._tokens, self._concurrent, self._clock = job.train.tokens, concurrent, clock
         self._begun = clock()
-        least = self._tokens * (1 + self._config.most_reruns)
-        if self._config.max_tokens is not None and self._config.max_tokens < least:
-            raise ConfigError(
-                f"search.max_tokens={self._config.max_tokens} is less than the {least} of one candidate "
-                f"(train.tokens={self._tokens}) and {self._config.most_reruns} reruns of finalists with other seeds"
-            )
 
     def reached(self, results: Sequence[Result], reruns: int) -> str:
         """Which limit forbids one more trial and so many reruns after it; empty if none does.

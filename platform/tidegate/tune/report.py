@@ -109,6 +109,11 @@ def _conclusions(
             f"{found.difference:+.4f} +- {found.error:.4f} over {found.seeds} paired seeds"
         )
     failed = [result for result in results if result.status == "failed"]
+    lines += [
+        f"trial {r.trial.number} was stopped by {r.stopped_by} after {r.tokens} tokens, at {r.value:.4f}"
+        for r in results
+        if r.status == "stopped"
+    ]
     lines += [f"trial {r.trial.number} has not ended" for r in results if not r.ended]
     lines += [f"trial {result.trial.number} failed: {result.error}" for result in failed]
     return lines

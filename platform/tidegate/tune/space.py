@@ -67,6 +67,23 @@ class Space:
             raise ConfigError(
                 f"{job_file}: search.metric={self.config.metric} is never reported; the job has {', '.join(measured)}"
             )
+        least = self.base.train.tokens * (1 + self.config.most_reruns)
+        if self.config.max_tokens is not None and self.config.max_tokens < least:
+            raise ConfigError(
+                f"{job_file}: search.max_tokens={self.config.max_tokens} is less than the {least} of one candidate "
+                f"(train.tokens={self.base.train.tokens}) and {self.config.most_reruns} reruns with other seeds"
+            )
+        if self.config.scheduler != "none":
+            train, metric = self.base.train, self.config.metric
+            if not metric.startswith("val/"):
+                raise ConfigError(
+                    f"{job_file}: search.metric={metric} is not of evaluations, as search.scheduler needs"
+                )
+            if train.eval_every * train.batch_tokens >= train.tokens:
+                raise ConfigError(
+                    f"{job_file}: search.scheduler={self.config.scheduler} judges by evaluations, and "
+                    f"train.eval_every={train.eval_every} makes none before the end, at train.tokens={train.tokens}"
+                )
         exact = [budget for budget in self.budgets if budget.exact]
         if self.config.solve is None and exact:
             raise ConfigError(f"{job_file}: the budget {exact[0]} needs search.solve.path, which is chosen to meet it")

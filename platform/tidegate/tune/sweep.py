@@ -29,7 +29,7 @@ from tidegate.tune.searchers import Searcher
 from tidegate.tune.space import Candidate, Space, draw
 from tidegate.tune.trials import SweepFolder, SweepRecord, Trial
 
-__all__ = ["SweepRequest", "drawn_trials", "show_candidates", "show_front", "sweep"]
+__all__ = ["SweepRequest", "drawn_trials", "finalists", "show_candidates", "show_front", "sweep"]
 
 
 class SweepRequest(NamedTuple):
@@ -80,15 +80,16 @@ def sweep(request: SweepRequest) -> SweepFolder:
     )
     console.print(f"sweep {folder.name}: {config.trials} candidates, {concurrent} at a time; {run_url(parent)}")
     where = Path(record.job_file), record.overrides, folder.folder, request.state.root
-    task = Task(*where, parent.run_id, config.metric, alone=base.resources.workers == 1)
+    alone, judged = base.resources.workers == 1, config.scheduler != "none"
+    task = Task(*where, parent.run_id, config.metric, base.train.tokens, alone, judged)
     finished = False
     try:
         searcher = Searcher(space, folder.results(), record.trials) if config.searcher != "random" else None
         searched = config.trials - config.random_trials
         candidates = Queue(folder, record.trials, limits, config.most_reruns, searcher, searched)
         run_trials(candidates, task, base, concurrent)
-        again = Queue(folder, _finalists(space, folder), limits)
-        run_trials(again, task, base, concurrent)
+        again = Queue(folder, finalists(space, folder), limits)
+        run_trials(again, task._replace(judged=False), base, concurrent)
         report(folder, space, console, list(_cut_short(candidates, again)))
         for name in ("report.md", "front.png"):
             log_file(parent, folder.folder / name)
@@ -172,7 +173,7 @@ def _connect(request: SweepRequest, job: Job) -> int:
     return fits
 
 
-def _finalists(space: Space, folder: SweepFolder) -> list[Trial]:
+def finalists(space: Space, folder: SweepFolder) -> list[Trial]:
     """The best candidates, the job as it stands and the best random trial, again, each with the same other seeds."""
     config, first, results = space.config, space.base.train.seed, folder.results()
     ranked = ranked_results(results, config.mode == "min", seed=first)
@@ -181,7 +182,8 @@ def _finalists(space: Space, folder: SweepFolder) -> list[Trial]:
         raise ConfigError(f"{folder.name}: no trial came to its end; {'; '.join(failed[:3])}")
     chosen = ranked[: config.finalists]
     for kind in ("base", *(["random"] if config.searcher != "random" else [])):
-        chosen += [result for result in ranked if result.trial.kind == kind and result not in chosen][:1]
+        best = [result for result in ranked if result.trial.kind == kind][:1]
+        chosen += [result for result in best if result not in chosen]
     record = folder.read()
     number = 1 + max(t.number for t in (*record.trials, *(result.trial for result in results)))
     known = {(space.key(t.values), t.seed): t for t in (r.trial for r in results if r.trial.kind == "seed")}

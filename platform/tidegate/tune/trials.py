@@ -48,6 +48,8 @@ class Result(Config):
     seconds: float = 0.0
     """Of training and evaluating, without what it took to start."""
     error: str = ""
+    stopped_by: str = ""
+    """Which scheduler."""
 
     @property
     def ended(self) -> bool:

@@ -140,6 +140,12 @@ def test_a_space_that_has_too_little_is_refused(
         ({"space": WIDTHS, "budgets": ["total_params==60k"]}, "needs search.solve.path"),
         ({"space": WIDTHS, "solve": {"path": "model.ffn.expert_dim"}}, "has no == budget to meet"),
         ({"space": WIDTHS, "metric": "val/wisdom/loss"}, "is never reported; the job has val/loss, val/letters/loss"),
+        (
+            {"space": WIDTHS, "scheduler": "asha"},
+            "train.eval_every=100 makes none before the end, at train.tokens=6144",
+        ),
+        ({"space": WIDTHS, "scheduler": "asha", "metric": "train/loss"}, "metric=train/loss is not of evaluations"),
+        ({"space": WIDTHS, "max_tokens": 43007}, "is less than the 43008 of one candidate .* and 6 reruns"),
         ({"space": {"balance.loss_weight": {"log": [0, 1]}}}, r"log=\[0.0, 1.0\] is no range of positive numbers"),
         ({"space": {"balance.loss_weight": {}}}, "give one of choice, integer, uniform and log"),
         ({"space": {"model.ffn.top_k": {"choice": [1], "when": {"a.b": [1]}}}}, "when: a.b is not in the space"),

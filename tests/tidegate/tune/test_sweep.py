@@ -24,9 +24,10 @@ from tidegate.train.job import Job
 SEARCH: dict[str, Any] = {
     "space": {"model.ffn.top_k": {"choice": [2, 3, 4]}, "balance.loss_weight": {"log": [0.001, 0.1]}},
     "budgets": ["active_params<=160%"],
-    "trials": 2,
+    "trials": 3,
     "finalists": 1,
     "seeds": 2,
+    "max_tokens": 5 * 2560,  # without the third candidate
 }
 
 
@@ -74,10 +75,10 @@ def test_a_sweep_that_was_killed_goes_on_and_loses_no_finished_trial(
         kill_all(process, mark)
     before = results(tmp_path)
 
-    other = tiny_job(search=SEARCH, train={**train, "tokens": 5120})
+    other = tiny_job(search=SEARCH, train={**train, "tokens": 3072})
     refused = subprocess.run(tidegate(tmp_path, "tune", "--resume", "tiny-1"), capture_output=True, text=True)
     assert refused.returncode == 2
-    assert "is not the one that this sweep compares (train.tokens=5120)" in refused.stderr
+    assert "is not the one that this sweep compares (train.tokens=3072)" in refused.stderr
     assert other == tiny_job(search=SEARCH, train=train)
 
     done = subprocess.run(tidegate(tmp_path, "tune", "--resume", "tiny-1"), capture_output=True, text=True, timeout=400)
@@ -93,6 +94,7 @@ def test_a_sweep_that_was_killed_goes_on_and_loses_no_finished_trial(
     assert {result["status"] for result in after.values()} == {"finished"}
 
     folder = tmp_path / "state" / "sweeps" / "tiny-1"
+    assert "1 candidates were not begun: search.max_tokens=12800 is reached" in (folder / "report.md").read_text()
     assert "over 2 paired seeds" in (folder / "report.md").read_text()
     assert (folder / "front.png").stat().st_size > 5000
     best = min((r for r in after.values() if r["trial"]["seed"] == 0 and r["value"]), key=lambda r: r["value"])
@@ -110,3 +112,46 @@ def test_a_sweep_that_was_killed_goes_on_and_loses_no_finished_trial(
     again = subprocess.run(tidegate(tmp_path, "front", "tiny-1"), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert "val/loss" in again.stdout
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_sweep_goes_on_when_a_trial_fails_and_its_scheduler_stops_those_behind(
+    tmp_path: Path, tiny_job: Callable[..., Path]
+) -> None:
+    """Half of the six candidates diverge; of the others some are behind at a rung, whatever their order."""
+    search = {
+        "space": {"optimizer.schedule.peak": {"choice": [3e-3, 1e30]}, "model.ffn.top_k": {"choice": [2, 3, 4]}},
+        "trials": 6,
+        "searcher": "tpe",
+        "random_share": 0.5,
+        "scheduler": "asha",
+        "finalists": 1,
+        "seeds": 1,
+    }
+    job = tiny_job(search=search, train={"tokens": 5120, "eval_every": 1})
+    done = subprocess.run(tidegate(tmp_path, "tune", str(job)), capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = results(tmp_path)
+    assert len(found) == 7
+    assert found[0]["status"] == "finished", "the job as it stands is never stopped"
+    for number in range(1, 7):
+        fails = found[number]["trial"]["values"]["optimizer.schedule.peak"] == 1e30
+        assert found[number]["status"] in (("failed", "stopped") if fails else ("finished", "stopped"))
+    failed = [result for result in found.values() if result["status"] == "failed"]
+    stopped = [result for result in found.values() if result["status"] == "stopped"]
+    assert failed
+    assert stopped
+    report = (tmp_path / "state" / "sweeps" / "tiny-1" / "report.md").read_text()
+    for result in failed:
+        assert f"trial {result['trial']['number']} failed: {result['error'][:40]}" in report
+    with closing(sqlite3.connect(tmp_path / "state" / "mlflow" / "mlflow.db")) as database:
+        statuses = dict(database.execute("select run_uuid, status from runs").fetchall())
+        tagged = dict(database.execute("select run_uuid, value from tags where key = 'tidegate.stopped_by'").fetchall())
+    for result in stopped:
+        assert result["stopped_by"] == "asha"
+        assert 512 <= result["tokens"] < 5120
+        assert f"trial {result['trial']['number']} was stopped by asha after {result['tokens']} tokens" in report
+        run = json.loads((tmp_path / "state" / "runs" / result["run"] / "run.json").read_text())["run_id"]
+        assert (statuses[run], tagged[run]) == ("KILLED", "asha")
+    assert len(tagged) == len(stopped)
