@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -14,6 +15,8 @@ from rich.table import Table
 from tidegate.config import ConfigError
 from tidegate.tune.budget import QUANTITIES, shown
 from tidegate.tune.front import pareto, verdict
+from tidegate.tune.pictures import Point, draw_page, draw_picture
+from tidegate.tune.searchers import cost_axis, importances
 from tidegate.tune.space import Space
 from tidegate.tune.trials import Result, SweepFolder
 
@@ -46,11 +49,11 @@ def report(folder: SweepFolder, space: Space, console: Console, notes: Sequence[
     for result in results:
         if result.status == "finished" and result.value is not None:
             by_seed.setdefault(_key(result), {})[result.trial.seed] = result.value
-    axis = space.budgets[0].quantity if space.budgets else "active_params"
+    axis = cost_axis(space)
     jobs = [space.at(result.trial.values).job if result.trial.values else space.base for result in ranked]
     costs = [QUANTITIES[axis].of(job) for job in jobs]
-    points = [(cost, (r.value or 0.0) * (1 if smaller else -1)) for cost, r in zip(costs, ranked, strict=True)]
-    front = set(pareto(points))
+    weighed = [(cost, (r.value or 0.0) * (1 if smaller else -1)) for cost, r in zip(costs, ranked, strict=True)]
+    front = set(pareto(weighed))
     table = Table("", "trial", config.metric, "seeds", axis, "run", *map(field_of, config.space))
     for place, (result, cost) in enumerate(zip(ranked, costs, strict=True)):
         values = by_seed[_key(result)]
@@ -65,14 +68,34 @@ def report(folder: SweepFolder, space: Space, console: Console, notes: Sequence[
             *row, shown(axis, cost), result.run, *(short(result.trial.values.get(p, "")) for p in config.space)
         )
     console.print(table)
-    lines = [*_conclusions(ranked, by_seed, results, smaller, config.searcher != "random"), *notes]
+    searched = config.searcher != "random"
+    lines = [*_conclusions(ranked, by_seed, results, smaller, searched), *_importance(space, results), *notes]
     for line in lines:
         console.print(line, soft_wrap=True)
     best = folder.folder / "best.yaml"
     job_file = folder.read().job_file
     best.write_text(yaml.safe_dump({"extends": job_file, **_nested(ranked[0].trial.values)}, sort_keys=False))
     console.print(f"the best as a job: {best}", soft_wrap=True)
-    _plot(folder.folder / "front.png", axis, config.metric, costs, ranked, by_seed, front)
+    points = [
+        Point(
+            trial=result.trial.number,
+            run=result.run,
+            kind=result.trial.kind,
+            cost=cost,
+            mean=statistics.fmean(values),
+            spread=(max(values) - min(values)) / 2,
+            seeds=len(values),
+            on_front=place in front,
+            values=result.trial.values,
+        )
+        for place, (cost, result) in enumerate(zip(costs, ranked, strict=True))
+        for values in [list(by_seed[_key(result)].values())]
+    ]
+    drawn = [result.value for result in ranked if result.trial.kind == "random"]
+    draw_picture(folder.folder / "front.png", points, axis, config.metric)
+    page = folder.folder / "front.html"
+    draw_page(page, points, axis, config.metric, drawn[0] if drawn and searched else None)
+    console.print(f"the front as a page: {page}", soft_wrap=True)
     text = Console(file=(folder.folder / "report.md").open("w", encoding="utf-8"), width=160)
     text.print(table)
     for line in lines:
@@ -119,31 +142,12 @@ def _conclusions(
     return lines
 
 
-def _plot(
-    path: Path,
-    axis: str,
-    metric: str,
-    costs: Sequence[float],
-    ranked: Sequence[Result],
-    by_seed: Mapping[str, Mapping[int, float]],
-    front: set[int],
-) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for place, (cost, result) in enumerate(zip(costs, ranked, strict=True)):
-        values = list(by_seed[_key(result)].values())
-        mean, spread = sum(values) / len(values), (max(values) - min(values)) / 2
-        colour = "tab:blue" if place in front else "lightgrey"
-        marker = "s" if result.trial.kind == "base" else "o"
-        axes.errorbar(cost, mean, yerr=spread or None, color=colour, marker=marker, capsize=3)
-    axes.set(xlabel=axis, ylabel=metric, title="on the front: blue; the job as it stands: square")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def _importance(space: Space, results: Sequence[Result]) -> list[str]:
+    found = importances(space, results)
+    if not found:
+        return []
+    shares = ", ".join(f"{path} {share:.2f}" for path, share in found.items())
+    return [f"importance for {space.config.metric} (fANOVA, of paths that all candidates have): {shares}"]
 
 
 def console_of_width() -> Console:
@@ -168,7 +172,7 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
         place = nested
         for section in sections:
             place = place.setdefault(section, {})
-        place[field] = value
+        place[field] = copy.deepcopy(value)  # a later path may lead into it
     return nested
 
 

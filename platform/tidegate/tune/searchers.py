@@ -167,7 +167,7 @@ def _value(variation: Variation, told: Any) -> Any:
 
 
 def importances(space: Space, results: Iterable[Result]) -> dict[str, float]:
-    """Share of the metric's variance over the space that each path explains by itself, by fANOVA, the largest first.
+    """The metric's variance over the space that each path explains by itself, by fANOVA, in shares, the largest first.
 
     Paths that only some candidates have are left out.
 

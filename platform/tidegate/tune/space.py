@@ -111,13 +111,13 @@ class Space:
         return self.chosen(lambda path: drawn[path])
 
     def chosen(self, choose: Callable[[str], Any]) -> Values:
-        """Values of the paths whose conditions hold, and of those only."""
+        """Values of the paths whose conditions hold, each after those that its condition names."""
         values: Values = {}
         for path in self.order:
             conditions = self.config.space[path].when.items()
             if all(other in values and values[other] in allowed for other, allowed in conditions):
                 values[path] = choose(path)
-        return {path: values[path] for path in self.config.space if path in values}
+        return values
 
     def key(self, values: Values) -> str:
         """The same for the same candidate, whatever is solved for."""

@@ -91,7 +91,7 @@ def sweep(request: SweepRequest) -> SweepFolder:
         again = Queue(folder, finalists(space, folder), limits)
         run_trials(again, task._replace(judged=False), base, concurrent)
         report(folder, space, console, list(_cut_short(candidates, again)))
-        for name in ("report.md", "front.png"):
+        for name in ("report.md", "front.png", "front.html"):
             log_file(parent, folder.folder / name)
         finished = True
     finally:

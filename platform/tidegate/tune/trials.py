@@ -3,7 +3,7 @@
 <state>/sweeps/<name>/
   sweep.json            the job as it stood, its file, and the candidates that were drawn
   trials/0007.json      one trial, written before it begins: its run, how it ended, its metric
-  report.md, front.png  of the whole
+  report.md, front.png, front.html, best.yaml   of the whole
 """
 
 from __future__ import annotations

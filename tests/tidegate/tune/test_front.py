@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
+import re
+from pathlib import Path
 
 import pytest
 
 from tidegate.tune.front import pareto, verdict
+from tidegate.tune.pictures import Point, draw_page
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -36,3 +40,39 @@ def test_what_chance_would_make_is_no_difference() -> None:
     assert not verdict({0: 3.0, 1: 3.2, 2: 2.9}, {0: 3.1, 1: 3.1, 2: 3.1}).better
     alone = verdict({0: 3.0, 7: 1.0}, {0: 9.0, 8: 1.0})
     assert (alone.seeds, alone.better) == (1, False), "one seed shows nothing"
+
+
+def test_the_page_shows_every_point_with_its_values_and_needs_no_network(tmp_path: Path) -> None:
+    def point(trial: int, kind: str, cost: float, mean: float, on_front: bool) -> Point:
+        return Point(trial, f"tiny-{trial}", kind, cost, mean, 0.125, 3, on_front, {"model.ffn.top_k": trial + 1})
+
+    points = [
+        point(0, "base", 9.0, 3.0, False),
+        point(1, "random", 4.0, 2.5, True),
+        point(2, "searched", 8.0, 2.0, True),
+        point(3, "searched", 8.0, 2.25, False)._replace(values={"data.paths": "<img src=x>"}),
+    ]
+    draw_page(tmp_path / "front.html", points, "active_params", "val/loss", baseline=2.5)
+    text = (tmp_path / "front.html").read_text(encoding="utf-8")
+    assert not re.search(r"<(script|link)[^>]+(src|href)=", text)
+    call = text[text.rindex("Plotly.newPlot(") :]
+    traces, end = json.JSONDecoder().raw_decode(call, call.index("["))
+    layout = json.JSONDecoder().raw_decode(call, call.index("{", end))[0]
+    by_name = {trace["name"]: trace for trace in traces}
+    assert set(by_name) == {
+        "the job as it stands, dominated",
+        "random, on the front",
+        "searched, on the front",
+        "searched, dominated",
+        "front",
+    }
+    found = by_name["random, on the front"]
+    assert (found["x"], found["y"], found["error_y"]["array"]) == ([4.0], [2.5], [0.125])
+    assert "trial 1: tiny-1" in found["text"][0]
+    assert "model.ffn.top_k: 2" in found["text"][0]
+    colours = {name: trace["marker"]["color"] for name, trace in by_name.items() if name != "front"}
+    assert len({colour for name, colour in colours.items() if name.endswith("dominated")}) == 1
+    assert len(set(colours.values())) == 2
+    assert "<img" not in by_name["searched, dominated"]["text"][0]
+    assert by_name["front"]["x"] == [4.0, 8.0]
+    assert layout["shapes"][0]["y0"] == layout["shapes"][0]["y1"] == 2.5

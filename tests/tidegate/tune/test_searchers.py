@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from tidegate.config import ConfigError
+from tidegate.config import ConfigError, load
+from tidegate.train.job import Job
 from tidegate.tune.budget import QUANTITIES, violations
 from tidegate.tune.queue import Limits, Queue
+from tidegate.tune.report import report
 from tidegate.tune.searchers import Searcher, importances
 from tidegate.tune.space import Space
 from tidegate.tune.sweep import drawn_trials, finalists
@@ -70,9 +74,11 @@ class Toy:
                 self.end(under_way.pop(0), status)
         return given
 
-    def end(self, trial: Trial, status: Any = "finished") -> None:
+    def end(self, trial: Trial, status: Any = "finished", better_by: float = 0) -> None:
         tokens = self.space.base.train.tokens
-        self.folder.put(Result(trial=trial, run="r", status=status, value=toy(trial), tokens=tokens, seconds=60))
+        self.folder.put(
+            Result(trial=trial, run="r", status=status, value=toy(trial) - better_by, tokens=tokens, seconds=60)
+        )
         self.queue.ended(trial.number)
 
 
@@ -207,6 +213,24 @@ def test_finalists_run_again_once_each_and_none_that_was_stopped(begin: Callable
     assert finalists(sweep.space, sweep.folder)[1] == again[1]
     more = finalists(sweep.space, sweep.folder)
     assert len({trial.number for trial in more}) == len(more)
+
+
+def test_the_report_says_what_mattered_and_how_chance_did(begin: Callable[..., Toy]) -> None:
+    sweep = begin(searcher="tpe", seeds=2, trials=12)
+    for trial in sweep.run(99, concurrent=99):
+        sweep.end(trial, better_by=20 * (trial.kind == "searched"))
+    for trial in finalists(sweep.space, sweep.folder):
+        sweep.end(trial)
+    report(sweep.folder, sweep.space, Console(quiet=True), ["a note"])
+    text = (sweep.folder.folder / "report.md").read_text()
+    assert re.search(r"importance for val/loss .*: (balance|model)\..* 0\.", text)
+    assert re.search(r"the best random trial: [123], ", text)
+    assert re.search(r"the best random trial \(trial [123]\) by more than .* over 2 paired seeds", text)
+    assert "a note" in text
+    best = min((r for r in sweep.folder.results() if r.trial.seed == 0), key=lambda result: result.value or 0)
+    assert load(sweep.folder.folder / "best.yaml", Job).config == sweep.space.at(best.trial.values).job
+    page = (sweep.folder.folder / "front.html").read_text(encoding="utf-8")
+    assert page.count("loss_weight: ") >= 12
 
 
 def test_conditions_that_go_round_are_refused(tiny_job: Callable[..., Path]) -> None:

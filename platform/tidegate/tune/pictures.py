@@ -1,0 +1,100 @@
+"""The front as a picture, and as a page to look around in."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+__all__ = ["Point", "draw_page", "draw_picture"]
+
+_MARKERS = {"base": ("s", "square"), "random": ("D", "diamond"), "searched": ("o", "circle")}
+"""Of matplotlib and of plotly."""
+_NAMES = {"base": "the job as it stands", "random": "random", "searched": "searched"}
+_FRONT, _DOMINATED = "#1f77b4", "#c0c0c0"
+
+
+class Point(NamedTuple):
+    """A candidate, over its seeds."""
+
+    trial: int
+    run: str
+    kind: str
+    cost: float
+    mean: float
+    """Of the metric."""
+    spread: float
+    """Half of what its seeds range over."""
+    seeds: int
+    on_front: bool
+    values: Mapping[str, Any]
+
+
+def draw_picture(path: Path, points: Sequence[Point], axis: str, metric: str) -> None:
+    """A PNG: the front blue, what is dominated grey."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for point in points:
+        colour = _FRONT if point.on_front else _DOMINATED
+        marker = _MARKERS[point.kind][0]
+        axes.errorbar(point.cost, point.mean, yerr=point.spread or None, color=colour, marker=marker, capsize=3)
+    marks = "the job as it stands: square; random: diamond; searched: circle"
+    axes.set(xlabel=axis, ylabel=metric, title=f"on the front: blue; {marks}")
+    axes.title.set_fontsize(9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_page(path: Path, points: Sequence[Point], axis: str, metric: str, baseline: float | None) -> None:
+    """An HTML page that needs no network: the same, with the values of what the pointer is on.
+
+    Args:
+        baseline: metric of the best random trial, drawn as a line; None: none is drawn.
+    """
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for on_front in (False, True):  # the front above
+        for kind, name in _NAMES.items():
+            shown = [point for point in points if point.kind == kind and point.on_front == on_front]
+            if not shown:
+                continue
+            figure.add_scatter(
+                x=[point.cost for point in shown],
+                y=[point.mean for point in shown],
+                error_y={"type": "data", "array": [point.spread for point in shown], "thickness": 1},
+                mode="markers",
+                marker={"color": _FRONT if on_front else _DOMINATED, "symbol": _MARKERS[kind][1], "size": 10},
+                name=f"{name}, {'on the front' if on_front else 'dominated'}",
+                text=[_hover(point, axis, metric) for point in shown],
+                hovertemplate="%{text}<extra></extra>",
+            )
+    front = sorted((point.cost, point.mean) for point in points if point.on_front)
+    figure.add_scatter(
+        x=[cost for cost, _ in front],
+        y=[mean for _, mean in front],
+        mode="lines",
+        line={"color": _FRONT, "shape": "hv", "width": 1},
+        name="front",
+        hoverinfo="skip",
+    )
+    if baseline is not None:
+        figure.add_hline(y=baseline, line_dash="dash", line_color="grey", annotation_text="best random trial")
+    figure.update_layout(xaxis_title=axis, yaxis_title=metric, template="plotly_white")
+    figure.write_html(path, include_plotlyjs=True, div_id="front")
+
+
+def _hover(point: Point, axis: str, metric: str) -> str:
+    lines = {
+        f"trial {point.trial}": point.run,
+        metric: f"{point.mean:.4f} +- {point.spread:.4f}, {point.seeds} seeds",
+        axis: f"{point.cost:.4g}",
+        **point.values,
+    }
+    return "<br>".join(html.escape(f"{name}: {value}", quote=False) for name, value in lines.items())
