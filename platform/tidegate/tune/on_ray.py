@@ -24,7 +24,7 @@ from tidegate.tune.schedulers import build_scheduler
 from tidegate.tune.space import overrides_of
 from tidegate.tune.trials import Result, SweepFolder
 
-__all__ = ["Task", "run_trials"]
+__all__ = ["Task", "needs_of", "run_trials"]
 
 
 class Task(NamedTuple):
@@ -51,12 +51,9 @@ def run_trials(queue: Queue, task: Task, job: Job, concurrent: int) -> None:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its tables show neither metrics nor runs
     if not queue.most:
         return
-    resources = job.resources
-    # What Ray Train asks for by itself is not asked for twice.
-    needs = {"CPU": float(resources.cpus_per_worker), "GPU": float(resources.gpu)} if task.alone else {"CPU": 0.0}
     folder = SweepFolder(task.folder.parent, task.folder.name)
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(_trial, task=task), needs),
+        tune.with_resources(tune.with_parameters(_trial, task=task), needs_of(job, task.alone)),
         tune_config=tune.TuneConfig(
             search_alg=_Feed(queue),
             scheduler=build_scheduler(job, folder) if task.judged else None,
@@ -71,6 +68,14 @@ def run_trials(queue: Queue, task: Task, job: Job, concurrent: int) -> None:
         ),
     )
     tuner.fit()
+
+
+def needs_of(job: Job, alone: bool) -> dict[str, float]:
+    """What a trial's process asks Ray for."""
+    if alone:
+        return {"CPU": float(job.resources.cpus_per_worker), "GPU": float(job.resources.gpu)}
+    # Ray Train asks for its workers by itself. Ray refuses to be asked for nothing, so for one byte.
+    return {"memory": 1.0}
 
 
 class _Feed(RaySearcher):
@@ -125,10 +130,10 @@ def _trial(config: dict[str, int], task: Task) -> None:
         folder.put(Result(**latest))
 
     def watch(record: Record) -> bool:
-        if latest["status"] == "running" and task.metric in record.metrics:
+        if task.metric in record.metrics:
             value = record.metrics[task.metric]
             put(value=value, tokens=record.tokens, seconds=time.monotonic() - begun)
-            if task.judged and record.tokens < task.tokens:
+            if latest["status"] == "running" and task.judged and record.tokens < task.tokens:
                 tune.report({task.metric: value, "tokens": record.tokens})  # waits for the scheduler
                 known = folder.result(trial.number)
                 latest.update(status=known.status, stopped_by=known.stopped_by)

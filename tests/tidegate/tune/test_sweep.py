@@ -17,9 +17,11 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from ray import tune
 
 from tidegate.config import load
 from tidegate.train.job import Job
+from tidegate.tune.on_ray import needs_of
 
 SEARCH: dict[str, Any] = {
     "space": {"model.ffn.top_k": {"choice": [2, 3, 4]}, "balance.loss_weight": {"log": [0.001, 0.1]}},
@@ -49,6 +51,13 @@ def kill_all(process: subprocess.Popen[str], mark: str) -> None:
                 other.kill()
         except psutil.Error:
             continue
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_a_trial_asks_for_is_something_that_ray_takes(tiny_job: Callable[..., Path], alone: bool) -> None:
+    needs = needs_of(load(tiny_job(), Job).config, alone)
+    assert needs.get("CPU", 0) == alone, "workers on Ray Train ask for theirs"
+    tune.with_resources(lambda config: None, needs)
 
 
 @pytest.mark.ray
