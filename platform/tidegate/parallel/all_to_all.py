@@ -47,6 +47,9 @@ class Way:
     def begin(self, x: torch.Tensor, *, there: bool) -> Finish:
         """Let rows of any width leave, those sent towards those that come or the other way round."""
         give, take = (self.sent, self.came) if there else (self.came, self.sent)
+        if x.is_meta:  # shapes only: there is nobody to exchange with
+            arrived = x.new_empty(sum(take), *x.shape[1:])
+            return lambda: arrived
         return _begin(x, give, take, self._group)
 
     def there(self, x: torch.Tensor) -> torch.Tensor:
@@ -63,9 +66,6 @@ class Way:
         return self._differentiably(x, there=True)
 
     def _differentiably(self, x: torch.Tensor, *, there: bool) -> Finish:
-        if x.is_meta:  # shapes only: there is nobody to exchange with
-            arrived = x.new_empty(sum(self.came if there else self.sent), *x.shape[1:])
-            return lambda: arrived
         journey = _Journey(self, there)
         ticket = _SetOut.apply(x, journey)
         return lambda: _Arrive.apply(ticket, journey)
