@@ -100,7 +100,7 @@ class _Feed(RaySearcher):
         """Nothing: the sweep's folder is what a resumed sweep reads."""
 
     def restore(self, checkpoint_path: str) -> None:
-        raise NotImplementedError
+        raise AssertionError("a sweep resumes from its folder, not from what Ray kept")
 
 
 class _Announcer(tune.Callback):
