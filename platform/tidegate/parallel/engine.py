@@ -160,9 +160,8 @@ class Engine:
             self._engine.optimizer.found_inf = self._own_norm.isfinite().logical_not().float()
         self._engine.step()  # a no-op until the last micro-batch of the step
         optimizer = self._engine.optimizer
-        if (
-            last and self._offloads_optimizer and optimizer.overflow
-        ):  # DeepSpeed would add the next step's gradients to these
+        # With an offloaded optimizer DeepSpeed would add the gradients of the next step to those of a skipped one.
+        if last and self._offloads_optimizer and optimizer.overflow:
             optimizer.averaged_gradients.update(dict.fromkeys(optimizer.averaged_gradients))
 
     def _clip_by_global_norm(self) -> torch.Tensor:

@@ -31,6 +31,7 @@ from tidegate.model.decoder import ModelConfig
 from tidegate.model.huggingface import FromHuggingFace, ToHuggingFace, architecture_of, config_of, model_of
 from tidegate.model.weights import ALL, Spec, Weights, misfits, num_parameters, specs_of
 from tidegate.train.checkpoint_store import MANIFEST, Damaged, FileRecord, seal, stays_inside, unseal
+from tidegate.train.storage import sync_folder
 
 __all__ = [
     "SHARD_BYTES",
@@ -141,9 +142,9 @@ def write_export(
             files={path.name: _record(path) for path in sorted(scratch.iterdir())},
         )
         _write(scratch / MANIFEST, seal(manifest.model_dump(mode="json")))
-        _sync(scratch)
+        sync_folder(scratch)
         scratch.rename(out)
-        _sync(out.parent)
+        sync_folder(out.parent)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"--out {out}: cannot be written ({error}); free space or name another folder") from error
     finally:
@@ -349,11 +350,3 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

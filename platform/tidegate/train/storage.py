@@ -18,7 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from tidegate.config import ConfigError
 
-__all__ = ["Storage", "StorageError"]
+__all__ = ["Storage", "StorageError", "sync_folder"]
 
 _KEPT = "; the checkpoints that are complete stay"
 
@@ -76,15 +76,15 @@ class Storage:
             file.write(data)
         with self._explained(name):
             self._rename(scratch, name)
-            _sync_folder(self._on_disk(name).parent)
+            sync_folder(self._on_disk(name).parent)
 
     def settle(self, folder: str) -> None:
         """Make the names of all files in a folder reach the disk, and its own."""
         if self._local:
             with self._explained(folder):
                 for place, _, _ in os.walk(self._on_disk(folder)):
-                    _sync_folder(Path(place))
-                _sync_folder(self._on_disk(folder).parent)
+                    sync_folder(Path(place))
+                sync_folder(self._on_disk(folder).parent)
 
     def open(self, name: str) -> BinaryIO:
         """An existing file, to read.
@@ -148,7 +148,7 @@ class Storage:
     def _remove(self, name: str) -> None:
         self._filesystem.rm(f"{self._root}/{name}", recursive=True)
         if self._local:
-            _sync_folder(self._on_disk(name).parent)
+            sync_folder(self._on_disk(name).parent)
 
     # -------------------------------------------------------------------------------------------------------------
 
@@ -189,7 +189,8 @@ def _sizes_on_disk(folder: Path) -> Iterator[tuple[str, int | None]]:
                 yield path.relative_to(folder).as_posix(), None if path.is_symlink() else path.stat().st_size
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder reach the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
