@@ -76,7 +76,8 @@ def train(job: Job, world: World) -> Outcome:
     dataset = TokenDataset.open(world.dataset, verify=False)  # the launcher has verified the checksums
     loader = build_loader(job, dataset)
     weights = None if job.train.init_from is None or _resumes(world) else starting_weights(job)
-    engine = build_engine(job, weights)
+    with out_of_memory_explained(job):
+        engine = build_engine(job, weights)
     balancer = build_balancer(job)
     judge = Judge(job.guards, partial(_notice, world))
     isolate, paranoid = job.data.documents == "isolate", job.guards.compare_replicas_every
