@@ -18,6 +18,8 @@ from tidegate.tune.budget import Budget, parse, solve, violations
 __all__ = ["Candidate", "Space", "draw", "overrides_of"]
 
 _DRAWS_A_CANDIDATE = 200
+_NEVER_VALID = ("unknown field", "unknown kind", "Input should be")
+"""Of errors of one field by itself, which no other values of the space would heal."""
 Values = dict[str, Any]
 """By path of the job."""
 
@@ -132,7 +134,8 @@ def draw(space: Space, number: int, chance: random.Random) -> Iterator[Candidate
     """So many candidates at random that are valid and within the budgets, each once.
 
     Raises:
-        ConfigError: a path is not in the job; or too few are found: it names the nearest, and by how much it misses.
+        ConfigError: a path is not in the job, or a value is none that its field takes; or too few are found: it names
+            the nearest, and by how much it misses.
     """
     seen: set[str] = set()
     nearest: tuple[float, str] = (math.inf, "")
@@ -146,7 +149,7 @@ def draw(space: Space, number: int, chance: random.Random) -> Iterator[Candidate
         try:
             candidate = space.at(values)
         except ConfigError as error:
-            if "unknown field" in str(error):
+            if any(sign in str(error) for sign in _NEVER_VALID):
                 raise
             nearest = min(nearest, (1e9, f"{_in_words(values)}: {error}"))
             continue

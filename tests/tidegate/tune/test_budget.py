@@ -107,7 +107,7 @@ def test_no_candidate_outside_of_the_budget_is_drawn(tiny_job: Callable[..., Pat
 
 
 def test_what_is_conditional_is_varied_only_where_its_condition_holds(tiny_job: Callable[..., Path]) -> None:
-    gates = [{"kind": "none"}, {"kind": "sdpa_output", "granularity": "head"}]
+    gates = [{"kind": "none"}, {"kind": "sdpa_output", "granularity": "headwise"}]
     conditional = {"integer": [1, 3], "when": {"model.attention.gate": gates[1:]}}
     space = space_of(tiny_job, space={"model.attention.gate": {"choice": gates}, "model.ffn.top_k": conditional})
     drawn = [space.draw(random.Random(seed)) for seed in range(40)]
@@ -123,6 +123,15 @@ def test_what_is_conditional_is_varied_only_where_its_condition_holds(tiny_job: 
     [
         ({"space": WIDTHS, "budgets": ["total_params<=10k"]}, "the nearest: .* misses total_params<=10k by "),
         ({"space": {"model.ffn.nonsense": {"choice": [1, 2]}}}, "model.ffn.nonsense: unknown field"),
+        ({"space": {"model.ffn.router": {"choice": [{"kind": "top"}, {"kind": "relu"}]}}}, "unknown kind 'top'"),
+        (
+            {
+                "space": {
+                    "model.attention.gate": {"choice": [{"kind": "value", "granularity": "head"}, {"kind": "none"}]}
+                }
+            },
+            "granularity: Input should be 'elementwise' or 'headwise' .got 'head'.",
+        ),
         ({"space": {"model.ffn.top_k": {"choice": [2, 3]}}}, "only 2 candidates are within the budgets, not 5"),
         ({"space": {"model.ffn.top_k": {"choice": [9]}}}, "the nearest: .*top_k=9 is more than num_experts=4"),
     ],

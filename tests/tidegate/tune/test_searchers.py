@@ -21,13 +21,13 @@ from tidegate.tune.space import Space
 from tidegate.tune.sweep import drawn_trials, finalists
 from tidegate.tune.trials import Result, SweepFolder, SweepRecord, Trial
 
-GATES = [{"kind": "none"}, {"kind": "sdpa_output", "granularity": "head"}]
+GATES = [{"kind": "none"}, {"kind": "sdpa_output", "granularity": "headwise"}]
 SPACE: dict[str, Any] = {
     "model.attention.gate": {"choice": GATES},
     "model.ffn.num_experts": {"integer": [4, 32], "step": 4},
     "balance.loss_weight": {"log": [1e-4, 1e-1]},
     "model.attention.gate.granularity": {
-        "choice": ["head", "elementwise"],
+        "choice": ["headwise", "elementwise"],
         "when": {"model.attention.gate": GATES[1:]},
     },
 }
@@ -130,7 +130,7 @@ def test_nsga2_weighs_the_metric_against_the_first_budget(begin: Callable[..., T
         costs[searcher] = [QUANTITIES["total_params"].of(sweep.space.at(trial.values).job) for trial in later]
         off[searcher] = sum(abs(math.log(trial.values["balance.loss_weight"] / 0.01)) for trial in later) / len(later)
     assert off["nsga2"] < 0.6 * off["random"]
-    assert sum(cost < 45e3 for cost in costs["nsga2"]) >= 3, "a searcher of the metric alone would leave these"
+    assert sum(cost < 60e3 for cost in costs["nsga2"]) >= 3, "a searcher of the metric alone would leave these"
     assert max(costs["nsga2"]) > 2 * min(costs["nsga2"])
 
 
