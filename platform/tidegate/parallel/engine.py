@@ -78,12 +78,13 @@ class Engine:
         expert_rank = collectives.rank() % parallel.expert
         share: dict[str, Any] = {"expert_size": parallel.expert, "expert_rank": expert_rank, "keep_rows": keep_rows}
         moe: MoEFactory = partial(ExpertParallelMoE, **share)
+        moments = torch.bfloat16 if optimizer_state == "bf16" else torch.float32
         self.store: ExpertStore | None = None
         """The routed experts, where they are not on the device."""
         if parallel.offload == "experts":
             replicas, replica = collectives.world_size() // parallel.expert, collectives.rank() // parallel.expert
             folder = None if parallel.offload_folder is None else Path(parallel.offload_folder)
-            settings = StoreSettings(betas, eps, weight_decay, replicas, replica, folder)
+            settings = StoreSettings(betas, eps, weight_decay, replicas, replica, folder, moments)
             self.store = ExpertStore(self.device, settings)
             moe = partial(StoredMoE, store=self.store, recompute=recompute, **share)
         model = materialize(lambda: Decoder(model_config, moe, recompute), self.device, seed)
@@ -113,7 +114,6 @@ class Engine:
             },
         )
         if precision == "bf16" and parallel.zero_stage == 1 and parallel.offload != "optimizer":
-            moments = torch.bfloat16 if optimizer_state == "bf16" else torch.float32
             at_once = parallel.gradients_at_once
             FlatGradients.take_over(self._engine.optimizer, at_once=at_once, moments=moments, experts=self.store)
             model.embedding.sparse_gradient = model.head is not None  # a tied head's gradient is dense

@@ -5,8 +5,8 @@ device adds a micro-batch's gradient, by the kernel that adds it where sums stay
 That is 4 bytes a parameter each way, where gradients that are summed by the host would be 2 one way; it costs no time
 of the host, and the sums have the same bits. `docs/memory.md` has the arithmetic.
 
-AdamW runs on the host's cores (`host_adamw.py`). Master weights and moments are spread over replicas, as ZeRO 1 does:
-each replica moves its part, and they exchange what they moved.
+For AdamW, too, everything comes to the device, chunk by chunk (`streamed_adamw.py`). Master weights and moments are
+spread over replicas, as ZeRO 1 does: each replica moves its part, and they exchange what they moved.
 
 Letters: n numbers of a layer, padded to whole parts of its replicas; p numbers of a part; E experts of this rank.
 """
@@ -25,9 +25,9 @@ import torch
 import torch.distributed as dist
 
 from tidegate.parallel.expert_layout import Layout, Piece
-from tidegate.parallel.host_adamw import host_adamw
 from tidegate.parallel.prefetch import Lane, Ring
-from tidegate_kernels.adamw import Rates
+from tidegate.parallel.streamed_adamw import Moved, StreamedAdamW
+from tidegate_kernels.adamw import Rates, StepFactors, step_factors
 from tidegate_kernels.gradient_sum import add_gradients
 
 __all__ = ["BUFFERS", "ExpertStore", "StoreSettings"]
@@ -48,6 +48,8 @@ class StoreSettings(NamedTuple):
     """Which of them this one is."""
     folder: Path | None
     """For master weights and moments; None: in memory."""
+    moments: torch.dtype
+    """fp32, or bf16, which are rounded stochastically."""
 
 
 class _Layer(NamedTuple):
@@ -59,7 +61,7 @@ class _Layer(NamedTuple):
     sums_n: torch.Tensor
     """fp32, of gradients over micro-batches."""
     master_p: torch.Tensor
-    """fp32; so are the moments."""
+    """fp32."""
     mean_p: torch.Tensor
     square_p: torch.Tensor
 
@@ -102,8 +104,11 @@ class ExpertStore:
         n, p = layout.padded, layout.padded // layout.num_replicas
         weights_n = _pinned(torch.zeros(n, dtype=torch.bfloat16, device=cpu), self.device)
         sums_n = _pinned(torch.zeros(n, device=cpu), self.device)
-        name = f"layer{len(self._layers)}"
-        parts = (zeros(self.settings.folder, f"{name}.{what}", p) for what in ("master", "mean", "square"))
+        name, moments = f"layer{len(self._layers)}", self.settings.moments
+        kept = {"master": torch.float32, "mean": moments, "square": moments}
+        parts = [zeros(self.settings.folder, f"{name}.{what}", p, dtype) for what, dtype in kept.items()]
+        if self.settings.folder is None:
+            parts = [_pinned(part, self.device) for part in parts]
         self._layers.append(_Layer(layout, weights_n, sums_n, *parts))
         return len(self._layers) - 1
 
@@ -230,7 +235,7 @@ class ExpertStore:
             learning_rate: of this step.
         """
         # The host waits for the end of the backward pass.
-        scale_now, skipped, missed = torch.stack([scale, skip, self._missed.float()]).tolist()
+        skipped, missed = torch.stack([skip, self._missed.float()]).tolist()
         assert not missed, "a router decided otherwise than it had announced"
         self._down.finish()
         self.arrivals.finish()
@@ -240,28 +245,37 @@ class ExpertStore:
             return
         self._step += 1
         self._weights.forget()
-        for layer in range(len(self._layers)):
-            self._move(layer, scale_now, learning_rate)
+        number = torch.tensor(float(self._step), device=self.device)
+        factors = step_factors(number, self.settings.betas, scale, skip)
+        moved = [self._moved(layer) for layer in range(len(self._layers))]
+        adamw = StreamedAdamW(self.device, max(moved, key=lambda part: len(part.weights_N)))
+        before = 0  # numbers of the layers before
+        for layer, part in enumerate(moved):
+            self._move(adamw, layer, part, before, factors, learning_rate)
+            before += self._layers[layer].layout.padded
+        adamw.finish()
         self._share()
 
-    def _move(self, layer: int, scale: float, learning_rate: float) -> None:
-        """AdamW on this replica's part of a layer, and its weights in use."""
-        held, mine, settings = self._layers[layer], self._mine(layer), self.settings
-        for begins, ends, piece in held.layout.places():
+    def _moved(self, layer: int) -> Moved:
+        """This replica's part of a layer."""
+        held, mine = self._layers[layer], self._mine(layer)
+        return Moved(held.master_p, held.weights_n[mine], held.sums_n[mine], held.mean_p, held.square_p)
+
+    def _move(
+        self,
+        adamw: StreamedAdamW,
+        layer: int,
+        moved: Moved,
+        before: int,
+        factors: StepFactors,
+        learning_rate: float,
+    ) -> None:
+        mine, settings = self._mine(layer), self.settings
+        for begins, ends, piece in self._layers[layer].layout.places():
             start, stop = max(begins, mine.start), min(ends, mine.stop)
             if start < stop:
-                whole, part = slice(start, stop), slice(start - mine.start, stop - mine.start)
-                decay = settings.weight_decay if piece.decayed else 0.0
-                host_adamw(
-                    held.master_p[part],
-                    held.weights_n[whole],
-                    held.sums_n[whole],
-                    held.mean_p[part],
-                    held.square_p[part],
-                    step=self._step,
-                    scale=scale,
-                    rates=Rates(learning_rate, settings.betas, settings.eps, decay),
-                )
+                rates = Rates(learning_rate, settings.betas, settings.eps, settings.weight_decay * piece.decayed)
+                adamw.move(moved.part(start - mine.start, stop - mine.start), factors, rates, before + start)
 
     def _share(self) -> None:
         """Give the other replicas what this one has moved, and fetch what the next pass begins with."""
@@ -347,16 +361,17 @@ def _pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor
 
 
-def zeros(folder: Path | None, name: str, numbers: int) -> torch.Tensor:
-    """(numbers,) fp32 zeros, in memory or mapped to a file that goes with the process, however that ends."""
+def zeros(folder: Path | None, name: str, numbers: int, dtype: torch.dtype) -> torch.Tensor:
+    """(numbers,) zeros, in memory or mapped to a file that goes with the process, however that ends."""
     if folder is None or numbers == 0:
-        return torch.zeros(numbers, device="cpu")
+        return torch.zeros(numbers, dtype=dtype, device="cpu")
+    size = numbers * dtype.itemsize
     with tempfile.NamedTemporaryFile(prefix=f"tidegate-{os.getpid()}-{name}-", dir=folder) as file:
         try:
             # Room for all of it now: a disk that is full later would kill the process where it writes to memory.
-            os.posix_fallocate(file.fileno(), 0, 4 * numbers)
+            os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
             raise OSError(
-                error.errno, f"parallel.offload_folder={folder}: {error.strerror}, {4 * numbers:,} bytes for {name}"
+                error.errno, f"parallel.offload_folder={folder}: {error.strerror}, {size:,} bytes for {name}"
             ) from error
-        return torch.from_file(file.name, shared=True, size=numbers, dtype=torch.float32, device="cpu")
+        return torch.from_file(file.name, shared=True, size=numbers, dtype=dtype, device="cpu")

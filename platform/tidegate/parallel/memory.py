@@ -19,6 +19,7 @@ from tidegate.parallel.all_to_all import AllToAll, Way
 from tidegate.parallel.config import ParallelConfig
 from tidegate.parallel.exchange import Exchange
 from tidegate.parallel.expert_store import BUFFERS
+from tidegate.parallel.streamed_adamw import CHUNK, SLOTS
 
 __all__ = ["LOAD_SKEW", "MoEShare", "StateMemory", "state_memory"]
 
@@ -81,10 +82,13 @@ def state_memory(
         state = _state(dense, dense - by_rows, -(-dense // world_size), 0, parallel, precision)
         layers = [sum(p.numel() for p in module.parameters()) for module in of_experts]
         buffers = min(BUFFERS, len(layers)) * max(layers)
-        kept, in_files = 12 * -(-experts // replicas), parallel.offload_folder is not None  # master weights and moments
+        moment = 2 if optimizer_state == "bf16" else 4
+        kept, in_files = (4 + 2 * moment) * -(-experts // replicas), parallel.offload_folder is not None
         return state._replace(
             weights=state.weights + 2 * buffers,
             gradient_sums=state.gradient_sums + 4 * buffers,
+            moments=state.moments * moment // 4,
+            step=state.step + SLOTS * min(CHUNK, -(-max(layers) // replicas)) * (4 + 2 + 4 + 2 * moment),
             host=(2 + 4) * experts + (0 if in_files else kept),
             disk=kept if in_files else 0,
         )

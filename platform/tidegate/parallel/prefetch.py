@@ -15,19 +15,19 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["Lane", "Ranges", "Ring"]
+__all__ = ["PAST", "Lane", "Mark", "Ranges", "Ring"]
 
 Ranges = Callable[[frozenset[int]], list[tuple[int, int]]]
 """Where the numbers of some experts lie in a layer's flat tensor, as (start, stop)."""
 
 
-class _Mark(NamedTuple):
+class Mark(NamedTuple):
     """A moment of a lane; None on a CPU, where it has passed."""
 
     event: torch.cuda.Event | None = None
 
 
-PAST = _Mark()
+PAST = Mark()
 _ALIGN = 64  # numbers; matrix products want addresses of whole 16 bytes
 
 
@@ -51,22 +51,22 @@ class Lane:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
 
-    def after(self, mark: _Mark) -> None:
+    def after(self, mark: Mark) -> None:
         """What is queued from now on begins after the mark, of another lane."""
         if self._stream is not None and mark.event is not None:
             self._stream.wait_event(mark.event)
 
-    def mark(self) -> _Mark:
+    def mark(self) -> Mark:
         """When all that is queued so far has ended."""
-        return PAST if self._stream is None else _Mark(self._stream.record_event())
+        return PAST if self._stream is None else Mark(self._stream.record_event())
 
-    def now(self) -> _Mark:
+    def now(self) -> Mark:
         """When all that is queued so far on the current stream has ended."""
         if self._stream is None:
             return PAST
-        return _Mark(torch.cuda.current_stream(self._stream.device).record_event())
+        return Mark(torch.cuda.current_stream(self._stream.device).record_event())
 
-    def wait(self, mark: _Mark) -> None:
+    def wait(self, mark: Mark) -> None:
         """The current stream waits for a mark; `tidegate bench` times this as waiting for experts."""
         if self._stream is not None and mark.event is not None:
             torch.cuda.current_stream(self._stream.device).wait_event(mark.event)
@@ -86,7 +86,7 @@ class _Place:
         """Whose numbers are here."""
         self.arrived = PAST
         """When they are; past once the current stream has waited."""
-        self.read: _Mark | None = None
+        self.read: Mark | None = None
         """When the current stream has done with them; None while it has not, as with the zeros of the beginning."""
         self.written = PAST
         """When the last copy to the host has read the buffer."""
@@ -118,7 +118,7 @@ class Ring:
         self._free = [_Place(buffer_n) for buffer_n in buffers]
         self._places: dict[int, _Place] = {}
         """By layer, the least recently used first."""
-        self._written: dict[int, _Mark] = {}
+        self._written: dict[int, Mark] = {}
         """By layer, when the last copy to its host tensor has ended."""
         self._pointer = buffers.untyped_storage().data_ptr()
 

@@ -178,11 +178,12 @@ class Job(Config):
         if problem:
             raise ValueError(problem)
         if self.optimizer.state == "bf16" and (
-            self.train.precision != "bf16" or self.parallel.zero_stage != 1 or self.parallel.offload != "none"
+            self.train.precision != "bf16" or self.parallel.zero_stage != 1 or self.parallel.offload == "optimizer"
         ):
             raise ValueError(
-                "optimizer.state=bf16 needs train.precision=bf16, parallel.zero_stage=1 and parallel.offload=none, not "
-                f"{self.train.precision}, {self.parallel.zero_stage} and {self.parallel.offload}; set it to fp32"
+                "optimizer.state=bf16 needs train.precision=bf16, parallel.zero_stage=1 and parallel.offload=none or "
+                f"experts, not {self.train.precision}, {self.parallel.zero_stage} and {self.parallel.offload}; set it "
+                "to fp32"
             )
         at_once = self.parallel.gradients_at_once
         if at_once > 1 and (self.parallel.zero_stage != 1 or self.train.precision != "bf16"):

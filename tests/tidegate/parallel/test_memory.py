@@ -90,16 +90,18 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     ("bf16", {"zero_stage": 1, "offload": "experts"}),
     ("bf16", {"zero_stage": 1, "gradients_at_once": 2}),
 ]
-WITH_BF16_MOMENTS = ("bf16", {"zero_stage": 1})
+WITH_BF16_MOMENTS = [("bf16", {"zero_stage": 1}), ("bf16", {"zero_stage": 1, "offload": "experts"})]
+CASES = [(*case, "fp32") for case in LAYOUTS] + [(*case, "bf16") for case in WITH_BF16_MOMENTS]
 
 
 def held_by_engines(expert: int) -> list[Held]:
-    held = [held_by_an_engine(ParallelConfig(expert=expert, **layout), dtype, "fp32") for dtype, layout in LAYOUTS]
-    precision, layout = WITH_BF16_MOMENTS
-    return [*held, held_by_an_engine(ParallelConfig(expert=expert, **layout), precision, "bf16")]
+    return [
+        held_by_an_engine(ParallelConfig(expert=expert, **layout), precision, moments)
+        for precision, layout, moments in CASES
+    ]
 
 
-def on_the_host(layout: dict[str, Any], precision: str, world_size: int, expert: int) -> int:
+def on_the_host(layout: dict[str, Any], precision: str, moments: str, world_size: int, expert: int) -> int:
     """Bytes of an offloaded optimizer: fp32 weights, gradients and moments, a copy in the dtype of the weights in use,
     and two buffers for one parameter (one of them on the GPU). Sums of fp32 gradients at stage 2 are whole."""
     if "offload" not in layout:
@@ -109,7 +111,7 @@ def on_the_host(layout: dict[str, Any], precision: str, world_size: int, expert:
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     dense = sum(p.numel() for p in model.parameters()) - experts
     if layout["offload"] == "experts":  # weights and sums, and a part of master weights and moments
-        return 6 * experts + 12 * experts // (world_size // expert)
+        return 6 * experts + (12 if moments == "fp32" else 8) * experts // (world_size // expert)
     part = dense // world_size + experts // (world_size // expert)
     sums = 4 * part if (precision, layout["zero_stage"]) == ("fp32", 2) else 0
     return (16 + size) * part + sums + 2 * size * max(p.numel() for p in model.parameters())
@@ -119,19 +121,20 @@ def on_the_host(layout: dict[str, Any], precision: str, world_size: int, expert:
 @pytest.mark.parametrize(("world_size", "expert"), [(1, 1), (2, 1), (2, 2)])
 def test_state_is_what_engines_hold(world_size, expert, on_ranks):
     for rank in on_ranks(world_size, held_by_engines, expert):
-        for (precision, layout), (between, reducing, stepping, predicted) in zip(
-            [*LAYOUTS, WITH_BF16_MOMENTS], rank, strict=True
-        ):
-            case = precision, layout
-            held = sum(predicted[:5]) + on_the_host(layout, precision, world_size, expert)
+        for case, (between, reducing, stepping, predicted) in zip(CASES, rank, strict=True):
+            precision, layout, moments = case
+            held = sum(predicted[:5]) + on_the_host(layout, precision, moments, world_size, expert)
             # DeepSpeed's bucket stays between micro-batches at stage 1 only.
             bucket = predicted.bucket if layout["zero_stage"] == 1 else 0
             assert between - bucket == pytest.approx(held, rel=0.02), case
             if world_size > 1:  # gloo makes copies that NCCL does not
                 continue
-            if case == ("bf16", {"zero_stage": 2}):
+            if case == ("bf16", {"zero_stage": 2}, "fp32"):
                 assert reducing - predicted.bucket == pytest.approx(held + predicted.step - predicted.bucket, rel=0.02)
-            if case not in [("bf16", {"zero_stage": 1}), *LAYOUTS[-2:]]:  # AdamW is made of many operations on a CPU
+            if (precision, layout) not in [
+                ("bf16", {"zero_stage": 1}),
+                *LAYOUTS[-2:],
+            ]:  # AdamW is made of many operations on a CPU
                 assert stepping < 1.01 * held + predicted.step, case
 
 

@@ -1,7 +1,7 @@
 """Experts in the host's memory train as experts on the device do, in real processes under the real engine.
 
-With the device's AdamW in place of the host's, and without the clip, whose norm is summed in another order, training is
-the same to the bit: what is fetched, kept, summed and reduced is exact. The host's own AdamW rounds elsewhere.
+Without the clip, whose norm is summed in another order, training is the same to the bit: what is fetched, kept, summed,
+reduced and moved is exact.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from tidegate.parallel import collectives, expert_store
 from tidegate.parallel.config import ParallelConfig
 from tidegate.parallel.expert_layout import Layout, Piece
 from tidegate.parallel.expert_store import ExpertStore, StoreSettings
-from tidegate.parallel.host_adamw import host_adamw
 from tidegate.parallel.prefetch import Lane, Ring
+from tidegate.parallel.streamed_adamw import Moved, StreamedAdamW
 from tidegate_kernels.adamw import Rates, adamw, step_factors
 from tidegate_kernels.choice import chosen
 
@@ -72,6 +72,7 @@ def engine_for(
     clip: float = 0.0,
     recompute: bool = False,
     folder: str | None = None,
+    moments: Any = "fp32",
 ) -> Any:
     from tidegate.parallel.engine import Engine
 
@@ -87,6 +88,7 @@ def engine_for(
         weight_decay=0.1,
         gradient_clip=clip,
         recompute=recompute,
+        optimizer_state=moments,
     )
 
 
@@ -112,18 +114,11 @@ def train(engine: Any, accumulation: int, steps: range, bad: int = -1) -> list[l
     return found
 
 
-def as_on_the_device(w: Any, in_use: Any, g: Any, m: Any, v: Any, *, step: int, scale: float, rates: Rates) -> None:
-    factors = step_factors(torch.tensor(float(step)), rates.betas, torch.tensor(scale), torch.tensor(0.0))
-    adamw(w, in_use, g, m, v, factors, rates)
-
-
 Case = tuple[ModelConfig, int, int, bool]  # model, expert, accumulation, recompute
 
 
-def on_and_off(cases: list[Case], clip: float, exact: bool) -> list[tuple[list[list[float]], list[list[float]]]]:
+def on_and_off(cases: list[Case], clip: float) -> list[tuple[list[list[float]], list[list[float]]]]:
     """Per case: three steps with experts on the device, and with experts on the host."""
-    own = expert_store.host_adamw
-    expert_store.host_adamw = as_on_the_device if exact else own
     found = []
     for model, expert, accumulation, recompute in cases:
         on, off = (
@@ -135,7 +130,6 @@ def on_and_off(cases: list[Case], clip: float, exact: bool) -> list[tuple[list[l
             for offload in ("experts", "none")
         )
         found.append((on, off))
-    expert_store.host_adamw = own
     return found
 
 
@@ -161,18 +155,18 @@ def assert_same_training(runs: list[Any]) -> None:
 
 
 def test_losses_are_the_same_to_the_bit(on_ranks: Any) -> None:
-    assert_same_training(on_ranks(1, on_and_off, ALONE, 0.0, True)[0])
+    assert_same_training(on_ranks(1, on_and_off, ALONE, 0.0)[0])
 
 
 def test_losses_are_the_same_to_the_bit_on_two_ranks(on_ranks: Any) -> None:
     """EP 2, and two replicas that share the optimizer's part."""
-    for rank in on_ranks(2, on_and_off, SPREAD, 0.0, True):
+    for rank in on_ranks(2, on_and_off, SPREAD, 0.0):
         assert_same_training(rank)
 
 
-def test_with_clipping_and_the_hosts_adamw_losses_are_close(on_ranks: Any) -> None:
+def test_with_clipping_losses_are_close(on_ranks: Any) -> None:
     """The last digit of a factor now and then rounds a bf16 weight to its other neighbour, 1 in 256."""
-    for rank in on_ranks(2, on_and_off, SPREAD[:2], 0.3, False):
+    for rank in on_ranks(2, on_and_off, SPREAD[:2], 0.3):
         for on, off in rank:
             torch.testing.assert_close(torch.tensor(on), torch.tensor(off), rtol=2e-3, atol=1e-4)
             assert on[0][:3] == off[0][:3], "the first step has not moved anything yet"
@@ -191,7 +185,6 @@ def test_the_kernels_of_a_gpu_keep_no_weights(on_ranks: Any) -> None:
 
 def experts_fetched(accumulation: int, recompute: bool) -> tuple[list[int], int, list[Any]]:
     """Numbers that one step of a pre-gated model brings to the device, and of all of a layer; and the training."""
-    expert_store.host_adamw = as_on_the_device
     early = model_of(5, num_experts=64, router={"kind": "softmax_top_k", "reads": "previous_block"})
     engines = [engine_for(early, accumulation, offload=offload, recompute=recompute) for offload in ("experts", "none")]
     store, moved = engines[0].store, []
@@ -250,7 +243,7 @@ def test_each_pass_fetches_what_the_last_one_left_away(on_ranks: Any) -> None:
 def test_a_router_that_changes_its_mind_is_found_out() -> None:
     from tidegate.parallel.stored_moe import used_experts
 
-    settings = StoreSettings((0.9, 0.95), 1e-8, 0.1, 1, 0, None)
+    settings = StoreSettings((0.9, 0.95), 1e-8, 0.1, 1, 0, None, torch.float32)
     store = ExpertStore(torch.device("cpu"), settings)
     store.add({"w1": Piece((3, 2), True)})
     chosen_E = torch.tensor([True, False, True])
@@ -296,11 +289,12 @@ def test_a_step_with_infinite_gradients_elsewhere_moves_no_expert(on_ranks: Any)
             assert [math.isfinite(norm) for norm in result.norms] == [True, False, True]
 
 
-def continue_from_checkpoint(folder: str, layouts: list[int]) -> list[tuple[list[list[float]], list[list[float]]]]:
-    """Per size of the expert-parallel group: steps 3 and 4 straight through, and from a checkpoint after step 2; the
-    resumed engine keeps its master weights in files."""
+def continue_from_checkpoint(folder: str) -> list[tuple[list[list[float]], list[list[float]]]]:
+    """Per size of the expert-parallel group, with its dtype of moments: steps 3 and 4 straight through, and from a
+    checkpoint after step 2; the resumed engine keeps its master weights in files."""
     found = []
-    for expert in layouts:
+    for expert, moments in ((1, "fp32"), (2, "bf16")):
+        case: dict[str, Any] = {"expert": expert, "clip": 0.3, "moments": moments}
         files = Path(folder) / str(expert)
         files.mkdir(exist_ok=True)
         names: list[str] = []
@@ -310,11 +304,11 @@ def continue_from_checkpoint(folder: str, layouts: list[int]) -> list[tuple[list
             (files / name).parent.mkdir(exist_ok=True)
             torch.save(content, files / name)
 
-        engine = engine_for(FIVE, 2, offload="experts", expert=expert, clip=0.3)
+        engine = engine_for(FIVE, 2, offload="experts", **case)
         train(engine, 2, range(3))
         engine.save(put, {"step": 3})
         straight = train(engine, 2, range(3, 5))
-        resumed = engine_for(FIVE, 2, offload="experts", expert=expert, clip=0.3, folder=folder)
+        resumed = engine_for(FIVE, 2, offload="experts", folder=folder, **case)
         everyone = [name for names in collectives.gather(names) for name in names]
         assert resumed.load(lambda name, files=files: (files / name).open("rb"), everyone) == {"step": 3}
         found.append((straight, train(resumed, 2, range(3, 5))))
@@ -322,7 +316,7 @@ def continue_from_checkpoint(folder: str, layouts: list[int]) -> list[tuple[list
 
 
 def test_a_checkpoint_continues_bitwise_and_with_weights_in_files(on_ranks: Any, tmp_path: Path) -> None:
-    for rank in on_ranks(2, continue_from_checkpoint, str(tmp_path), [1, 2]):
+    for rank in on_ranks(2, continue_from_checkpoint, str(tmp_path)):
         for straight, resumed in rank:
             assert resumed == straight
     assert not list(tmp_path.glob("tidegate-*")), "files of the experts are left"
@@ -389,23 +383,30 @@ def test_a_ring_writes_back_what_was_overwritten() -> None:
     assert ring.get(1, ALL).tolist() == hosts[1].tolist()
 
 
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("numbers", [1, 63, 1000])
-def test_the_hosts_adamw_is_that_of_the_device(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To a few units of the last place of what is added up, over several chunks and steps."""
-    monkeypatch.setattr("tidegate.parallel.host_adamw._CHUNK", 64)
+def test_streamed_adamw_is_adamw(numbers: int, moments: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over several chunks, parts and steps, to the bit; gradients stay."""
+    monkeypatch.setattr("tidegate.parallel.streamed_adamw.CHUNK", 64)
     torch.manual_seed(numbers)
-    ours = [torch.randn(numbers), torch.zeros(numbers, dtype=torch.bfloat16), *torch.zeros(3, numbers)]
-    theirs = [x.clone() for x in ours]
-    rates = Rates(0.01, (0.9, 0.95), 1e-8, 0.1)
-    for step in (1, 2, 3):
-        gradients = torch.randn(numbers) * 10 ** torch.linspace(-4, 1, numbers)
-        for state, run in ((ours, host_adamw), (theirs, as_on_the_device)):
-            state[2].copy_(gradients)
-            run(*state, step=step, scale=0.3, rates=rates)
-        for one, other in zip(ours[3:], theirs[3:], strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
-        torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=1e-6)
-        assert torch.equal(ours[1], ours[0].bfloat16())
+    mean, square = torch.zeros(2, numbers, dtype=moments)
+    ours = Moved(torch.randn(numbers), torch.zeros(numbers, dtype=torch.bfloat16), torch.zeros(numbers), mean, square)
+    theirs = Moved(*(x.clone() for x in ours))
+    rates, middle = Rates(0.01, (0.9, 0.95), 1e-8, 0.1), numbers // 3
+    for step in (1.0, 2.0, 3.0):
+        gradients_N = torch.randn(numbers) * 10 ** torch.linspace(-4, 1, numbers)
+        factors = step_factors(torch.tensor(step), rates.betas, torch.tensor(0.3), torch.tensor(0.0))
+        for state in (ours, theirs):
+            state.gradients_N.copy_(gradients_N)
+        streamed = StreamedAdamW(torch.device("cpu"), ours)
+        streamed.move(ours.part(0, middle), factors, rates, 7)
+        streamed.move(ours.part(middle, numbers), factors, rates, 7 + middle)
+        streamed.finish()
+        adamw(*theirs, factors, rates, place=7)
+        for name, one, other in zip(Moved._fields, ours, theirs, strict=True):
+            assert torch.equal(one, other), name
+    assert ours.mean_N.any()
+    assert torch.equal(ours.gradients_N, gradients_N)
 
 
 def test_a_full_disk_is_an_error_and_not_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,5 +415,5 @@ def test_a_full_disk_is_an_error_and_not_a_crash(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match=f"{tmp_path}.*No space left"):
-        expert_store.zeros(tmp_path, "layer0.master", 10)
+        expert_store.zeros(tmp_path, "layer0.master", 10, torch.float32)
     assert not list(tmp_path.iterdir())

@@ -80,8 +80,8 @@ CONFLICTS = {
     ),
     "moments in bf16 at another stage": (
         ["train.precision=bf16", "parallel.zero_stage=2", "optimizer.state=bf16"],
-        "optimizer.state=bf16 needs train.precision=bf16, parallel.zero_stage=1 and parallel.offload=none, not bf16, 2 "
-        "and none; set it to fp32",
+        "optimizer.state=bf16 needs train.precision=bf16, parallel.zero_stage=1 and parallel.offload=none or experts, "
+        "not bf16, 2 and none; set it to fp32",
     ),
     "gradients at once at another stage": (
         ["train.precision=bf16", "parallel.zero_stage=2", "parallel.gradients_at_once=2"],
