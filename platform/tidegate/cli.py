@@ -70,6 +70,10 @@ def tune(
     trials: Annotated[int | None, typer.Option(help="Short for --set search.trials=N", show_default=False)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the candidates and what they cost")] = False,
     resume: Annotated[str | None, typer.Option(help="Go on with this sweep", show_default=False)] = None,
+    concurrent: Annotated[
+        int | None,
+        typer.Option(help="Trials at a time [default: as many as fit]", show_default=False, min=1),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Resume although the job changed")] = False,
     address: Annotated[str | None, typer.Option(help="Ray cluster to use instead of a local one")] = None,
     state_dir: StateOption = None,
@@ -81,7 +85,7 @@ def tune(
     if (job is None) == (resume is None):
         raise ConfigError("name a job file, or --resume SWEEP")
     extra = [f"search.trials={trials}"] if trials is not None else []
-    request = SweepRequest(job, [*overrides, *extra], budget, _state(state_dir), resume, force, address)
+    request = SweepRequest(job, [*overrides, *extra], budget, _state(state_dir), resume, force, address, concurrent)
     if dry_run:
         show_candidates(request)
     else:

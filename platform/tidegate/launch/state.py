@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tidegate.config import Config, ConfigError, load_stored
 from tidegate.redact import redact, redact_command
-from tidegate.track import RunHandle
+from tidegate.track import RunHandle, recorded_uri
 from tidegate.train.job import Job
 
 __all__ = ["LAYOUT_VERSION", "RunFolder", "RunRecord", "StateDir", "default_state_dir", "write_whole"]
@@ -68,6 +68,15 @@ class RunFolder:
     def write_job(self, job: Job) -> None:
         """Store the job as it runs now: the next resume starts from it."""
         write_whole(self.job_file, job.model_dump_json(indent=2))
+
+    def handle(self) -> RunHandle:
+        """The run in MLflow, to mark it from outside of it.
+
+        Raises:
+            ConfigError: the run has no record, or its store's password is nowhere.
+        """
+        record = self.read()
+        return RunHandle(recorded_uri(record.tracking_uri), "", record.run_id, self.name)
 
     def read(self) -> RunRecord:
         """What `write` stored."""

@@ -65,6 +65,8 @@ class SearchConfig(Config):
     """Of the trials with any other searcher: drawn at random, the baseline that it has to beat."""
     scheduler: Literal["none", "asha", "median"] = "none"
     """Ends candidates early that are behind others on as many tokens: at rungs, or below the median."""
+    retries: int = Field(default=1, ge=0)
+    """How often a trial whose process dies begins again, from its checkpoint; then it has failed."""
     max_tokens: int | None = Field(default=None, ge=1)
     """That a sweep may train on in all: no trial begins that would lead beyond it."""
     max_minutes: float | None = Field(default=None, gt=0)

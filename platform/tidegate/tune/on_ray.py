@@ -16,7 +16,7 @@ from ray.tune.search import Searcher as RaySearcher
 from tidegate.launch.run import Request, run
 from tidegate.launch.state import StateDir
 from tidegate.redact import redact
-from tidegate.track import tag_run
+from tidegate.track import finish_run, tag_run
 from tidegate.train.job import Job
 from tidegate.train.telemetry import Record
 from tidegate.tune.queue import Queue
@@ -51,6 +51,7 @@ def run_trials(queue: Queue, task: Task, job: Job, concurrent: int) -> None:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its tables show neither metrics nor runs
     if not queue.most:
         return
+    assert job.search is not None
     folder = SweepFolder(task.folder.parent, task.folder.name)
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(_trial, task=task), needs_of(job, task.alone)),
@@ -63,7 +64,8 @@ def run_trials(queue: Queue, task: Task, job: Job, concurrent: int) -> None:
         run_config=tune.RunConfig(
             name=f"{task.folder.name}-{time.time_ns()}",
             storage_path=str(task.folder / "ray"),
-            callbacks=[_Announcer(task.folder)],
+            callbacks=[_Announcer(task)],
+            failure_config=tune.FailureConfig(max_failures=job.search.retries),
             verbose=0,
         ),
     )
@@ -104,24 +106,39 @@ class _Feed(RaySearcher):
 
 
 class _Announcer(tune.Callback):
-    """Says a line when a trial has ended; Ray pickles it."""
+    """Says a line when a trial has ended, and notes the death of its process; Ray pickles it."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = SweepFolder(folder.parent, folder.name)
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._folder = SweepFolder(task.folder.parent, task.folder.name)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         result = self._folder.result(trial.config["number"])
         value = "" if result.value is None else f", {result.value:.4f}"
         print(f"trial {result.trial.number} ({result.run}) {result.status}{value} {result.error}")
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        print(f"trial {trial.config['number']}: its process died; it begins again from its checkpoint")
+
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        print(f"trial {trial.config['number']}: its process ended; --resume goes on with it")
+        """The process could not say it itself."""
+        known = self._folder.result(trial.config["number"])
+        if known.status != "finished" and known.run:
+            run = StateDir(self._task.state).run(known.run)
+            finish_run(run.handle(), "KILLED" if known.status == "stopped" else "FAILED")
+        if not known.ended:
+            reason = f"its process died {trial.num_failures} times: {_one_line(trial.get_pickled_error())}"
+            known = known.model_copy(update={"status": "failed", "error": reason})
+            self._folder.put(known)
+        print(f"trial {known.trial.number} ({known.run}) {known.status} {known.error}")
 
 
 def _trial(config: dict[str, int], task: Task) -> None:
     """One trial, in a process of its own; resumes its run if it began once."""
     folder = SweepFolder(task.folder.parent, task.folder.name)
     trial, before = (known := folder.result(config["number"])).trial, known.run
+    if known.ended:  # its process died after it
+        return
     state, begun = StateDir(task.state), time.monotonic()
     latest: dict[str, Any] = {"trial": trial, "run": before, "status": "running"}
 
@@ -159,10 +176,14 @@ def _trial(config: dict[str, int], task: Task) -> None:
     try:
         ran = run(asked)
     except Exception as error:  # one trial never ends the sweep
-        put(status="failed", error=redact(" ".join(str(error).split()))[:500])
+        put(status="failed", error=_one_line(error))
         return
     if latest["status"] == "stopped" and not ran.outcome.finished:
         tag_run(ran.tracking, "tidegate.stopped_by", latest["stopped_by"])
         return
     problem = "" if latest.get("value") is not None else f"it never reported {task.metric}"
     put(status="finished" if ran.outcome.finished and not problem else "failed", error=problem, stopped_by="")
+
+
+def _one_line(error: Exception | None) -> str:
+    return redact(" ".join(str(error).split()))[:500]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ from tidegate.tune.searchers import Searcher
 from tidegate.tune.space import Candidate, Space, draw
 from tidegate.tune.trials import SweepFolder, SweepRecord, Trial
 
-__all__ = ["SweepRequest", "drawn_trials", "finalists", "show_candidates", "show_front", "sweep"]
+__all__ = ["SweepRequest", "drawn_trials", "finalists", "show_candidates", "show_front", "sweep", "trials_at_a_time"]
 
 
 class SweepRequest(NamedTuple):
@@ -43,14 +43,16 @@ class SweepRequest(NamedTuple):
     resume: str | None = None
     force: bool = False
     address: str | None = None
+    concurrent: int | None = None
+    """Trials at a time; None: as many as fit."""
 
 
 def sweep(request: SweepRequest) -> SweepFolder:
     """Run what is left of a sweep, new or resumed, and report.
 
     Raises:
-        ConfigError: no candidate is within the budgets, the job changed since the sweep began, a trial does not fit on
-            the cluster, or no trial came to its end.
+        ConfigError: no candidate is within the budgets, the job changed since the sweep began, fewer trials fit on the
+            cluster than are asked for, or no trial came to its end.
     """
     from tidegate.tune.on_ray import Task, run_trials  # Ray takes seconds
 
@@ -160,17 +162,37 @@ def drawn_trials(space: Space) -> list[Trial]:
 
 
 def _connect(request: SweepRequest, job: Job) -> int:
-    """Join or start Ray; how many trials fit on it at a time."""
+    """Join or start Ray; how many trials are to run on it at a time."""
     import ray
 
     from tidegate.launch.ray_train import connect
 
     connect(request.address, job)
-    resources, available = job.resources, ray.cluster_resources()
-    fits = int(available["CPU"] // (resources.workers * resources.cpus_per_worker))
-    if resources.gpu:
-        fits = min(fits, int(available.get("GPU", 0) // resources.workers))
-    return fits
+    return trials_at_a_time(job, ray.cluster_resources(), request.concurrent, request.address or "this machine")
+
+
+def trials_at_a_time(job: Job, available: Mapping[str, float], wanted: int | None, where: str) -> int:
+    """How many trials run at a time: as many as are wanted, or as fit.
+
+    Args:
+        job: of a trial.
+        available: Ray's resources, of which there is enough for one.
+        where: they are, for the message.
+
+    Raises:
+        ConfigError: more are wanted than fit.
+    """
+    resources = job.resources
+    needs = {"CPU": resources.workers * resources.cpus_per_worker, "GPU": resources.workers * resources.gpu}
+    fits = min(int(available.get(kind, 0) // number) for kind, number in needs.items() if number)
+    if wanted is not None and wanted > fits:
+        takes = " and ".join(f"{number} {kind}s" for kind, number in needs.items() if number)
+        there = " and ".join(f"{available.get(kind, 0):g} {kind}s" for kind, number in needs.items() if number)
+        raise ConfigError(
+            f"--concurrent {wanted}: a trial takes {takes} (resources.workers={resources.workers}), and {where} has "
+            f"{there}: at most {fits} fit at a time"
+        )
+    return wanted or fits
 
 
 def finalists(space: Space, folder: SweepFolder) -> list[Trial]:

@@ -19,7 +19,8 @@ from tidegate.train.job import Job
 __all__ = ["Result", "SweepFolder", "SweepRecord", "Trial"]
 
 
-_LIMITS = ("search.max_tokens", "search.max_minutes")
+_LIMITS = ("search.max_tokens", "search.max_minutes", "search.retries")
+"""Of how a sweep runs; they say nothing of what it compares."""
 
 
 class Trial(Config):
@@ -111,7 +112,8 @@ class SweepFolder:
 
     def refuse_another(self, job: Job) -> None:
         """Raise ConfigError if the job is not the one that the sweep was begun with, except for its limits."""
-        changed = diff(self.read().job, job.model_dump(mode="json"))
+        began = Job.model_validate(self.read().job)  # fills in fields that are younger than the sweep
+        changed = diff(began.model_dump(mode="json"), job.model_dump(mode="json"))
         changed = {path: value for path, value in changed.items() if path not in _LIMITS}
         if changed:
             said = ", ".join(f"{path}={value}" for path, value in sorted(changed.items()))

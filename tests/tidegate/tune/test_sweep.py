@@ -19,9 +19,10 @@ import pytest
 import yaml
 from ray import tune
 
-from tidegate.config import load
+from tidegate.config import ConfigError, load
 from tidegate.train.job import Job
 from tidegate.tune.on_ray import needs_of
+from tidegate.tune.sweep import trials_at_a_time
 
 SEARCH: dict[str, Any] = {
     "space": {"model.ffn.top_k": {"choice": [2, 3, 4]}, "balance.loss_weight": {"log": [0.001, 0.1]}},
@@ -53,11 +54,34 @@ def kill_all(process: subprocess.Popen[str], mark: str) -> None:
             continue
 
 
+def kill_trial(driver: int) -> int:
+    """SIGKILL to the process that trains; the Ray of a driver is among its children."""
+    training = [p for p in psutil.Process(driver).children(recursive=True) if "ray::ImplicitFunc" in p.name()]
+    assert len(training) == 1
+    training[0].kill()
+    return training[0].pid
+
+
 @pytest.mark.parametrize("alone", [True, False])
 def test_what_a_trial_asks_for_is_something_that_ray_takes(tiny_job: Callable[..., Path], alone: bool) -> None:
     needs = needs_of(load(tiny_job(), Job).config, alone)
     assert needs.get("CPU", 0) == alone, "workers on Ray Train ask for theirs"
     tune.with_resources(lambda config: None, needs)
+
+
+@pytest.mark.parametrize(
+    ("workers", "gpu", "wanted", "expected"),
+    [(1, False, None, 7), (1, False, 7, 7), (1, False, 3, 3), (3, False, None, 2), (3, True, None, 1), (1, True, 3, 3)],
+)
+def test_as_many_trials_run_at_a_time_as_fit(
+    tiny_job: Callable[..., Path], workers: int, gpu: bool, wanted: int | None, expected: int
+) -> None:
+    job = load(tiny_job(train={"batch_tokens": 768}, resources={"workers": workers, "gpu": gpu}), Job).config
+    there = {"CPU": 7.0, "GPU": 3.0, "memory": 1e9}
+    assert trials_at_a_time(job, there, wanted, "it") == expected
+    problem = rf"--concurrent 8: a trial takes {workers} CPUs{f' and {workers} GPUs' if gpu else ''} .* at most "
+    with pytest.raises(ConfigError, match=problem + rf"{3 // workers if gpu else 7 // workers} fit"):
+        trials_at_a_time(job, there, 8, "it")
 
 
 @pytest.mark.ray
@@ -164,3 +188,41 @@ def test_a_sweep_goes_on_when_a_trial_fails_and_its_scheduler_stops_those_behind
         run = json.loads((tmp_path / "state" / "runs" / result["run"] / "run.json").read_text())["run_id"]
         assert (statuses[run], tagged[run]) == ("KILLED", "asha")
     assert len(tagged) == len(stopped)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_trial_whose_process_dies_begins_again_from_its_checkpoint_and_fails_when_it_dies_again(
+    tmp_path: Path, tiny_job: Callable[..., Path]
+) -> None:
+    space = {"model.ffn.expert_dim": {"choice": [8]}}  # the job as it stands is beyond the budget, so it does not run
+    search = {"space": space, "budgets": ["total_params<=99%"], "trials": 1, "seeds": 1, "retries": 1}
+    job = tiny_job(search=search, train={"tokens": 512 * 600, "log_every": 50}, checkpoint={"every": 20})
+    state, killed = tmp_path / "state", set()
+    with subprocess.Popen(
+        tidegate(tmp_path, "tune", str(job)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        deadline = time.monotonic() + 300
+        while len(killed) < 2:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+            run = results(tmp_path).get(1, {}).get("run")
+            saved = sorted((state / "checkpoints").glob(f"{run}-*/step_*/manifest.json")) if run else []
+            attempts = {path.parent.name.rpartition("-")[2] for path in saved}
+            if len(attempts) > len(killed):
+                killed.add(kill_trial(process.pid))
+        said = process.communicate(timeout=200)[0]
+    assert process.returncode == 2, said
+    assert "trial 1: its process died; it begins again from its checkpoint" in said
+    assert "no trial came to its end; trial 1: its process died 2 times: The actor died unexpectedly" in said
+    found = results(tmp_path)
+    assert found[1]["status"] == "failed"
+    steps = [int(path.parent.name.split("_")[1].split("-")[0]) for path in saved]
+    assert len(steps) == len(set(steps)), "the second process went on where the first had been"
+    with closing(sqlite3.connect(state / "mlflow" / "mlflow.db")) as database:
+        run_id = json.loads((state / "runs" / found[1]["run"] / "run.json").read_text())["run_id"]
+        status = database.execute("select status from runs where run_uuid = ?", [run_id]).fetchone()[0]
+        resumed = "select value from tags where key = 'tidegate.resumed' and run_uuid = ?"
+        assert database.execute(resumed, [run_id]).fetchone() == ("1",)
+    assert status == "FAILED"
