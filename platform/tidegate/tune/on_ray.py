@@ -5,6 +5,7 @@ Ray's own record of trials is not used again: what was proposed, and what came o
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ from tidegate.train.telemetry import Record
 from tidegate.tune.queue import Queue
 from tidegate.tune.schedulers import build_scheduler
 from tidegate.tune.space import overrides_of
-from tidegate.tune.trials import Result, SweepFolder
+from tidegate.tune.trials import SweepFolder
 
 __all__ = ["Task", "needs_of", "run_trials"]
 
@@ -140,21 +141,26 @@ def _trial(config: dict[str, int], task: Task) -> None:
     if known.ended:  # its process died after it
         return
     state, begun = StateDir(task.state), time.monotonic()
-    latest: dict[str, Any] = {"trial": trial, "run": before, "status": "running"}
+    latest = known.model_copy(update={"status": "running"})
 
-    def put(**known: Any) -> None:
-        latest.update(known)
-        folder.put(Result(**latest))
+    def put(**changed: Any) -> None:
+        nonlocal latest
+        latest = latest.model_copy(update=changed)
+        folder.put(latest)
 
     def watch(record: Record) -> bool:
-        if task.metric in record.metrics:
-            value = record.metrics[task.metric]
-            put(value=value, tokens=record.tokens, seconds=time.monotonic() - begun)
-            if latest["status"] == "running" and task.judged and record.tokens < task.tokens:
+        nonlocal latest
+        # A run that resumes evaluates again where it was.
+        if task.metric in record.metrics and record.tokens > latest.tokens:
+            value, evaluations = record.metrics[task.metric], latest.evaluations
+            if task.metric.startswith("val/") and math.isfinite(value):
+                evaluations = (*evaluations, (record.tokens, value))
+            seconds = known.seconds + time.monotonic() - begun
+            put(value=value, tokens=record.tokens, evaluations=evaluations, seconds=seconds)
+            if latest.status == "running" and task.judged and record.tokens < task.tokens:
                 tune.report({task.metric: value, "tokens": record.tokens})  # waits for the scheduler
-                known = folder.result(trial.number)
-                latest.update(status=known.status, stopped_by=known.stopped_by)
-        return bool(latest["status"] == "stopped")
+                latest = folder.result(trial.number)
+        return latest.status == "stopped"
 
     overrides = [*task.overrides, *overrides_of(trial.values), f"train.seed={trial.seed}"]
     began = bool(before) and (task.state / "runs" / before / "run.json").exists()
@@ -178,10 +184,10 @@ def _trial(config: dict[str, int], task: Task) -> None:
     except Exception as error:  # one trial never ends the sweep
         put(status="failed", error=_one_line(error))
         return
-    if latest["status"] == "stopped" and not ran.outcome.finished:
-        tag_run(ran.tracking, "tidegate.stopped_by", latest["stopped_by"])
+    if latest.status == "stopped" and not ran.outcome.finished:
+        tag_run(ran.tracking, "tidegate.stopped_by", latest.stopped_by)
         return
-    problem = "" if latest.get("value") is not None else f"it never reported {task.metric}"
+    problem = "" if latest.value is not None else f"it never reported {task.metric}"
     put(status="finished" if ran.outcome.finished and not problem else "failed", error=problem, stopped_by="")
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
 
 from tidegate.train.job import Job
+from tidegate.tune.searchers import CANDIDATES
 from tidegate.tune.trials import SweepFolder
 
 __all__ = ["build_scheduler"]
@@ -32,30 +33,57 @@ def build_scheduler(job: Job, folder: SweepFolder) -> TrialScheduler | None:
     if config.scheduler == "asha":
         scheduler = _Asha(**told, max_t=job.train.tokens, reduction_factor=_REDUCTION)
     elif config.scheduler == "median":
-        # Else it pauses trials, which would begin again.
-        scheduler = _Median(**told, min_time_slice=job.train.tokens)
+        scheduler = _Median(**told)
     else:
         return None
-    scheduler.sweep = folder.folder
+    scheduler.begin(folder, config.metric)
     return scheduler
 
 
+class _Seen(NamedTuple):
+    """A trial as a scheduler sees it: the same before and after a resume."""
+
+    trial_id: str
+
+
 class _Noting:
-    """Notes in the sweep's folder whom the scheduler beside it would stop, and lets Ray go on."""
+    """Notes in the sweep's folder whom the scheduler beside it would stop, and lets Ray go on.
+
+    It begins with what the folder has of earlier evaluations, so that a resumed sweep judges by all of them.
+    """
 
     sweep: Path
     name: str
+    _seen: dict[int, _Seen]
+
+    def begin(self, folder: SweepFolder, metric: str) -> None:
+        self.sweep, self._seen = folder.folder, {}
+        for result in folder.results():
+            if result.trial.kind in CANDIDATES:
+                for tokens, value in result.evaluations:
+                    self._judge(result.trial.number, {"tokens": tokens, metric: value})
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         folder = SweepFolder(self.sweep.parent, self.sweep.name)
         known = folder.result(trial.config["number"])
         if known.trial.kind == "base":
             return TrialScheduler.CONTINUE
-        decision: str = super().on_trial_result(tune_controller, trial, result)  # type: ignore[misc]
-        if decision != TrialScheduler.STOP:
-            return decision
-        folder.put(known.model_copy(update={"status": "stopped", "stopped_by": self.name}))
+        if self._judge(known.trial.number, result) == TrialScheduler.STOP:
+            folder.put(known.model_copy(update={"status": "stopped", "stopped_by": self.name}))
         return TrialScheduler.CONTINUE
+
+    def _judge(self, number: int, result: dict[str, Any]) -> str:
+        if number not in self._seen:
+            self._seen[number] = _Seen(str(number))
+            super().on_trial_add(None, self._seen[number])  # type: ignore[misc]
+        return str(super().on_trial_result(None, self._seen[number], result))  # type: ignore[misc]
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Nothing, as below: a trial counts from its first evaluation on, and that it ended teaches no more."""
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None: ...
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None: ...
 
 
 class _Asha(_Noting, ASHAScheduler):
@@ -64,3 +92,12 @@ class _Asha(_Noting, ASHAScheduler):
 
 class _Median(_Noting, MedianStoppingRule):
     name = "median"
+
+    def _judge(self, number: int, result: dict[str, Any]) -> str:
+        decision = super()._judge(number, result)
+        self._stopped_trials.clear()  # told of a trial again, it may stop it where it did not, and takes no more of it
+        return decision
+
+    def _on_insufficient_samples(self, tune_controller: Any, trial: Any, time: float) -> str:
+        """Go on; Ray would pause, and a paused trial begins again."""
+        return TrialScheduler.CONTINUE

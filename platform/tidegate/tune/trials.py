@@ -46,6 +46,8 @@ class Result(Config):
     value: float | None = None
     """The last of the sweep's metric."""
     tokens: int = 0
+    evaluations: tuple[tuple[int, float], ...] = ()
+    """The metric by tokens, in their order, if it is one of evaluations; finite ones."""
     seconds: float = 0.0
     """Of training and evaluating, without what it took to start."""
     error: str = ""
