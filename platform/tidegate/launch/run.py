@@ -296,6 +296,7 @@ def _conclude(
                 log_file(tracking, path)
     if not outcome.finished:
         flags = " --local" if request.local else f" --address {request.address}" if request.address else ""
+        flags += "" if job.train.pause_at_tokens is None else " --set train.pause_at_tokens=null"
         reporter.say(f"stopped at step {outcome.step}; continue with: tidegate train --resume {run_folder.name}{flags}")
     if delivery.undelivered:
         reporter.say(

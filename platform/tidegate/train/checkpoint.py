@@ -20,7 +20,7 @@ from tidegate import __version__
 from tidegate.config import ConfigError
 from tidegate.parallel import collectives
 from tidegate.parallel.engine import Engine
-from tidegate.train.checkpoint_store import CheckpointStore, Manifest, finite
+from tidegate.train.checkpoint_store import TRACKER, CheckpointStore, Manifest, finite
 from tidegate.train.job import Job
 from tidegate.train.layout import in_words, layout_of, reshapes
 from tidegate.train.saver import Saver
@@ -92,7 +92,7 @@ class Checkpoints:
             return None
         state = self._restore(name)
         if self._tracker is not None:
-            with self._store.open(name, _TRACKER) as file:
+            with self._store.open(name, TRACKER) as file:
                 self._tracker.adopt(torch.load(file, weights_only=True))
         return state
 
@@ -140,7 +140,7 @@ class Checkpoints:
         self._engine.save(files.__setitem__, position._asdict())
         files[_generator_file(self._rank)] = _generators()
         if self._tracker is not None:
-            files[_TRACKER] = self._tracker.unsent()
+            files[TRACKER] = self._tracker.unsent()
         best = self._job.checkpoint.keep_best
         kept = {"train/loss", best.metric if best else "train/loss"}
         manifest = Manifest(
@@ -212,9 +212,6 @@ class Checkpoints:
             if self._rank == 0:
                 self._notice(f"{self._store.storage.path(name)} is not used: {problems[0]}")
         return None
-
-
-_TRACKER = "rank_00000/tracker.pt"
 
 
 def _generator_file(rank: int) -> str:

@@ -28,6 +28,7 @@ from tidegate.train.storage import Storage, StorageError
 
 __all__ = [
     "MANIFEST",
+    "TRACKER",
     "CheckpointStore",
     "Damaged",
     "Entry",
@@ -43,6 +44,8 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
+TRACKER = "rank_00000/tracker.pt"
+"""Metrics on their way to MLflow."""
 _NAME = re.compile(r"step_(\d{8,})-[0-9a-f]+")
 _SEAL = re.compile(rb'"sha256_of_the_rest": "([0-9a-f]{64})"')
 _OWNER = "owner.json"

@@ -42,6 +42,9 @@ class OptimizerConfig(Config):
 class TrainConfig(Config):
     tokens: int = Field(ge=1)
     """Training ends with the step that reaches this many tokens."""
+    pause_at_tokens: int | None = Field(default=None, ge=1)
+    """The run stops, evaluated and saved, with the step that reaches so many, to be resumed with other settings and
+    another pause, or none; schedules go by `tokens` all the same."""
     batch_tokens: int = Field(ge=1)
     """Tokens an optimizer step, over all ranks and accumulation steps: the same at any world size."""
     micro_batch: int = Field(ge=1)
@@ -67,6 +70,19 @@ class TrainConfig(Config):
     token and few layers, see `train/oracle.py`."""
 
     moved: ClassVar[dict[str, str]] = {"save_every": "checkpoint.every"}
+
+    @property
+    def end_tokens(self) -> int:
+        """Where this start of the run ends."""
+        return self.tokens if self.pause_at_tokens is None else self.pause_at_tokens
+
+    @model_validator(mode="after")
+    def _pauses_before_the_end(self) -> TrainConfig:
+        if self.end_tokens > self.tokens:
+            raise ValueError(
+                f"pause_at_tokens={self.pause_at_tokens} is more than tokens={self.tokens}; set it to null"
+            )
+        return self
 
 
 class ResourcesConfig(Config):

@@ -10,8 +10,23 @@ from tidegate.model.decoder import ModelConfig
 from tidegate.train.checkpoint_store import Manifest
 from tidegate.train.job import Job
 
-__all__ = ["in_words", "layout_of", "reshapes"]
+__all__ = ["CHANGEABLE", "in_words", "layout_of", "reshapes"]
 
+CHANGEABLE = (
+    "balance.bias_rate",
+    "balance.budget.target",
+    "balance.budget.weight",
+    "balance.loss_weight",
+    "balance.z_loss_weight",
+    "model.ffn.router.noise",
+    "model.ffn.router.tau_end",
+    "model.ffn.router.tau_start",
+    "optimizer.gradient_clip",
+    "optimizer.schedule.final_fraction",
+    "optimizer.schedule.peak",
+    "optimizer.weight_decay",
+)
+"""What every step reads from the job and nothing that is saved hangs on: a resume may change it."""
 _RESHAPED = ("resources.workers", "parallel.expert", "parallel.zero_stage", "parallel.offload")
 
 
@@ -45,7 +60,7 @@ def reshapes(job: Job, manifest: Manifest, path: str) -> bool:
     model = ModelConfig.model_validate(manifest.model)  # fills in fields that are younger than the checkpoint
     stored = manifest.layout | {f"model.{field}": value for field, value in flatten(model).items()}
     wanted = layout_of(job) | {f"model.{field}": value for field, value in flatten(job.model).items()}
-    changed = list(diff(stored, wanted))
+    changed = [field for field in diff(stored, wanted) if field not in CHANGEABLE]
     why = "resume with the checkpoint's"
     fixed = [field for field in changed if field not in _RESHAPED]
     if not fixed and changed and 0 in (stored["parallel.zero_stage"], wanted["parallel.zero_stage"]):

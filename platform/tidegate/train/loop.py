@@ -72,7 +72,7 @@ class Outcome(NamedTuple):
 
 
 def train(job: Job, world: World) -> Outcome:
-    """Train until the job's last step or until asked to stop; every rank of the process group calls this."""
+    """Train until the last step, the pause, or until asked to stop; every rank of the process group calls this."""
     dataset = TokenDataset.open(world.dataset, verify=False)  # the launcher has verified the checksums
     loader = build_loader(job, dataset)
     weights = None if job.train.init_from is None or _resumes(world) else starting_weights(job)
@@ -92,7 +92,7 @@ def train(job: Job, world: World) -> Outcome:
         if step and _evaluates(job, step, tokens):  # the run may have ended before it did, or while
             evaluation = _evaluate(world, job, checkpoints, engine, dataset, step, tokens)
         throughput, pending = Throughput(job, peak_flops(engine.device)), Pending(judge, checkpoints.keep_batch)
-        while tokens < job.train.tokens and not stopping:
+        while tokens < job.train.end_tokens and not stopping:
             step += 1
             watchdog.beat(f"step {step}")
             batch = next(loader)
@@ -100,7 +100,7 @@ def train(job: Job, world: World) -> Outcome:
             learning_rate = job.optimizer.schedule.at(tokens, job.train.tokens)
             engine.set_learning_rate(learning_rate)
             clock = Clock(step, tokens, job.train.seed)
-            last = tokens >= job.train.tokens
+            last = tokens >= job.train.end_tokens
             logged = step % job.train.log_every == 0 or last
             observer = build_observer(job, dataset) if logged else None
             losses, before = train_step(
@@ -268,7 +268,7 @@ def _notice(world: World, line: str) -> None:
 
 
 def _evaluates(job: Job, step: int, tokens: int) -> bool:
-    return step % job.train.eval_every == 0 or tokens >= job.train.tokens
+    return step % job.train.eval_every == 0 or tokens >= job.train.end_tokens
 
 
 def _evaluate(
