@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tidegate.redact import is_secret_name, redact
 
-__all__ = ["Config", "ConfigError", "LoadedJob", "Variant", "diff", "flatten", "load", "load_stored"]
+__all__ = ["Config", "ConfigError", "JobFile", "LoadedJob", "Variant", "diff", "flatten", "load", "load_stored"]
 
 
 class ConfigError(ValueError):
@@ -80,18 +80,39 @@ def load(path: str | Path, schema: type[C], overrides: Sequence[str] = ()) -> Lo
     Raises:
         ConfigError: with every problem found, one a line, each naming file, field and value.
     """
-    sources: dict[str, str] = {}
-    chain = _extends_chain(Path(path))
-    merged: dict[str, Any] = {}
-    base: dict[str, Any] = {}
-    for index, (file, mapping) in enumerate(chain):
-        merged = _overlay(merged, mapping, str(file), sources)
-        if index == 0:
-            base = merged
-    for override in overrides:
-        merged = _overlay(merged, _parse_override(override), f"--set {override}", sources)
-    config = _validate(merged, schema, str(path), sources)
-    return LoadedJob(config, diff(base, merged))
+    return JobFile(path, overrides).load(schema)
+
+
+class JobFile:
+    """A job file, what it extends and overrides, read once for many a `load`.
+
+    Args:
+        path: the YAML file.
+        overrides: `a.b=c` strings; the value is read as YAML.
+
+    Raises:
+        ConfigError: a file or an override cannot be read.
+    """
+
+    def __init__(self, path: str | Path, overrides: Sequence[str] = ()) -> None:
+        self._path, self._sources = str(path), dict[str, str]()
+        (file, self._base), *others = _extends_chain(Path(path))
+        self._merged = _overlay({}, self._base, str(file), self._sources)
+        for file, mapping in others:
+            self._merged = _overlay(self._merged, mapping, str(file), self._sources)
+        for override in overrides:
+            self._merged = _overlay(self._merged, _parse_override(override), f"--set {override}", self._sources)
+
+    def load(self, schema: type[C], values: Mapping[str, Any] | None = None) -> LoadedJob:
+        """The job with these values, by path, laid over it as overrides are.
+
+        Raises:
+            ConfigError: with every problem found, one a line, each naming file, field and value.
+        """
+        sources, merged = dict(self._sources), self._merged
+        for path, value in (values or {}).items():
+            merged = _overlay(merged, _at(path, value), f"--set {path}={json.dumps(value)}", sources)
+        return LoadedJob(_validate(merged, schema, self._path, sources), diff(self._base, merged))
 
 
 def load_stored(document: str, schema: type[C], source: str) -> C:
@@ -239,9 +260,16 @@ def _parse_override(override: str) -> dict[str, Any]:
         value: Any = yaml.load(text, Loader=_StrictLoader)
     except _UNREADABLE as error:
         raise ConfigError(f"--set {override}: the value is not YAML: {' '.join(str(error).split())}") from error
-    for key in reversed(path.split(".")):
-        value = {key: value}
-    return value
+    return _at(path, value)
+
+
+def _at(path: str, value: Any) -> dict[str, Any]:
+    """`{"a": {"b": value}}` for `a.b`."""
+    *sections, field = path.split(".")
+    mapping = {field: value}
+    for key in reversed(sections):
+        mapping = {key: mapping}
+    return mapping
 
 
 def _overlay(base: Any, over: Any, source: str, sources: dict[str, str], path: str = "") -> Any:

@@ -59,8 +59,9 @@ class SearchConfig(Config):
     metric: str = "val/loss"
     mode: Literal["min", "max"] = "min"
     trials: int = Field(default=16, ge=1)
-    searcher: Literal["random", "tpe", "nsga2"] = "random"
-    """`nsga2` looks for the front of the metric and the first budget's quantity, `tpe` for the best metric."""
+    searcher: Literal["random", "tpe", "nsga2", "predictor"] = "random"
+    """`nsga2` and `predictor` look for the front of the metric and the first budget's quantity, `tpe` for the best
+    metric."""
     random_share: float = Field(default=0.25, gt=0, lt=1)
     """Of the trials with any other searcher: drawn at random, the baseline that it has to beat."""
     scheduler: Literal["none", "asha", "median"] = "none"

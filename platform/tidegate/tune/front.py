@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-__all__ = ["Verdict", "pareto", "verdict"]
+__all__ = ["Verdict", "hypervolume", "pareto", "verdict"]
 
 
 class Verdict(NamedTuple):
@@ -29,6 +29,15 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
         if not kept or points[place][1] < points[kept[-1]][1] or points[place] == points[kept[-1]]:
             kept.append(place)
     return kept
+
+
+def hypervolume(points: Sequence[tuple[float, float]], reference: tuple[float, float]) -> float:
+    """Area of what is worse than one of the points (cost, loss) in both, and better than the reference."""
+    area, loss = 0.0, reference[1]
+    for cost, below in (points[place] for place in pareto(points)):
+        if cost < reference[0] and below < loss:
+            area, loss = area + (reference[0] - cost) * (loss - below), below
+    return area
 
 
 def verdict(best: Mapping[int, float], other: Mapping[int, float], *, smaller_is_better: bool = True) -> Verdict:

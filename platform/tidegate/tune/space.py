@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tidegate.config import ConfigError, load
+from tidegate.config import ConfigError, JobFile
 from tidegate.train.job import Job
 from tidegate.train.search import SearchConfig, Variation
 from tidegate.tune.budget import Budget, parse, solve, violations
@@ -46,8 +46,8 @@ class Space:
     """
 
     def __init__(self, job_file: Path, overrides: Sequence[str] = (), budgets: Sequence[str] = ()) -> None:
-        self._job_file, self._overrides = job_file, list(overrides)
-        self.base: Job = load(job_file, Job, self._overrides).config
+        self._job_file = JobFile(job_file, overrides)
+        self.base: Job = self._job_file.load(Job).config
         if self.base.search is None:
             raise ConfigError(f"{job_file}: a sweep needs search.space; `tidegate schema` says what it may hold")
         self.config: SearchConfig = self.base.search
@@ -126,7 +126,7 @@ class Space:
         return json.dumps({path: values[path] for path in self.config.space if path in values}, sort_keys=True)
 
     def _job(self, values: Values) -> Job:
-        job: Job = load(self._job_file, Job, [*self._overrides, *overrides_of(values)]).config
+        job: Job = self._job_file.load(Job, values).config
         return job
 
 

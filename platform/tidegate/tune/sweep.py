@@ -25,7 +25,7 @@ from tidegate.train.job import Job
 from tidegate.tune.budget import QUANTITIES, shown
 from tidegate.tune.queue import Limits, Queue
 from tidegate.tune.report import console_of_width, field_of, ranked_results, report, short
-from tidegate.tune.searchers import Searcher
+from tidegate.tune.searchers import build_searcher
 from tidegate.tune.space import Candidate, Space, draw
 from tidegate.tune.trials import SweepFolder, SweepRecord, Trial
 
@@ -86,7 +86,7 @@ def sweep(request: SweepRequest) -> SweepFolder:
     task = Task(*where, parent.run_id, config.metric, base.train.tokens, alone, judged)
     finished = False
     try:
-        searcher = Searcher(space, folder.results(), record.trials) if config.searcher != "random" else None
+        searcher = build_searcher(space, folder.results(), record.trials)
         searched = config.trials - config.random_trials
         candidates = Queue(folder, record.trials, limits, config.most_reruns, searcher, searched)
         run_trials(candidates, task, base, concurrent)

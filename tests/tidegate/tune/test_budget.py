@@ -89,13 +89,14 @@ WIDTHS = {"model.ffn.num_experts": {"choice": [4, 8, 16]}, "balance.loss_weight"
 def test_every_candidate_meets_an_exact_budget_by_the_width_that_is_solved(tiny_job: Callable[..., Path]) -> None:
     solve = {"path": "model.ffn.expert_dim", "smallest": 8, "step": 8}
     large = {"model.width": {"choice": [64, 96]}, "model.ffn.top_k": {"choice": [1, 2, 3]}, **WIDTHS}
-    space = space_of(tiny_job, space=large, budgets=["active_params==400k"], solve=solve)
+    job = tiny_job(search={"space": large, "budgets": ["active_params==400k"], "solve": solve})
+    space = Space(job)
     found = list(draw(space, 6, random.Random(1)))
     assert len({str(candidate.values) for candidate in found}) == 6
     for candidate in found:
         assert abs(QUANTITIES["active_params"].of(candidate.job) / 400e3 - 1) <= TOLERANCE
         assert candidate.job.model.ffn.expert_dim == candidate.values["model.ffn.expert_dim"]
-        assert load(space._job_file, Job, candidate.overrides).config == candidate.job
+        assert load(job, Job, candidate.overrides).config == candidate.job
 
 
 def test_no_candidate_outside_of_the_budget_is_drawn(tiny_job: Callable[..., Path]) -> None:

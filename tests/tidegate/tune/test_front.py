@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tidegate.tune.front import pareto, verdict
+from tidegate.tune.front import hypervolume, pareto, verdict
 from tidegate.tune.pictures import Point, draw_page
 
 
@@ -23,6 +23,17 @@ def test_a_point_is_on_the_front_if_none_dominates_it(seed: int) -> None:
         return any(a <= point[0] and b <= point[1] and (a, b) != point for a, b in points)
 
     assert sorted(pareto(points)) == [place for place, point in enumerate(points) if not dominated(point)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_hypervolume_is_the_area_that_the_points_dominate(seed: int) -> None:
+    """Counted in unit squares, whose lower corners are at integers."""
+    chance = random.Random(seed)
+    points = [(float(chance.randrange(12)), float(chance.randrange(12))) for _ in range(7)]
+    squares = [(x, y) for x in range(9) for y in range(10)]
+    dominated = [(x, y) for x, y in squares if any(cost <= x and loss <= y for cost, loss in points)]
+    assert hypervolume(points, (9.0, 10.0)) == len(dominated)
+    assert hypervolume([(9.0, 0.0), (0.0, 10.0)], (9.0, 10.0)) == hypervolume([], (9.0, 10.0)) == 0
 
 
 def test_a_difference_that_all_seeds_show_counts_however_much_seeds_differ() -> None:

@@ -14,9 +14,10 @@ from rich.console import Console
 from tidegate.config import ConfigError, load
 from tidegate.train.job import Job
 from tidegate.tune.budget import QUANTITIES, violations
+from tidegate.tune.front import hypervolume
 from tidegate.tune.queue import Limits, Queue
 from tidegate.tune.report import report
-from tidegate.tune.searchers import Searcher, importances
+from tidegate.tune.searchers import OptunaSearcher, build_searcher, importances
 from tidegate.tune.space import Space
 from tidegate.tune.sweep import drawn_trials, finalists
 from tidegate.tune.trials import Result, SweepFolder, SweepRecord, Trial
@@ -57,7 +58,7 @@ class Toy:
         self.folder = SweepFolder.existing(folder.parent, folder.name)
         self.record = self.folder.read()
         results = self.folder.results()
-        self.searcher = Searcher(self.space, results, self.record.trials) if config.searcher != "random" else None
+        self.searcher = build_searcher(self.space, results, self.record.trials)
         limits = Limits(self.space.base, told.pop("concurrent", 1), **told)
         searched = config.trials - config.random_trials
         self.queue = Queue(self.folder, self.record.trials, limits, config.most_reruns, self.searcher, searched)
@@ -90,7 +91,7 @@ def begin(tiny_job: Callable[..., Path], tmp_path: Path) -> Callable[..., Toy]:
     return begin
 
 
-@pytest.mark.parametrize("searcher", ["tpe", "nsga2"])
+@pytest.mark.parametrize("searcher", ["tpe", "nsga2", "predictor"])
 def test_what_is_proposed_is_new_and_within_the_budget_and_a_share_is_random(
     begin: Callable[..., Toy], searcher: str
 ) -> None:
@@ -113,7 +114,7 @@ def test_what_is_proposed_is_new_and_within_the_budget_and_a_share_is_random(
 def test_tpe_finds_what_chance_does_not(begin: Callable[..., Toy]) -> None:
     found = {}
     for searcher in ("tpe", "random"):
-        given = begin(f"{searcher}-1", searcher=searcher, trials=40).run(99)
+        given = begin(f"{searcher}-1", searcher=searcher, trials=40, seed=1).run(99)
         found[searcher] = sorted(toy(trial) for trial in given)
     assert found["tpe"][0] <= found["random"][0]
     assert sum(found["tpe"][:15]) < sum(found["random"][:15]) - 5, found
@@ -134,7 +135,59 @@ def test_nsga2_weighs_the_metric_against_the_first_budget(begin: Callable[..., T
     assert max(costs["nsga2"]) > 2 * min(costs["nsga2"])
 
 
-@pytest.mark.parametrize("searcher", ["random", "tpe", "nsga2"])
+def test_the_predictor_finds_more_of_the_front_than_chance(begin: Callable[..., Toy]) -> None:
+    share, off = {}, {}
+    for searcher in ("predictor", "random"):
+        sweep = begin(f"{searcher}-1", searcher=searcher, trials=32, budgets=["total_params<=1M"], seed=2)
+        given = sweep.run(99)[1:]
+        points = [(QUANTITIES["total_params"].of(sweep.space.at(t.values).job), toy(t)) for t in given]
+        share[searcher] = hypervolume(points, (140e3, 1.5))
+        off[searcher] = sum(abs(math.log(trial.values["balance.loss_weight"] / 0.01)) for trial in given[-12:])
+    assert share["predictor"] > 1.1 * share["random"], share
+    assert off["predictor"] < 0.75 * off["random"], off
+
+
+def test_the_predictor_looks_for_the_best_alone_where_all_cost_the_same(
+    begin: Callable[..., Toy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tidegate.tune.searchers.predictor._CANDIDATES", 32)  # each is solved for
+    space = {path: SPACE[path] for path in ("model.ffn.num_experts", "balance.loss_weight")}
+    solve = {"path": "model.ffn.expert_dim", "largest": 512}
+    search = {"space": space, "budgets": ["active_params==120k"], "solve": solve}
+    best = {}
+    for searcher in ("predictor", "random"):
+        sweep = begin(f"{searcher}-1", searcher=searcher, trials=16, seed=1, **search)
+        best[searcher] = sorted(toy(trial) for trial in sweep.run(99) if trial.number > 4)[:6]
+    assert sum(best["predictor"]) < sum(best["random"]) - 1, best
+
+
+def test_what_the_predictor_proposes_hangs_on_what_it_was_told_alone(
+    begin: Callable[..., Toy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sweep in one go, one killed on the way, and one whose metric is large where the others' is small."""
+    monkeypatch.setattr("tidegate.tune.searchers.predictor._CANDIDATES", 16)
+    whole = begin("whole-1", searcher="predictor").run(99)
+    begin("killed-1", searcher="predictor").run(9)
+    killed = begin("killed-1", searcher="predictor")
+    killed.run(99)
+    assert [result.trial for result in killed.folder.results()] == whole
+    largest = begin("largest-1", searcher="predictor", mode="max")
+    while (trial := largest.queue.next()) is not None:
+        largest.end(trial, better_by=2 * toy(trial))
+    assert [result.trial for result in largest.folder.results()] == whole
+    assert begin("other-1", searcher="predictor", seed=1).run(99) != whole
+
+
+def test_the_predictor_keeps_away_from_what_failed(begin: Callable[..., Toy]) -> None:
+    """All fail beyond a balance loss of 0.003, where the toy would be best."""
+    sweep = begin(searcher="predictor", trials=24, seed=2)
+    while (trial := sweep.queue.next()) is not None:
+        sweep.end(trial, "failed" if trial.values.get("balance.loss_weight", 0) > 0.003 else "finished")
+    later = [result.trial.values["balance.loss_weight"] for result in sweep.folder.results()[-10:]]
+    assert sum(weight <= 0.003 for weight in later) >= 8, later
+
+
+@pytest.mark.parametrize("searcher", ["random", "tpe", "nsga2", "predictor"])
 def test_a_sweep_that_was_killed_goes_on_with_what_was_under_way_and_knows_what_ended(
     begin: Callable[..., Toy], searcher: str
 ) -> None:
@@ -150,7 +203,7 @@ def test_a_sweep_that_was_killed_goes_on_with_what_was_under_way_and_knows_what_
     assert [result.trial.number for result in results] == list(range(17))
     assert all(result.status == "finished" for result in results)
     assert len({resumed.space.key(result.trial.values) for result in results}) == 17
-    if resumed.searcher is not None:
+    if isinstance(resumed.searcher, OptunaSearcher):
         study = resumed.searcher._study
         complete = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
         assert sorted(trial.values[0] for trial in complete) == sorted(
@@ -163,7 +216,7 @@ def test_trials_that_failed_are_not_tried_again_and_teach_nothing(begin: Callabl
     sweep = begin(searcher="tpe", trials=8)
     given = sweep.run(99, status="failed")
     assert len(given) == 9
-    assert sweep.searcher is not None
+    assert isinstance(sweep.searcher, OptunaSearcher)
     assert not [t for t in sweep.searcher._study.trials if t.state.name == "COMPLETE"]
     assert begin(searcher="tpe", trials=8).run(99) == []
 

@@ -1,7 +1,6 @@
-"""Searchers: candidates proposed by Optuna from what earlier ones came to.
+"""Candidates proposed by Optuna, and which paths of a space matter by its fANOVA.
 
-A searcher keeps nothing of its own between processes: it is told everything again from the sweep's folder. When it
-proposes what does not fit the budgets, it is asked again.
+When it proposes what does not fit the budgets, it is asked again.
 """
 
 from __future__ import annotations
@@ -11,47 +10,37 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
-from tidegate.config import ConfigError
-from tidegate.train.job import Job
 from tidegate.train.search import Variation
-from tidegate.tune.budget import QUANTITIES, violations
+from tidegate.tune.searchers.base import CANDIDATES, Searcher
 from tidegate.tune.space import Candidate, Space, Values
 from tidegate.tune.trials import Result, Trial
 
 if TYPE_CHECKING:
     import optuna
 
-__all__ = ["CANDIDATES", "Searcher", "cost_axis", "importances"]
+__all__ = ["OptunaSearcher", "importances"]
 
-CANDIDATES = ("random", "searched")
-"""Kinds of trials that are points of the space."""
 FEWEST_FOR_IMPORTANCE = 8
 _ASKS_A_PROPOSAL = 200
 
 
-def cost_axis(space: Space) -> str:
-    """The quantity that the metric is weighed against."""
-    return space.budgets[0].quantity if space.budgets else "active_params"
-
-
-class Searcher:
-    """Proposes candidates that are valid, within the budgets, and new.
+class OptunaSearcher(Searcher):
+    """TPE or NSGA-II.
 
     Args:
         space: what may be tried, and the searcher's name.
-        results: of the sweep so far.
+        before: results that it will be told of: a resumed sweep does not draw what it drew before.
         taken: candidates that will be tried anyway.
     """
 
-    def __init__(self, space: Space, results: Iterable[Result], taken: Iterable[Trial] = ()) -> None:
+    def __init__(self, space: Space, before: int = 0, taken: Iterable[Trial] = ()) -> None:
         import optuna
 
+        super().__init__(space, taken)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        config, results = space.config, list(results)
-        self._space, self._seen = space, {space.key(trial.values) for trial in taken}
+        config, seed = space.config, space.config.seed + before
         self._asked: dict[int, optuna.trial.Trial] = {}
         startup = max(2, config.random_trials)  # random trials are what it begins with
-        seed = config.seed + len(results)  # a resumed sweep does not draw what it drew before
         goal: Literal["minimize", "maximize"] = "minimize" if config.mode == "min" else "maximize"
         sampler: optuna.samplers.BaseSampler
         if config.searcher == "tpe":
@@ -62,37 +51,17 @@ class Searcher:
             self._directions = [goal, "minimize"]
             sampler = optuna.samplers.NSGAIISampler(population_size=startup, seed=seed)
         self._study = optuna.create_study(directions=self._directions, sampler=sampler)
-        for result in results:
-            if result.trial.kind in CANDIDATES:
-                self.adopt(result.trial)
-                if result.ended:
-                    self.tell(result)
 
     def adopt(self, trial: Trial) -> None:
-        """Count as under way what is begun without having been proposed here."""
-        self._seen.add(self._space.key(trial.values))
+        super().adopt(trial)
+        if trial.kind not in CANDIDATES:
+            return
         self._study.enqueue_trial({p: _told(self._space.config.space[p], v) for p, v in self._told_of(trial)})
         asked = self._study.ask()
         if self._space.key(self._suggest(asked)) == self._space.key(trial.values):
             self._asked[trial.number] = asked  # else it is from before the space was changed by force
 
-    def propose(self, number: int) -> Trial | None:
-        """The next trial, under this number; None if the searcher, asked often, has nothing new within the budgets."""
-        for _ in range(_ASKS_A_PROPOSAL):
-            asked = self._study.ask()
-            values = self._suggest(asked)
-            candidate = None if self._space.key(values) in self._seen else self._within(values)
-            if candidate is None:
-                # It stays under way for Optuna, which takes such for bad ones. Pruned ones would be too, but count
-                # among those of which TPE calls a tenth good: under a tight budget soon all that were ever within.
-                continue
-            self._seen.add(self._space.key(values))
-            self._asked[number] = asked
-            return Trial(number=number, values=candidate.values, seed=self._space.base.train.seed, kind="searched")
-        return None
-
     def tell(self, result: Result) -> None:
-        """What came of a candidate: its value, at which tokens it was stopped, or that it failed."""
         from optuna.trial import TrialState
 
         asked = self._asked.pop(result.trial.number, None)
@@ -109,15 +78,16 @@ class Searcher:
             job = self._space.at(result.trial.values).job
             self._study.tell(asked, [value, self._cost(job)][: len(self._directions)])
 
-    def _cost(self, job: Job) -> float:
-        return QUANTITIES[cost_axis(self._space)].of(job)
-
-    def _within(self, values: Values) -> Candidate | None:
-        try:
-            candidate = self._space.at(values)
-        except ConfigError:
-            return None
-        return None if violations(candidate.job, self._space.budgets) else candidate
+    def _candidate(self, number: int) -> Candidate | None:
+        for _ in range(_ASKS_A_PROPOSAL):
+            asked = self._study.ask()
+            candidate = self._fresh(self._suggest(asked))
+            if candidate is not None:
+                self._asked[number] = asked
+                return candidate
+            # It stays under way for Optuna, which takes such for bad ones. Pruned ones would be too, but count among
+            # those of which TPE calls a tenth good: under a tight budget soon all that were ever within.
+        return None
 
     def _suggest(self, asked: optuna.trial.Trial) -> Values:
         space = self._space.config.space
