@@ -12,7 +12,11 @@ from pydantic import Field, model_validator
 
 from tidegate.config import Config
 
-__all__ = ["SearchConfig", "SolveConfig", "Variation"]
+__all__ = ["PresetName", "SearchConfig", "SolveConfig", "Variation"]
+
+PresetName = Literal[
+    "gates", "routers", "experts", "granularity", "temperature", "balance", "unit_gates", "learning_rate"
+]
 
 
 class Variation(Config):
@@ -51,8 +55,10 @@ class SolveConfig(Config):
 
 
 class SearchConfig(Config):
-    space: dict[str, Variation] = Field(min_length=1)
+    space: dict[str, Variation] = Field(default_factory=dict)
     """Paths of the job to their values."""
+    presets: tuple[PresetName, ...] = ()
+    """More of them, as docs/tune.md says; a path that `space` has too is as it is there."""
     budgets: tuple[str, ...] = ()
     """Such as `active_params<=300M`, `peak_memory<=79GiB`, `flops_per_token==100%` (of the job as it stands)."""
     solve: SolveConfig | None = None
@@ -78,6 +84,12 @@ class SearchConfig(Config):
     """Runs of a finalist in all."""
     seed: int = Field(default=0, ge=0)
     """Of the draws."""
+
+    @model_validator(mode="after")
+    def _varies_something(self) -> SearchConfig:
+        if not self.space and not self.presets:
+            raise ValueError("space={} and presets=[] vary nothing; name a path or a preset")
+        return self
 
     @property
     def random_trials(self) -> int:

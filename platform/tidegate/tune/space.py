@@ -14,6 +14,7 @@ from tidegate.config import ConfigError, JobFile
 from tidegate.train.job import Job
 from tidegate.train.search import SearchConfig, Variation
 from tidegate.tune.budget import Budget, parse, solve, violations
+from tidegate.tune.presets import space_with_presets
 
 __all__ = ["Candidate", "Space", "draw", "overrides_of"]
 
@@ -42,7 +43,8 @@ class Space:
         budgets: beside those of its `search:` section.
 
     Raises:
-        ConfigError: the job has no `search:` section, a budget cannot be read, or what is solved for is also varied.
+        ConfigError: the job has no `search:` section, a preset does not fit it, a budget cannot be read, or what is
+            solved for is also varied.
     """
 
     def __init__(self, job_file: Path, overrides: Sequence[str] = (), budgets: Sequence[str] = ()) -> None:
@@ -50,7 +52,7 @@ class Space:
         self.base: Job = self._job_file.load(Job).config
         if self.base.search is None:
             raise ConfigError(f"{job_file}: a sweep needs search.space; `tidegate schema` says what it may hold")
-        self.config: SearchConfig = self.base.search
+        self.config: SearchConfig = self.base.search.model_copy(update={"space": space_with_presets(self.base)})
         self.budgets: list[Budget] = [parse(text, self.base) for text in (*self.config.budgets, *budgets)]
         for path, variation in self.config.space.items():
             unknown = [other for other in variation.when if other not in self.config.space]
