@@ -72,7 +72,8 @@ def plot(folder: Path, out: str) -> None:
         results += [result for _, result in found]
         panel.plot([s for s, _ in found], [r.tokens_per_s_per_device / 1e3 for _, r in found], "o-", color="black")
         panel.set_xscale("log", base=2)
-        panel.set(title=f"against {axis}", xlabel=axis, xticks=sizes, xticklabels=sizes, ylim=(0, None))
+        panel.set(title=f"against {axis}", xlabel=axis, xticks=sizes, xticklabels=sizes)
+        panel.set_ylim(0, 1.15 * panel.get_ylim()[1])
         for size, result in found:
             if result.mfu is not None:
                 where = (size, result.tokens_per_s_per_device / 1e3)

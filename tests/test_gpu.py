@@ -340,13 +340,16 @@ def test_stored_experts_train_as_those_on_the_gpu(on_ranks) -> None:  # type: ig
 
 
 def test_stored_experts_leave_the_gpu(on_ranks) -> None:  # type: ignore[no-untyped-def]
-    """Two of six layers are there; what stays away is 18 bytes a parameter of theirs, and 12 of the two."""
+    """Two of six layers are there; what stays away is 18 bytes a parameter of theirs, and 12 of the two. AdamW has some
+    chunks of them there at the largest moment."""
+    from tidegate.parallel.streamed_adamw import CHUNK, SLOTS
+
     # Each in a process of its own: what is left of an engine would count.
     (((_, off),), ((_, on),)) = (
         on_ranks(1, steps_with_stored_experts, [(True, slow)])[0] for slow in ("off", "nothing")
     )
     layer = 13 * 3 * 512 * 512
-    assert off - on == pytest.approx(18 * 6 * layer - 6 * 2 * layer, rel=0.1)
+    assert off - on == pytest.approx(18 * 6 * layer - 6 * 2 * layer - SLOTS * 18 * min(CHUNK, layer), rel=0.1)
 
 
 def test_a_snapshot_of_device_tensors_lies_in_pinned_memory_that_stays() -> None:
