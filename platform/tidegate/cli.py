@@ -58,7 +58,7 @@ def train(
     extra += [f"guards.compare_replicas_every={paranoid}"] if paranoid is not None else []
     extra += [f"train.init_from={json.dumps(str(init_from.absolute()))}"] if init_from else []
     ran = run(Request(job, [*overrides, *extra], _state(state_dir), resume, local, address))
-    if not ran.outcome.finished:
+    if ran.outcome.stopped:
         raise typer.Exit(143)  # as a process that SIGTERM ended
 
 

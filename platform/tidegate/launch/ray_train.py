@@ -193,7 +193,7 @@ def _worker(task: _WorkerJob) -> tuple[Outcome, Delivery] | None:
     finally:
         delivery = logger.close() if logger is not None else None
     reasons = collectives.gather(wishes.reason)
-    if outcome.tokens < job.train.end_tokens and "stop" not in reasons:
+    if outcome.stopped and "stop" not in reasons:
         reason: Reason = "preemption" if "preemption" in reasons else "growth"
         if rank_zero:
             why = "a machine will be taken away" if reason == "preemption" else "there is room for more"

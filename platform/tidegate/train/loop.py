@@ -63,7 +63,9 @@ class Outcome(NamedTuple):
     step: int
     tokens: int
     finished: bool
-    """False if it was stopped before the last step."""
+    """False if it was stopped before the last step, or paused."""
+    stopped: bool
+    """Before the last step and before its pause."""
     evaluation: Evaluation | None
     checkpoint: str
     """The last one, a folder or URI."""
@@ -157,7 +159,8 @@ def train(job: Job, world: World) -> Outcome:
                 evaluation = _evaluate(world, job, checkpoints, engine, dataset, step, tokens)
                 throughput.restart()
         loader.close()
-    return Outcome(step, tokens, tokens >= job.train.tokens, evaluation, checkpoints.newest, checkpoints.stalled_s)
+    ends = tokens >= job.train.tokens, tokens < job.train.end_tokens
+    return Outcome(step, tokens, *ends, evaluation, checkpoints.newest, checkpoints.stalled_s)
 
 
 def build_loader(job: Job, dataset: TokenDataset) -> TrainLoader:

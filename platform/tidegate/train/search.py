@@ -69,9 +69,12 @@ class SearchConfig(Config):
     """`nsga2` and `predictor` look for the front of the metric and the first budget's quantity, `tpe` for the best
     metric."""
     random_share: float = Field(default=0.25, gt=0, lt=1)
-    """Of the trials with any other searcher: drawn at random, the baseline that it has to beat."""
-    scheduler: Literal["none", "asha", "median"] = "none"
-    """Ends candidates early that are behind others on as many tokens: at rungs, or below the median."""
+    """Of the trials with any other searcher, or `pbt`: drawn at random, the baseline that those have to beat."""
+    scheduler: Literal["none", "asha", "median", "pbt"] = "none"
+    """`asha` and `median` end candidates early that are behind others on as many tokens: at rungs, or below the median.
+    `pbt` lets the worst of a population go on from the weights of the best, with settings near theirs."""
+    exploit_every: int | None = Field(default=None, ge=1)
+    """Tokens of a round of `pbt`."""
     retries: int = Field(default=1, ge=0)
     """How often a trial whose process dies begins again, from its checkpoint; then it has failed."""
     max_tokens: int | None = Field(default=None, ge=1)
@@ -92,10 +95,20 @@ class SearchConfig(Config):
         return self
 
     @property
+    def has_baseline(self) -> bool:
+        """Whether some trials are not drawn at random alone, so that those that are say what chance would find."""
+        return self.searcher != "random" or self.scheduler == "pbt"
+
+    @property
     def random_trials(self) -> int:
-        return self.trials if self.searcher == "random" else math.ceil(self.random_share * self.trials)
+        return math.ceil(self.random_share * self.trials) if self.has_baseline else self.trials
+
+    @property
+    def members(self) -> int:
+        """Of the population."""
+        return self.trials - self.random_trials if self.scheduler == "pbt" else 0
 
     @property
     def most_reruns(self) -> int:
         """Finalists, the job as it stands and the best random trial, with the other seeds."""
-        return (self.finalists + 1 + (self.searcher != "random")) * (self.seeds - 1)
+        return (self.finalists + 1 + self.has_baseline) * (self.seeds - 1)

@@ -14,16 +14,19 @@ from typing import Any, NamedTuple
 from ray import tune
 from ray.tune.search import Searcher as RaySearcher
 
+from tidegate.config import ConfigError
 from tidegate.launch.run import Request, run
-from tidegate.launch.state import StateDir
+from tidegate.launch.state import RunFolder, StateDir
 from tidegate.redact import redact
 from tidegate.track import finish_run, tag_run
+from tidegate.train.checkpoint_store import CheckpointStore
 from tidegate.train.job import Job
+from tidegate.train.storage import Storage
 from tidegate.train.telemetry import Record
 from tidegate.tune.queue import Queue
 from tidegate.tune.schedulers import build_scheduler
 from tidegate.tune.space import overrides_of
-from tidegate.tune.trials import SweepFolder
+from tidegate.tune.trials import Phase, SweepFolder
 
 __all__ = ["Task", "needs_of", "run_trials"]
 
@@ -162,11 +165,13 @@ def _trial(config: dict[str, int], task: Task) -> None:
                 latest = folder.result(trial.number)
         return latest.status == "stopped"
 
-    overrides = [*task.overrides, *overrides_of(trial.values), f"train.seed={trial.seed}"]
-    began = bool(before) and (task.state / "runs" / before / "run.json").exists()
+    began, phase = bool(before) and (task.state / "runs" / before / "run.json").exists(), known.phase
+    settings = overrides_of(trial.values if phase is None else phase.values) if phase or not began else []
+    if phase is not None:
+        settings.append(f"train.pause_at_tokens={phase.end if phase.end < task.tokens else 'null'}")
     asked = Request(
         None if began else task.job_file,
-        [] if began else overrides,
+        settings if began else [*task.overrides, *settings, f"train.seed={trial.seed}"],
         state,
         resume=before if began else None,
         local=task.alone,
@@ -180,6 +185,8 @@ def _trial(config: dict[str, int], task: Task) -> None:
         watch=watch,
     )
     try:
+        if phase is not None and phase.begin:
+            _refuse_without_weights(state.run(before), phase)
         ran = run(asked)
     except Exception as error:  # one trial never ends the sweep
         put(status="failed", error=_one_line(error))
@@ -187,8 +194,19 @@ def _trial(config: dict[str, int], task: Task) -> None:
     if latest.status == "stopped" and not ran.outcome.finished:
         tag_run(ran.tracking, "tidegate.stopped_by", latest.stopped_by)
         return
+    if phase is not None and not ran.outcome.finished and not ran.outcome.stopped:
+        put(status="paused")
+        return
     problem = "" if latest.value is not None else f"it never reported {task.metric}"
     put(status="finished" if ran.outcome.finished and not problem else "failed", error=problem, stopped_by="")
+
+
+def _refuse_without_weights(run: RunFolder, phase: Phase) -> None:
+    """Raise ConfigError where a run would begin again instead of going on."""
+    checkpoints = run.read().checkpoints
+    valid = CheckpointStore(Storage(checkpoints)).valid()
+    if not any(entry.manifest is not None and entry.manifest.tokens >= phase.begin for entry in valid):
+        raise ConfigError(f"{checkpoints}: its checkpoint of {phase.begin} tokens is gone")
 
 
 def _one_line(error: Exception | None) -> str:

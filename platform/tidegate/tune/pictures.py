@@ -9,9 +9,14 @@ from typing import Any, NamedTuple
 
 __all__ = ["Point", "draw_page", "draw_picture"]
 
-_MARKERS = {"base": ("s", "square"), "random": ("D", "diamond"), "searched": ("o", "circle")}
+_MARKERS = {
+    "base": ("s", "square"),
+    "random": ("D", "diamond"),
+    "searched": ("o", "circle"),
+    "member": ("o", "circle"),
+}
 """Of matplotlib and of plotly."""
-_NAMES = {"base": "the job as it stands", "random": "random", "searched": "searched"}
+_NAMES = {"base": "the job as it stands", "random": "random", "searched": "searched", "member": "of the population"}
 _FRONT, _DOMINATED = "#1f77b4", "#c0c0c0"
 
 
@@ -43,7 +48,7 @@ def draw_picture(path: Path, points: Sequence[Point], axis: str, metric: str) ->
         colour = _FRONT if point.on_front else _DOMINATED
         marker = _MARKERS[point.kind][0]
         axes.errorbar(point.cost, point.mean, yerr=point.spread or None, color=colour, marker=marker, capsize=3)
-    marks = "the job as it stands: square; random: diamond; searched: circle"
+    marks = "the job as it stands: square; random: diamond; searched or of the population: circle"
     axes.set(xlabel=axis, ylabel=metric, title=f"on the front: blue; {marks}")
     axes.title.set_fontsize(9)
     figure.tight_layout()

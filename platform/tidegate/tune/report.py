@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,8 +15,9 @@ from tidegate.config import ConfigError
 from tidegate.tune.budget import QUANTITIES, shown
 from tidegate.tune.front import pareto, verdict
 from tidegate.tune.pictures import Point, draw_page, draw_picture
+from tidegate.tune.population import recipe, schedule_of
 from tidegate.tune.searchers import cost_axis, importances
-from tidegate.tune.space import Space
+from tidegate.tune.space import Space, overrides_of
 from tidegate.tune.trials import Result, SweepFolder
 
 __all__ = ["console_of_width", "field_of", "ranked_results", "report", "short"]
@@ -48,15 +48,16 @@ def report(folder: SweepFolder, space: Space, console: Console, notes: Sequence[
     by_seed: dict[str, dict[int, float]] = {}
     for result in results:
         if result.status == "finished" and result.value is not None:
-            by_seed.setdefault(_key(result), {})[result.trial.seed] = result.value
+            by_seed.setdefault(recipe(result.trial, results), {})[result.trial.seed] = result.value
     axis = cost_axis(space)
+    keys = [recipe(result.trial, results) for result in ranked]
     jobs = [space.at(result.trial.values).job if result.trial.values else space.base for result in ranked]
     costs = [QUANTITIES[axis].of(job) for job in jobs]
     weighed = [(cost, (r.value or 0.0) * (1 if smaller else -1)) for cost, r in zip(costs, ranked, strict=True)]
     front = set(pareto(weighed))
     table = Table("", "trial", config.metric, "seeds", axis, "run", *map(field_of, config.space))
     for place, (result, cost) in enumerate(zip(ranked, costs, strict=True)):
-        values = by_seed[_key(result)]
+        values = by_seed[keys[place]]
         mean = sum(values.values()) / len(values)
         row = [
             "*" if place in front else "",
@@ -65,16 +66,24 @@ def report(folder: SweepFolder, space: Space, console: Console, notes: Sequence[
             str(len(values)),
         ]
         table.add_row(
-            *row, shown(axis, cost), result.run, *(short(result.trial.values.get(p, "")) for p in config.space)
+            *row, shown(axis, cost), result.run, *(short(result.trial.last_values.get(p, "")) for p in config.space)
         )
     console.print(table)
-    searched = config.searcher != "random"
-    lines = [*_conclusions(ranked, by_seed, results, smaller, searched), *_importance(space, results), *notes]
+    lines = [
+        *_conclusions(ranked, by_seed, results, smaller, config.has_baseline),
+        *_population(ranked[0], results),
+        *_importance(space, results),
+        *notes,
+    ]
     for line in lines:
         console.print(line, soft_wrap=True)
     best = folder.folder / "best.yaml"
     job_file = folder.read().job_file
-    best.write_text(yaml.safe_dump({"extends": job_file, **_nested(ranked[0].trial.values)}, sort_keys=False))
+    schedule = schedule_of(ranked[0].trial, results)
+    begins_with = ranked[0].trial.last_values
+    if schedule:
+        begins_with = {**schedule[0].values, "train.pause_at_tokens": schedule[0].end}
+    best.write_text(yaml.safe_dump({"extends": job_file, **_nested(begins_with)}, sort_keys=False))
     console.print(f"the best as a job: {best}", soft_wrap=True)
     points = [
         Point(
@@ -86,15 +95,15 @@ def report(folder: SweepFolder, space: Space, console: Console, notes: Sequence[
             spread=(max(values) - min(values)) / 2,
             seeds=len(values),
             on_front=place in front,
-            values=result.trial.values,
+            values=result.trial.last_values,
         )
         for place, (cost, result) in enumerate(zip(costs, ranked, strict=True))
-        for values in [list(by_seed[_key(result)].values())]
+        for values in [list(by_seed[keys[place]].values())]
     ]
     drawn = [result.value for result in ranked if result.trial.kind == "random"]
     draw_picture(folder.folder / "front.png", points, axis, config.metric)
     page = folder.folder / "front.html"
-    draw_page(page, points, axis, config.metric, drawn[0] if drawn and searched else None)
+    draw_page(page, points, axis, config.metric, drawn[0] if drawn and config.has_baseline else None)
     console.print(f"the front as a page: {page}", soft_wrap=True)
     text = Console(file=(folder.folder / "report.md").open("w", encoding="utf-8"), width=160)
     text.print(table)
@@ -125,7 +134,7 @@ def _conclusions(
         )
         rivals += [("the best random trial", drawn[0])] if drawn and drawn[0] is not best else []
     for name, rival in rivals:
-        found = verdict(by_seed[_key(best)], by_seed[_key(rival)], smaller_is_better=smaller)
+        found = verdict(*(by_seed[recipe(one.trial, results)] for one in (best, rival)), smaller_is_better=smaller)
         said = "beats" if found.better else "does not beat"
         lines.append(
             f"trial {best.trial.number} {said} {name} (trial {rival.trial.number}) by more than two standard errors: "
@@ -139,6 +148,22 @@ def _conclusions(
     ]
     lines += [f"trial {r.trial.number} has not ended" for r in results if not r.ended]
     lines += [f"trial {result.trial.number} failed: {result.error}" for result in failed]
+    return lines
+
+
+def _population(best: Result, results: Sequence[Result]) -> list[str]:
+    """How often members took over weights, and the best one's schedule as commands."""
+    taken = [phase for r in results if r.trial.kind == "member" for phase in r.trial.phases if phase.parent is not None]
+    lines = [f"members went on from better ones' weights {len(taken)} times"] if taken else []
+    schedule = schedule_of(best.trial, results)
+    lines += [f"trial {best.trial.number} is a schedule: best.yaml begins it, then"] if schedule else []
+    for phase in schedule[1:]:
+        pause = "null" if phase is schedule[-1] else phase.end
+        settings = [*overrides_of(phase.values), f"train.pause_at_tokens={pause}"]
+        whose = "" if phase.parent is None else f" (the weights were trial {phase.parent}'s)"
+        lines.append(
+            f"at {phase.begin} tokens{whose}: tidegate train --resume RUN {' '.join(f'--set {s}' for s in settings)}"
+        )
     return lines
 
 
@@ -159,10 +184,6 @@ def console_of_width() -> Console:
 
 def field_of(path: str) -> str:
     return ".".join(path.split(".")[-2:])
-
-
-def _key(result: Result) -> str:
-    return json.dumps(result.trial.values, sort_keys=True)
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:

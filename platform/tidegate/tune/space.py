@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from tidegate.config import ConfigError, JobFile
 from tidegate.train.job import Job
+from tidegate.train.layout import CHANGEABLE
 from tidegate.train.search import SearchConfig, Variation
 from tidegate.tune.budget import Budget, parse, solve, violations
 from tidegate.tune.presets import space_with_presets
@@ -77,7 +78,8 @@ class Space:
                 f"{job_file}: search.max_tokens={self.config.max_tokens} is less than the {least} of one candidate "
                 f"(train.tokens={self.base.train.tokens}) and {self.config.most_reruns} reruns with other seeds"
             )
-        if self.config.scheduler != "none":
+        _check_population(job_file, self.base, self.config)
+        if self.config.scheduler in ("asha", "median"):
             train, metric = self.base.train, self.config.metric
             if not metric.startswith("val/"):
                 raise ConfigError(
@@ -130,6 +132,47 @@ class Space:
     def _job(self, values: Values) -> Job:
         job: Job = self._job_file.load(Job, values).config
         return job
+
+
+def _check_population(job_file: Path, job: Job, config: SearchConfig) -> None:
+    """Raise ConfigError for a population that cannot be, and for a round or a pause that nothing uses."""
+    every, batch, tokens = config.exploit_every, job.train.batch_tokens, job.train.tokens
+    if job.train.pause_at_tokens is not None:
+        raise ConfigError(
+            f"{job_file}: train.pause_at_tokens={job.train.pause_at_tokens} would pause every trial; set it to null"
+        )
+    if config.scheduler != "pbt":
+        if every is not None:
+            raise ConfigError(
+                f"{job_file}: search.exploit_every={every} is of search.scheduler=pbt, not {config.scheduler}"
+            )
+        return
+    if every is None or every % batch or not every < tokens:
+        raise ConfigError(
+            f"{job_file}: search.exploit_every={every}: search.scheduler=pbt needs rounds of a multiple of "
+            f"train.batch_tokens={batch}, less than train.tokens={tokens}"
+        )
+    if config.searcher != "random":
+        raise ConfigError(
+            f"{job_file}: search.searcher={config.searcher}: the population of search.scheduler=pbt is drawn at random"
+        )
+    if not config.metric.startswith("val/"):
+        raise ConfigError(
+            f"{job_file}: search.metric={config.metric} is not of evaluations, as search.scheduler=pbt needs"
+        )
+    for path, variation in config.space.items():
+        if path not in CHANGEABLE:
+            raise ConfigError(
+                f"{job_file}: search.space.{path} cannot change in the middle of a run, as search.scheduler=pbt does; "
+                f"what can: {', '.join(CHANGEABLE)}"
+            )
+        if variation.when:
+            raise ConfigError(f"{job_file}: search.space.{path}.when does not go with search.scheduler=pbt")
+    if config.members < 2:
+        raise ConfigError(
+            f"{job_file}: search.trials={config.trials} leaves {config.members} for the population beside "
+            f"{config.random_trials} random ones (search.random_share={config.random_share}); 2 are the fewest"
+        )
 
 
 def draw(space: Space, number: int, chance: random.Random) -> Iterator[Candidate]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,11 +23,12 @@ from tidegate.redact import redact
 from tidegate.track import finish_run, log_file, open_run, resolve_tracking_uri, run_url
 from tidegate.train.job import Job
 from tidegate.tune.budget import QUANTITIES, shown
+from tidegate.tune.population import begin_round, recipe, rounds, schedule_of
 from tidegate.tune.queue import Limits, Queue
 from tidegate.tune.report import console_of_width, field_of, ranked_results, report, short
 from tidegate.tune.searchers import build_searcher
 from tidegate.tune.space import Candidate, Space, draw
-from tidegate.tune.trials import SweepFolder, SweepRecord, Trial
+from tidegate.tune.trials import Phase, SweepFolder, SweepRecord, Trial
 
 __all__ = ["SweepRequest", "drawn_trials", "finalists", "show_candidates", "show_front", "sweep", "trials_at_a_time"]
 
@@ -82,29 +83,36 @@ def sweep(request: SweepRequest) -> SweepFolder:
     )
     console.print(f"sweep {folder.name}: {config.trials} candidates, {concurrent} at a time; {run_url(parent)}")
     where = Path(record.job_file), record.overrides, folder.folder, request.state.root
-    alone, judged = base.resources.workers == 1, config.scheduler != "none"
+    alone, judged = base.resources.workers == 1, config.scheduler in ("asha", "median")
     task = Task(*where, parent.run_id, config.metric, base.train.tokens, alone, judged)
-    finished = False
+    finished, notes = False, list[str]()
+
+    def run_queue(what: str, queue: Queue, task: Task) -> bool:
+        run_trials(queue, task, base, concurrent)
+        if queue.stopped_by:
+            notes.append(f"{queue.most} {what} were not begun: {queue.stopped_by}")
+        return not queue.stopped_by
+
     try:
         searcher = build_searcher(space, folder.results(), record.trials)
-        searched = config.trials - config.random_trials
-        candidates = Queue(folder, record.trials, limits, config.most_reruns, searcher, searched)
-        run_trials(candidates, task, base, concurrent)
-        again = Queue(folder, finalists(space, folder), limits)
-        run_trials(again, task._replace(judged=False), base, concurrent)
-        report(folder, space, console, list(_cut_short(candidates, again)))
+        searched = config.trials - config.random_trials - config.members
+        whole = [trial for trial in record.trials if trial.kind != "member"]
+        run_queue("candidates", Queue(folder, whole, limits, config.most_reruns, searcher, searched), task)
+        for place in range(len(rounds(base)) if config.members else 0):
+            members = begin_round(space, folder, request.state, place)
+            if not run_queue("members", Queue(folder, members, limits, config.most_reruns), task):
+                break
+        again = finalists(space, folder)
+        for _ in range(max([1, *(len(trial.phases) for trial in again)])):  # a process trains one phase
+            if not run_queue("reruns of finalists", Queue(folder, again, limits), task._replace(judged=False)):
+                break
+        report(folder, space, console, notes)
         for name in ("report.md", "front.png", "front.html"):
             log_file(parent, folder.folder / name)
         finished = True
     finally:
         finish_run(parent, "FINISHED" if finished else "KILLED")
     return folder
-
-
-def _cut_short(candidates: Queue, again: Queue) -> Iterator[str]:
-    for queue, what in ((candidates, "candidates"), (again, "reruns of finalists")):
-        if queue.stopped_by:
-            yield f"{queue.most} {what} were not begun: {queue.stopped_by}"
 
 
 def show_candidates(request: SweepRequest) -> None:
@@ -119,7 +127,7 @@ def show_candidates(request: SweepRequest) -> None:
         table.add_row(trial.kind, *values, *(shown(name, q.of(candidate.job)) for name, q in QUANTITIES.items()))
     console = console_of_width()
     console.print(table)
-    more = space.config.trials - space.config.random_trials
+    more = space.config.trials - space.config.random_trials - space.config.members
     if more:
         console.print(f"and {more} more that {space.config.searcher} proposes from what those come to")
 
@@ -157,8 +165,16 @@ def drawn_trials(space: Space) -> list[Trial]:
     seed, base = space.base.train.seed, []
     if not any(budget.excess(space.base) for budget in space.budgets):
         base = [Trial(number=0, values={}, seed=seed, kind="base")]
-    drawn = draw(space, space.config.random_trials, random.Random(space.config.seed))
-    return base + [Trial(number=1 + i, values=one.values, seed=seed, kind="random") for i, one in enumerate(drawn)]
+    config, trials = space.config, []
+    drawn = draw(space, config.random_trials + config.members, random.Random(config.seed))
+    for number, values in ((1 + place, one.values) for place, one in enumerate(drawn)):
+        if number <= config.random_trials:
+            trials.append(Trial(number=number, values=values, seed=seed, kind="random"))
+        else:
+            begin, end = rounds(space.base)[0]
+            phases = (Phase(begin=begin, end=end, values=values),)
+            trials.append(Trial(number=number, values=values, seed=seed, kind="member", phases=phases))
+    return base + trials
 
 
 def _connect(request: SweepRequest, job: Job) -> int:
@@ -203,16 +219,18 @@ def finalists(space: Space, folder: SweepFolder) -> list[Trial]:
         failed = [f"trial {result.trial.number}: {result.error}" for result in results]
         raise ConfigError(f"{folder.name}: no trial came to its end; {'; '.join(failed[:3])}")
     chosen = ranked[: config.finalists]
-    for kind in ("base", *(["random"] if config.searcher != "random" else [])):
+    for kind in ("base", *(["random"] if config.has_baseline else [])):
         best = [result for result in ranked if result.trial.kind == kind][:1]
         chosen += [result for result in best if result not in chosen]
     record = folder.read()
     number = 1 + max(t.number for t in (*record.trials, *(result.trial for result in results)))
-    known = {(space.key(t.values), t.seed): t for t in (r.trial for r in results if r.trial.kind == "seed")}
+    known = {(recipe(t, results), t.seed): t for t in (r.trial for r in results if r.trial.kind == "seed")}
     trials = []
     for result in chosen:
         for seed in range(first + 1, first + config.seeds):
-            new = Trial(number=number, values=result.trial.values, seed=seed, kind="seed")
-            trials.append(known.get((space.key(new.values), seed), new))
+            phases = tuple(p.model_copy(update={"parent": None}) for p in schedule_of(result.trial, results))
+            values = phases[0].values if phases else result.trial.last_values
+            new = Trial(number=number, values=values, seed=seed, kind="seed", phases=phases)
+            trials.append(known.get((recipe(new, results), seed), new))
             number += trials[-1] is new
     return trials

@@ -16,11 +16,22 @@ from tidegate.config import Config, ConfigError, diff, load_stored
 from tidegate.launch.state import write_whole
 from tidegate.train.job import Job
 
-__all__ = ["Result", "SweepFolder", "SweepRecord", "Trial"]
+__all__ = ["Phase", "Result", "SweepFolder", "SweepRecord", "Trial"]
 
 
 _LIMITS = ("search.max_tokens", "search.max_minutes", "search.retries")
 """Of how a sweep runs; they say nothing of what it compares."""
+
+
+class Phase(Config):
+    """A stretch of a trial's training with the same settings."""
+
+    begin: int
+    """Tokens, as `end`."""
+    end: int
+    values: dict[str, Any]
+    parent: int | None = None
+    """The trial from whose checkpoint it goes on; None: its own."""
 
 
 class Trial(Config):
@@ -28,11 +39,18 @@ class Trial(Config):
 
     number: int
     values: dict[str, Any]
-    """By path of the job; what was solved for too."""
+    """By path of the job, those it begins with; what was solved for too."""
     seed: int
     """`train.seed`."""
-    kind: Literal["base", "random", "searched", "seed"]
-    """The job as it stands, a candidate drawn or proposed by a searcher, or a finalist again with another seed."""
+    kind: Literal["base", "random", "searched", "member", "seed"]
+    """The job as it stands, a candidate drawn or proposed by a searcher or of a population, or a finalist again with
+    another seed."""
+    phases: tuple[Phase, ...] = ()
+    """Of a member what it has done and does now, of its rerun the whole schedule; of others nothing."""
+
+    @property
+    def last_values(self) -> dict[str, Any]:
+        return self.phases[-1].values if self.phases else self.values
 
 
 class Result(Config):
@@ -41,8 +59,8 @@ class Result(Config):
     trial: Trial
     run: str
     """Name of the run, which can be resumed, looked at and exported like any other."""
-    status: Literal["proposed", "running", "finished", "failed", "stopped"]
-    """`proposed` before it begins; `stopped` by a scheduler."""
+    status: Literal["proposed", "running", "paused", "finished", "failed", "stopped"]
+    """`proposed` before it begins; `paused` between two phases; `stopped` by a scheduler."""
     value: float | None = None
     """The last of the sweep's metric."""
     tokens: int = 0
@@ -53,6 +71,14 @@ class Result(Config):
     error: str = ""
     stopped_by: str = ""
     """Which scheduler."""
+
+    @property
+    def phase(self) -> Phase | None:
+        """That it is in or that comes next."""
+        phases = self.trial.phases
+        if self.trial.kind == "member" or not phases:
+            return phases[-1] if phases else None
+        return next((phase for phase in phases if phase.end > self.tokens), phases[-1])
 
     @property
     def ended(self) -> bool:

@@ -170,6 +170,9 @@ def test_sigterm_to_the_driver_stops_ray_workers_after_a_checkpoint_and_resume_g
     assert process.wait(timeout=120) == 143, tidegate.output.read_text()
     stopped_at = max(tidegate.losses("tiny-1"))
     assert stopped_at < 400
-    printed = tidegate.run("--resume", "tiny-1", "--set", f"train.tokens={512 * (stopped_at + 2)}")
-    assert f"step {stopped_at + 1}/{stopped_at + 2}" in printed
+    printed = tidegate.run("--resume", "tiny-1", "--set", f"train.pause_at_tokens={512 * (stopped_at + 2)}")
+    assert f"step {stopped_at + 2}/400" in printed
+    assert f"step {stopped_at + 3}/" not in printed
     assert f"step {stopped_at}/" not in printed
+    assert "continue with: tidegate train --resume tiny-1 --set train.pause_at_tokens=null" in printed
+    assert tidegate.run_status("tiny-1") == "KILLED"

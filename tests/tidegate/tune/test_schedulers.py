@@ -6,7 +6,6 @@ import json
 import random
 import sqlite3
 import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -97,7 +96,7 @@ def test_who_comes_after_a_resume_is_compared_with_those_before_it(
 @pytest.mark.ray
 @pytest.mark.slow
 def test_the_median_of_before_the_resume_stops_a_trial_with_two_workers(
-    tmp_path: Path, tiny_job: Callable[..., Path]
+    sweeps: Any, tiny_job: Callable[..., Path]
 ) -> None:
     """Of the sweep that was killed there are three good candidates; the one that is left runs on Ray Train."""
     job = tiny_job(
@@ -107,7 +106,7 @@ def test_the_median_of_before_the_resume_stops_a_trial_with_two_workers(
         resources={"workers": 2},
         parallel={"expert": 2},
     )
-    folder = SweepFolder.new(tmp_path / "state" / "sweeps", "tiny")
+    folder = SweepFolder.new(sweeps.folder.parent, "tiny")
     trials = [Trial(number=n, values={"balance.loss_weight": 0.01 + n / 1000}, seed=0, kind="random") for n in range(5)]
     base = Trial(number=0, values={}, seed=0, kind="base")
     stored = load(job, Job).config.model_dump(mode="json")
@@ -117,19 +116,16 @@ def test_the_median_of_before_the_resume_stops_a_trial_with_two_workers(
     for trial in record.trials[:4]:
         done = {"value": 1.0, "tokens": 512 * 600, "evaluations": curve}
         folder.put(Result(trial=trial, run=f"gone-{trial.number}", status="finished", **done))
-    command = [sys.executable, "-m", "tidegate.cli", "tune", "--resume", "tiny-1"]
-    done = subprocess.run(
-        [*command, "--state-dir", str(tmp_path / "state")], capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run(sweeps.command("tune", "--resume", "tiny-1"), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     found = folder.result(4)
     assert (found.status, found.stopped_by) == ("stopped", "median")
     assert 600 * 512 / 9 <= found.tokens < 600 * 512
     assert "trial 4 was stopped by median after" in (folder.folder / "report.md").read_text()
-    steps = list((tmp_path / "state" / "checkpoints").glob("*/step_*/manifest.json"))
+    steps = list((sweeps.state / "checkpoints").glob("*/step_*/manifest.json"))
     assert len(steps) == 1, "it ended with a checkpoint"
     assert json.loads(steps[0].read_text())["layout"]["resources.workers"] == 2
-    with closing(sqlite3.connect(tmp_path / "state" / "mlflow" / "mlflow.db")) as database:
+    with closing(sqlite3.connect(sweeps.state / "mlflow" / "mlflow.db")) as database:
         tagged = database.execute(
             "select status, value from runs join tags using (run_uuid) where key = 'tidegate.stopped_by'"
         ).fetchall()

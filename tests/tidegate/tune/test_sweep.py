@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sqlite3
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -32,26 +29,6 @@ SEARCH: dict[str, Any] = {
     "seeds": 2,
     "max_tokens": 5 * 2560,  # without the third candidate
 }
-
-
-def tidegate(folder: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "tidegate.cli", *arguments, "--state-dir", str(folder / "state")]
-
-
-def results(folder: Path) -> dict[int, dict[str, Any]]:
-    files = (folder / "state" / "sweeps" / "tiny-1" / "trials").glob("[0-9]*.json")
-    return {document["trial"]["number"]: document for document in (json.loads(file.read_text()) for file in files)}
-
-
-def kill_all(process: subprocess.Popen[str], mark: str) -> None:
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    for other in psutil.process_iter():
-        try:
-            if other.environ().get("TIDEGATE_TEST_SWEEP") == mark:
-                other.kill()
-        except psutil.Error:
-            continue
 
 
 def kill_trial(driver: int) -> int:
@@ -87,36 +64,22 @@ def test_as_many_trials_run_at_a_time_as_fit(
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_sweep_that_was_killed_goes_on_and_loses_no_finished_trial(
-    tmp_path: Path, tiny_job: Callable[..., Path]
+    sweeps: Any, tiny_job: Callable[..., Path]
 ) -> None:
     train = {"tokens": 2560, "eval_every": 5}
     job = tiny_job(search=SEARCH, train=train)
-    mark = str(tmp_path)
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            tidegate(tmp_path, "tune", str(job)),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=os.environ | {"TIDEGATE_TEST_SWEEP": mark},
-        )
-        deadline = time.monotonic() + 240
-        while not any(result["status"] == "finished" for result in results(tmp_path).values()):
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
-            time.sleep(0.05)
-        kill_all(process, mark)
-    before = results(tmp_path)
+    sweeps.kill_when(job, lambda result: result["status"] == "finished")
+    before = sweeps.results()
 
     other = tiny_job(search=SEARCH, train={**train, "tokens": 3072})
-    refused = subprocess.run(tidegate(tmp_path, "tune", "--resume", "tiny-1"), capture_output=True, text=True)
+    refused = subprocess.run(sweeps.command("tune", "--resume", "tiny-1"), capture_output=True, text=True)
     assert refused.returncode == 2
     assert "is not the one that this sweep compares (train.tokens=3072)" in refused.stderr
     assert other == tiny_job(search=SEARCH, train=train)
 
-    done = subprocess.run(tidegate(tmp_path, "tune", "--resume", "tiny-1"), capture_output=True, text=True, timeout=400)
+    done = subprocess.run(sweeps.command("tune", "--resume", "tiny-1"), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
-    after = results(tmp_path)
+    after = sweeps.results()
     assert all(after[number] == result for number, result in before.items() if result["status"] == "finished")
     assert [after[number]["trial"]["kind"] for number in sorted(after)] == [
         "base",
@@ -126,7 +89,7 @@ def test_a_sweep_that_was_killed_goes_on_and_loses_no_finished_trial(
     ]
     assert {result["status"] for result in after.values()} == {"finished"}
 
-    folder = tmp_path / "state" / "sweeps" / "tiny-1"
+    folder = sweeps.folder
     assert "1 candidates were not begun: search.max_tokens=12800 is reached" in (folder / "report.md").read_text()
     assert "over 2 paired seeds" in (folder / "report.md").read_text()
     assert (folder / "front.png").stat().st_size > 5000
@@ -138,11 +101,11 @@ def test_a_sweep_that_was_killed_goes_on_and_loses_no_finished_trial(
     )
     assert yaml.safe_load((folder / "best.yaml").read_text())["extends"] == str(job)
 
-    with closing(sqlite3.connect(tmp_path / "state" / "mlflow" / "mlflow.db")) as database:
+    with closing(sqlite3.connect(sweeps.state / "mlflow" / "mlflow.db")) as database:
         nested = database.execute("select count(*) from tags where key = 'mlflow.parentRunId'").fetchone()[0]
     assert nested >= sum(result["run"] != "" for result in after.values())
 
-    again = subprocess.run(tidegate(tmp_path, "front", "tiny-1"), capture_output=True, text=True)
+    again = subprocess.run(sweeps.command("front", "tiny-1"), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert "val/loss" in again.stdout
 
@@ -150,7 +113,7 @@ def test_a_sweep_that_was_killed_goes_on_and_loses_no_finished_trial(
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_sweep_goes_on_when_a_trial_fails_and_its_scheduler_stops_those_behind(
-    tmp_path: Path, tiny_job: Callable[..., Path]
+    sweeps: Any, tiny_job: Callable[..., Path]
 ) -> None:
     """Half of the six candidates diverge; of the others some are behind at a rung, whatever their order."""
     search = {
@@ -163,9 +126,9 @@ def test_a_sweep_goes_on_when_a_trial_fails_and_its_scheduler_stops_those_behind
         "seeds": 1,
     }
     job = tiny_job(search=search, train={"tokens": 5120, "eval_every": 1})
-    done = subprocess.run(tidegate(tmp_path, "tune", str(job)), capture_output=True, text=True, timeout=500)
+    done = subprocess.run(sweeps.command("tune", str(job)), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = results(tmp_path)
+    found = sweeps.results()
     assert len(found) == 7
     assert found[0]["status"] == "finished", "the job as it stands is never stopped"
     for number in range(1, 7):
@@ -175,17 +138,17 @@ def test_a_sweep_goes_on_when_a_trial_fails_and_its_scheduler_stops_those_behind
     stopped = [result for result in found.values() if result["status"] == "stopped"]
     assert failed
     assert stopped
-    report = (tmp_path / "state" / "sweeps" / "tiny-1" / "report.md").read_text()
+    report = (sweeps.folder / "report.md").read_text()
     for result in failed:
         assert f"trial {result['trial']['number']} failed: {result['error'][:40]}" in report
-    with closing(sqlite3.connect(tmp_path / "state" / "mlflow" / "mlflow.db")) as database:
+    with closing(sqlite3.connect(sweeps.state / "mlflow" / "mlflow.db")) as database:
         statuses = dict(database.execute("select run_uuid, status from runs").fetchall())
         tagged = dict(database.execute("select run_uuid, value from tags where key = 'tidegate.stopped_by'").fetchall())
     for result in stopped:
         assert result["stopped_by"] == "asha"
         assert 512 <= result["tokens"] < 5120
         assert f"trial {result['trial']['number']} was stopped by asha after {result['tokens']} tokens" in report
-        run = json.loads((tmp_path / "state" / "runs" / result["run"] / "run.json").read_text())["run_id"]
+        run = json.loads((sweeps.state / "runs" / result["run"] / "run.json").read_text())["run_id"]
         assert (statuses[run], tagged[run]) == ("KILLED", "asha")
     assert len(tagged) == len(stopped)
 
@@ -193,21 +156,21 @@ def test_a_sweep_goes_on_when_a_trial_fails_and_its_scheduler_stops_those_behind
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_trial_whose_process_dies_begins_again_from_its_checkpoint_and_fails_when_it_dies_again(
-    tmp_path: Path, tiny_job: Callable[..., Path]
+    sweeps: Any, tiny_job: Callable[..., Path]
 ) -> None:
     space = {"model.ffn.expert_dim": {"choice": [8]}}  # the job as it stands is beyond the budget, so it does not run
     search = {"space": space, "budgets": ["total_params<=99%"], "trials": 1, "seeds": 1, "retries": 1}
     job = tiny_job(search=search, train={"tokens": 512 * 600, "log_every": 50}, checkpoint={"every": 20})
-    state, killed = tmp_path / "state", set()
+    state, killed = sweeps.state, set()
     with subprocess.Popen(
-        tidegate(tmp_path, "tune", str(job)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        sweeps.command("tune", str(job)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         deadline = time.monotonic() + 300
         while len(killed) < 2:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
-            run = results(tmp_path).get(1, {}).get("run")
+            run = sweeps.results().get(1, {}).get("run")
             saved = sorted((state / "checkpoints").glob(f"{run}-*/step_*/manifest.json")) if run else []
             attempts = {path.parent.name.rpartition("-")[2] for path in saved}
             if len(attempts) > len(killed):
@@ -216,7 +179,7 @@ def test_a_trial_whose_process_dies_begins_again_from_its_checkpoint_and_fails_w
     assert process.returncode == 2, said
     assert "trial 1: its process died; it begins again from its checkpoint" in said
     assert "no trial came to its end; trial 1: its process died 2 times: The actor died unexpectedly" in said
-    found = results(tmp_path)
+    found = sweeps.results()
     assert found[1]["status"] == "failed"
     steps = [int(path.parent.name.split("_")[1].split("-")[0]) for path in saved]
     assert len(steps) == len(set(steps)), "the second process went on where the first had been"
