@@ -93,6 +93,23 @@ def tune(
 
 
 @app.command()
+def prune(
+    job: Annotated[Path | None, typer.Argument(help="YAML job file with a prune: section", show_default=False)] = None,
+    overrides: Overrides = [],  # noqa: B006
+    resume: Annotated[str | None, typer.Option(help="Go on with this chain", show_default=False)] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to use instead of a local one")] = None,
+    state_dir: StateOption = None,
+) -> None:
+    """Train, prune the smallest weights, rewind and train again, round after round: a run each."""
+    from tidegate.config import ConfigError
+    from tidegate.tune.prune import PruneRequest, prune_in_rounds
+
+    if (job is None) == (resume is None):
+        raise ConfigError("name a job file, or --resume CHAIN")
+    prune_in_rounds(PruneRequest(job, overrides, _state(state_dir), resume, address))
+
+
+@app.command()
 def front(
     sweep: Annotated[str, typer.Argument(help="Name of a sweep, as tune prints it", show_default=False)],
     state_dir: StateOption = None,

@@ -154,7 +154,22 @@ class TrainLoader:
             self._ahead.result()  # two loads at once would race for the permutations
             self._ahead = None
 
+    def skip(self, batches: int) -> None:
+        """Leave out the next batches, without reading them."""
+        assert self._ahead is None, "a batch was read ahead"
+        for _ in range(batches):
+            _, self._state = self._draw(self._state)
+
     def _load(self, state: _State) -> tuple[StepBatch, _State]:
+        (drawn_G, position_G), following = self._draw(state)
+        places: list[tuple[int, Split, int]] = []
+        for sequence in self._mine:
+            domain = int(drawn_G[sequence])
+            places.append((domain, "train", self._window(domain, int(position_G[sequence]))))
+        return self._batch(places), following
+
+    def _draw(self, state: _State) -> tuple[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]], _State]:
+        """Domain and position in it of every sequence of a global batch, and the state after it."""
         rng = np.random.default_rng([self.config.seed, _DRAWS, state.step])
         drawn_G = rng.choice(len(self._weights), size=self.global_batch, p=self._weights)
         position_G = np.empty(self.global_batch, np.int64)
@@ -163,12 +178,7 @@ class TrainLoader:
             chosen = np.flatnonzero(drawn_G == domain)
             position_G[chosen] = cursors[domain] + np.arange(len(chosen))
             cursors[domain] += len(chosen)
-        places: list[tuple[int, Split, int]] = []
-        for sequence in self._mine:
-            domain = int(drawn_G[sequence])
-            places.append((domain, "train", self._window(domain, int(position_G[sequence]))))
-        batch = self._batch(places)
-        return batch, _State(state.step + 1, tuple(cursors))
+        return (drawn_G, position_G), _State(state.step + 1, tuple(cursors))
 
     def _window(self, domain: int, position: int) -> int:
         length = num_windows(len(self.dataset.stream(domain, "train")), self.config.sequence_length)

@@ -17,13 +17,14 @@ from tidegate.data.tokenizer import END_OF_TEXT, PAD
 from tidegate.launch.state import RunFolder, StateDir
 from tidegate.model.decoder import ModelConfig
 from tidegate.model.moe import MoEConfig
+from tidegate.model.weights import Weights
 from tidegate.parallel.consolidate import CheckpointWeights
 from tidegate.train.checkpoint_store import CheckpointStore, Entry, Manifest
 from tidegate.train.export import ExportManifest, Format, Origin, write_export
 from tidegate.train.job import Job
 from tidegate.train.storage import Storage
 
-__all__ = ["export_run"]
+__all__ = ["OpenCheckpoint", "export_run", "open_checkpoint"]
 
 _FORMATS: dict[str, Format] = {"tidegate": "tidegate", "hf": "hf"}
 
@@ -45,27 +46,51 @@ def export_run(run: str, state: StateDir, format: str, checkpoint: str | None, o
     if format not in _FORMATS:
         raise ConfigError(f"--format {format}: unknown, one of {', '.join(_FORMATS)}")
     folder = state.run(run)
-    store = CheckpointStore(Storage(folder.read().checkpoints))
-    entry = _chosen(store, run, checkpoint)
-    assert entry.manifest is not None
-    out = out or state.root / "exports" / f"{run}-step{entry.step}-{format}"
-    model = ModelConfig.model_validate(entry.manifest.model)
+    name, found, model, weights = open_checkpoint(run, state, checkpoint)
+    out = out or state.root / "exports" / f"{run}-step{found.step}-{format}"
     job = load_stored(folder.job_file.read_text(encoding="utf-8"), Job, str(folder.job_file))
-    source = _Source(store, entry.name, entry.manifest)
-    weights = CheckpointWeights(source.open, entry.manifest.files, model, entry.manifest.layout)
     tokenizer = _tokenizer(job, folder, state)
     manifest = write_export(
         out,
         weights,
         model,
         format=_FORMATS[format],
-        origin=Origin(run=run, checkpoint=entry.name, step=entry.step, tokens=entry.manifest.tokens),
+        origin=Origin(run=run, checkpoint=name, step=found.step, tokens=found.tokens),
         version=__version__,
         max_positions=job.data.sequence_length,
         end_of_text=tokenizer.end_of_text if tokenizer else None,
         extra=tokenizer.files if tokenizer else {},
     )
     _show(out, manifest, model, tokenizer is not None)
+
+
+class OpenCheckpoint(NamedTuple):
+    """A checkpoint as one model."""
+
+    name: str
+    manifest: Manifest
+    model: ModelConfig
+    weights: Weights
+
+
+def open_checkpoint(run: str, state: StateDir, checkpoint: str | None = None) -> OpenCheckpoint:
+    """The weights in use of one of a run's checkpoints, whole from any layout.
+
+    Args:
+        run: its name.
+        state: where it is.
+        checkpoint: its name; None is the newest that is whole.
+
+    Raises:
+        ConfigError: there is no such run or checkpoint, or it is not whole.
+    """
+    store = CheckpointStore(Storage(state.run(run).read().checkpoints))
+    entry = _chosen(store, run, checkpoint)
+    assert entry.manifest is not None
+    model = ModelConfig.model_validate(entry.manifest.model)
+    source = _Source(store, entry.name, entry.manifest)
+    weights = CheckpointWeights(source.open, entry.manifest.files, model, entry.manifest.layout)
+    return OpenCheckpoint(entry.name, entry.manifest, model, weights)
 
 
 def _chosen(store: CheckpointStore, run: str, name: str | None) -> Entry:

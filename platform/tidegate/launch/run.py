@@ -35,6 +35,7 @@ from tidegate.train.checkpoint_store import CheckpointStore
 from tidegate.train.init_from import check_init_from
 from tidegate.train.job import Job
 from tidegate.train.layout import reshapes
+from tidegate.train.masks import check_mask
 from tidegate.train.storage import Storage
 from tidegate.train.telemetry import Record
 
@@ -88,6 +89,7 @@ def run(request: Request) -> Ran:
     check_machine(job, local=request.local, remote=request.address is not None)
     if plan.resumed is None:
         check_init_from(job)
+    check_mask(job)
     hide_gpus(job)
     storage = _storage(request, job)
     reporter = Reporter(job)
@@ -138,11 +140,12 @@ def _plan(request: Request) -> _Plan:
         resumed = request.state.run(request.resume)
         record = resumed.read()
         loaded = load(resumed.job_file, Job, request.overrides)
-        if "train.init_from" in loaded.overrides:
-            raise ConfigError(
-                f"train.init_from={loaded.config.train.init_from} is for a new run; --resume {request.resume} goes on "
-                "with its own weights"
-            )
+        for field in ("init_from", "from_tokens", "mask"):
+            if f"train.{field}" in loaded.overrides:
+                raise ConfigError(
+                    f"train.{field}={getattr(loaded.config.train, field)} is for a new run; --resume {request.resume} "
+                    "goes on with its own weights"
+                )
         return _Plan(loaded, loaded.config, Path(record.job_dir), resumed)
     if request.job_file is None:
         raise ConfigError("name a job file, or --resume RUN")
@@ -153,10 +156,13 @@ def _plan(request: Request) -> _Plan:
 
 def _with_whole_paths(job: Job, job_dir: Path) -> Job:
     """The job as any process on any machine can read it, whatever its current folder."""
-    if job.train.init_from is None:
-        return job
-    folder = Path(job.train.init_from.replace("{job}", str(job_dir))).absolute()
-    return job.model_copy(update={"train": job.train.model_copy(update={"init_from": str(folder)})})
+    paths = {"init_from": job.train.init_from, "mask": job.train.mask}
+    whole = {
+        field: str(Path(path.replace("{job}", str(job_dir))).absolute())
+        for field, path in paths.items()
+        if path is not None
+    }
+    return job.model_copy(update={"train": job.train.model_copy(update=whole)})
 
 
 class _Opened(NamedTuple):
@@ -238,10 +244,8 @@ def _introduce(request: Request, run_folder: RunFolder, tracking: RunHandle, rep
         reporter.say(note)
     reporter.say(f"MLflow: {run_url(tracking)}")
     if request.address:
-        also = (
-            f" and {reporter.job.train.init_from}: the tokens and weights are" if reporter.job.train.init_from else ""
-        )
-        reporter.say(f"workers must see {request.state.root}{also or ': the tokens are'} there")
+        read = [path for path in (reporter.job.train.init_from, reporter.job.train.mask) if path is not None]
+        reporter.say(f"workers must see {' and '.join([str(request.state.root), *read])}: what they read is there")
         if tracking.uri.startswith("sqlite"):
             reporter.say("and MLflow is a SQLite file there; set MLFLOW_TRACKING_URI to a server for several machines")
 

@@ -13,6 +13,7 @@ import torch
 
 from tidegate.model.decoder import Decoder, DecoderOutput, ModelConfig, MoEFactory, materialize
 from tidegate.model.layers import FeedForward
+from tidegate.model.masks import hold_gradients, masks_here, set_to_zero
 from tidegate.model.moe import Experts
 from tidegate.model.weights import Weights, load_weights
 from tidegate.parallel import collectives
@@ -54,6 +55,7 @@ class Engine:
         keep_rows: rows in expert order are kept for the backward pass, not spread again.
         weights: what the model begins with in place of values drawn from the seed; master weights begin as them, in
             the precision in use.
+        masks: bool, by name of a matrix; where False, its weight is zero and stays so.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Engine:
         recompute: bool,
         keep_rows: bool = False,
         weights: Weights | None = None,
+        masks: Weights | None = None,
     ) -> None:
         self.device = collectives.default_device()
         expert_rank = collectives.rank() % parallel.expert
@@ -90,6 +93,8 @@ class Engine:
         model = materialize(lambda: Decoder(model_config, moe, recompute), self.device, seed)
         if weights is not None:
             load_weights(model, weights)
+        held = {} if masks is None else masks_here(model, masks)
+        set_to_zero(held.values())
         tag_parameters(model)
         announce_early_routers(model)
         optimizer = torch.optim.AdamW(_parameter_groups(model, weight_decay), lr=0.0, betas=betas, eps=eps, fused=True)
@@ -113,6 +118,7 @@ class Engine:
                 **(fp32_sums if precision == "bf16" and parallel.zero_stage > 0 else {}),
             },
         )
+        hold_gradients(held.values())
         if precision == "bf16" and parallel.zero_stage == 1 and parallel.offload != "optimizer":
             at_once = parallel.gradients_at_once
             FlatGradients.take_over(self._engine.optimizer, at_once=at_once, moments=moments, experts=self.store)

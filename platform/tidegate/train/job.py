@@ -10,6 +10,7 @@ from tidegate.config import Config
 from tidegate.data.config import DataConfig, TrainedTokenizer
 from tidegate.model.balance import BalanceConfig, balance_problem
 from tidegate.model.decoder import ModelConfig
+from tidegate.model.masks import prunable
 from tidegate.model.moe import MoEConfig
 from tidegate.model.routers.comet import CometConfig
 from tidegate.model.routers.dense_to_sparse import DenseToSparseConfig
@@ -17,6 +18,7 @@ from tidegate.parallel.config import ParallelConfig
 from tidegate.track.config import TrackConfig
 from tidegate.train.guards import GuardsConfig
 from tidegate.train.oracle import LARGEST_ENUMERATION
+from tidegate.train.prune import PruneConfig
 from tidegate.train.retention import CheckpointConfig
 from tidegate.train.schedule import ScheduleConfig
 from tidegate.train.search import SearchConfig
@@ -55,6 +57,10 @@ class TrainConfig(Config):
     `{job}` is the job's folder. A dense model's become experts if `model.ffn.kind=moe` (docs/export.md)."""
     upcycle_noise: float = Field(default=0.0, ge=0)
     """Of copies that a dense feed-forward becomes: standard deviation of added noise, in units of a matrix's own."""
+    from_tokens: int = Field(default=0, ge=0)
+    """A new run begins as if it had trained on so many tokens: schedule, data and all that anneals go on from there."""
+    mask: str | None = None
+    """File of masks that `tidegate prune` wrote: masked weights begin as zero and stay so."""
     seed: int = Field(default=0, ge=0)
     """Of the initial weights; the order of the data has its own, data.seed."""
     recompute: bool = False
@@ -116,6 +122,7 @@ class Job(Config):
     resources: ResourcesConfig = ResourcesConfig()
     track: TrackConfig = TrackConfig()
     search: SearchConfig | None = None
+    prune: PruneConfig | None = None
     kernels: Kernels = "auto"
     """Fused Triton kernels or plain PyTorch; `auto`: Triton on a GPU, PyTorch on a CPU."""
 
@@ -233,6 +240,47 @@ class Job(Config):
                 f"parallel.zero_stage=0 nor with parallel.offload=experts, here {self.parallel.zero_stage} and "
                 f"{self.parallel.offload}; remove resources.min_workers or change those"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _tokens_are_steps(self) -> Job:
+        batch, tokens = self.train.batch_tokens, self.train.tokens
+        named = {"train.from_tokens": self.train.from_tokens}
+        if self.prune is not None:
+            named["prune.rewind_tokens"] = self.prune.rewind_tokens
+        for name, value in named.items():
+            if value % batch or value >= tokens:
+                raise ValueError(
+                    f"{name}={value} is not a multiple of train.batch_tokens={batch} below train.tokens={tokens}; use "
+                    f"{min(round(value / batch), -(-tokens // batch) - 1) * batch}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_can_be_masked(self) -> Job:
+        what = f"train.mask={self.train.mask}"
+        if self.train.mask is None and self.prune is not None:
+            what = f"prune.over={list(self.prune.over)}"
+        if self.train.mask is None and self.prune is None:
+            return self
+        if self.parallel.offload == "experts":
+            raise ValueError(
+                f"{what} holds weights at zero by their gradients, which go another way with parallel.offload="
+                "experts; use parallel.offload=none or optimizer"
+            )
+        if self.prune is None:
+            return self
+        if self.train.mask is not None or self.train.from_tokens:
+            raise ValueError(
+                f"prune sets train.mask={self.train.mask} and train.from_tokens={self.train.from_tokens} itself; leave "
+                "them out"
+            )
+        for kind in self.prune.over:
+            if not prunable(self.model, (kind,)):
+                raise ValueError(
+                    f"prune.over={list(self.prune.over)}: the model has no {kind} with model.ffn.kind="
+                    f"{self.model.ffn.kind}; remove it"
+                )
         return self
 
     @model_validator(mode="after")

@@ -28,6 +28,7 @@ from tidegate.train.evaluate import Evaluation, evaluate, evaluate_oracle
 from tidegate.train.guards import GuardsState, Judge, Pending, Verdict
 from tidegate.train.init_from import starting_weights
 from tidegate.train.job import Job
+from tidegate.train.masks import held_masks
 from tidegate.train.memory import out_of_memory_explained
 from tidegate.train.replicas import compare_replicas
 from tidegate.train.step import StepLosses, outcome_share, train_step, update_routers, update_units
@@ -124,7 +125,7 @@ def train(job: Job, world: World) -> Outcome:
             stopping = stops > 0
             verdict = pending.judge(*outcome)
             pending.take(step, loader.taken, batch._asdict(), outcome_share(losses.nll, engine))
-            saves = step % job.checkpoint.every == 0 or last or stopping
+            saves = step % job.checkpoint.every == 0 or tokens == job.checkpoint.at_tokens or last or stopping
             if saves and verdict == "go on":
                 verdict = pending.judge_now()
                 saves = judge.trusts or last
@@ -193,6 +194,7 @@ def build_engine(job: Job, weights: Weights | None = None) -> Engine:
         recompute=job.train.recompute,
         keep_rows=job.train.keep_rows,
         weights=weights,
+        masks=held_masks(job),
     )
 
 
@@ -249,7 +251,8 @@ def _begin(
             )
         if weights is None or weights.fresh:
             fit_routers(job, engine, dataset)
-        return 0, 0
+        loader.skip(job.train.from_tokens // job.train.batch_tokens)
+        return loader.taken, job.train.from_tokens
     loader.load_state_dict(position.data)
     judge.state = GuardsState(**position.guards)
     return position.step, position.tokens

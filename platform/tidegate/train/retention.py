@@ -29,11 +29,13 @@ class CheckpointConfig(Config):
     keep_best: KeepBest | None = None
     keep_every_tokens: int | None = Field(default=None, ge=1)
     """The first checkpoint at or after each multiple of so many tokens stays for good."""
+    at_tokens: int | None = Field(default=None, ge=1)
+    """The step that reaches so many tokens is saved too, and that checkpoint stays for good."""
 
     @property
     def kept(self) -> int:
         """How many checkpoints stay at a time, without those of `keep_every_tokens`."""
-        return self.keep_last + (self.keep_best.n if self.keep_best else 0)
+        return self.keep_last + (self.keep_best.n if self.keep_best else 0) + (self.at_tokens is not None)
 
 
 class Kept(NamedTuple):
@@ -69,4 +71,6 @@ def retained(checkpoints: Sequence[Kept], policy: CheckpointConfig) -> set[str]:
             if multiple and multiple not in reached:
                 reached.add(multiple)
                 stay.add(checkpoint.name)
+    if policy.at_tokens is not None:
+        stay |= {checkpoint.name for checkpoint in [c for c in by_age if c.tokens >= policy.at_tokens][:1]}
     return stay

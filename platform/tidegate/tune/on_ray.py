@@ -5,49 +5,22 @@ Ray's own record of trials is not used again: what was proposed, and what came o
 
 from __future__ import annotations
 
-import math
 import os
 import time
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ray import tune
 from ray.tune.search import Searcher as RaySearcher
 
-from tidegate.config import ConfigError
-from tidegate.launch.run import Request, run
-from tidegate.launch.state import RunFolder, StateDir
-from tidegate.redact import redact
-from tidegate.track import finish_run, tag_run
-from tidegate.train.checkpoint_store import CheckpointStore
+from tidegate.launch.state import StateDir
+from tidegate.track import finish_run
 from tidegate.train.job import Job
-from tidegate.train.storage import Storage
-from tidegate.train.telemetry import Record
 from tidegate.tune.queue import Queue
+from tidegate.tune.run_trial import Task, one_line, run_trial
 from tidegate.tune.schedulers import build_scheduler
-from tidegate.tune.space import overrides_of
-from tidegate.tune.trials import Phase, SweepFolder
+from tidegate.tune.trials import SweepFolder
 
-__all__ = ["Task", "needs_of", "run_trials"]
-
-
-class Task(NamedTuple):
-    """What every trial's process gets."""
-
-    job_file: Path
-    overrides: tuple[str, ...]
-    folder: Path
-    """Of the sweep."""
-    state: Path
-    parent: str
-    """The sweep's run in MLflow."""
-    metric: str
-    tokens: int
-    """Of a whole trial."""
-    alone: bool
-    """Train in the trial's process."""
-    judged: bool
-    """By a scheduler."""
+__all__ = ["needs_of", "run_trials"]
 
 
 def run_trials(queue: Queue, task: Task, job: Job, concurrent: int) -> None:
@@ -131,83 +104,12 @@ class _Announcer(tune.Callback):
             run = StateDir(self._task.state).run(known.run)
             finish_run(run.handle(), "KILLED" if known.status == "stopped" else "FAILED")
         if not known.ended:
-            reason = f"its process died {trial.num_failures} times: {_one_line(trial.get_pickled_error())}"
+            reason = f"its process died {trial.num_failures} times: {one_line(trial.get_pickled_error())}"
             known = known.model_copy(update={"status": "failed", "error": reason})
             self._folder.put(known)
         print(f"trial {known.trial.number} ({known.run}) {known.status} {known.error}")
 
 
 def _trial(config: dict[str, int], task: Task) -> None:
-    """One trial, in a process of its own; resumes its run if it began once."""
-    folder = SweepFolder(task.folder.parent, task.folder.name)
-    trial, before = (known := folder.result(config["number"])).trial, known.run
-    if known.ended:  # its process died after it
-        return
-    state, begun = StateDir(task.state), time.monotonic()
-    latest = known.model_copy(update={"status": "running"})
-
-    def put(**changed: Any) -> None:
-        nonlocal latest
-        latest = latest.model_copy(update=changed)
-        folder.put(latest)
-
-    def watch(record: Record) -> bool:
-        nonlocal latest
-        # A run that resumes evaluates again where it was.
-        if task.metric in record.metrics and record.tokens > latest.tokens:
-            value, evaluations = record.metrics[task.metric], latest.evaluations
-            if task.metric.startswith("val/") and math.isfinite(value):
-                evaluations = (*evaluations, (record.tokens, value))
-            seconds = known.seconds + time.monotonic() - begun
-            put(value=value, tokens=record.tokens, evaluations=evaluations, seconds=seconds)
-            if latest.status == "running" and task.judged and record.tokens < task.tokens:
-                tune.report({task.metric: value, "tokens": record.tokens})  # waits for the scheduler
-                latest = folder.result(trial.number)
-        return latest.status == "stopped"
-
-    began, phase = bool(before) and (task.state / "runs" / before / "run.json").exists(), known.phase
-    settings = overrides_of(trial.values if phase is None else phase.values) if phase or not began else []
-    if phase is not None:
-        settings.append(f"train.pause_at_tokens={phase.end if phase.end < task.tokens else 'null'}")
-    asked = Request(
-        None if began else task.job_file,
-        settings if began else [*task.overrides, *settings, f"train.seed={trial.seed}"],
-        state,
-        resume=before if began else None,
-        local=task.alone,
-        tags={
-            "mlflow.parentRunId": task.parent,
-            "tidegate.sweep": folder.name,
-            "tidegate.trial": str(trial.number),
-            "tidegate.trial.kind": trial.kind,
-        },
-        opened=lambda name: put(run=name),
-        watch=watch,
-    )
-    try:
-        if phase is not None and phase.begin:
-            _refuse_without_weights(state.run(before), phase)
-        ran = run(asked)
-    except Exception as error:  # one trial never ends the sweep
-        put(status="failed", error=_one_line(error))
-        return
-    if latest.status == "stopped" and not ran.outcome.finished:
-        tag_run(ran.tracking, "tidegate.stopped_by", latest.stopped_by)
-        return
-    if phase is not None and not ran.outcome.finished and not ran.outcome.stopped:
-        put(status="paused")
-        return
-    problem = "" if latest.value is not None else f"it never reported {task.metric}"
-    put(status="finished" if ran.outcome.finished and not problem else "failed", error=problem, stopped_by="")
-
-
-def _refuse_without_weights(run: RunFolder, phase: Phase) -> None:
-    """Raise ConfigError where a run would begin again instead of going on."""
-    checkpoints = run.read().checkpoints
-    valid = CheckpointStore(Storage(checkpoints)).valid()
-    if not any(entry.manifest is not None and entry.manifest.tokens >= phase.begin for entry in valid):
-        raise ConfigError(f"{checkpoints}: its checkpoint of {phase.begin} tokens is gone")
-
-
-def _one_line(error: Exception | None) -> str:
-    return redact(" ".join(str(error).split()))[:500]
+    """One trial, in a process of its own, of which the scheduler sees every metric."""
+    run_trial(config["number"], task, tune.report)

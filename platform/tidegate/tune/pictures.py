@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Point", "draw_page", "draw_picture"]
+__all__ = ["Point", "draw_page", "draw_picture", "draw_pruning"]
 
 _MARKERS = {
     "base": ("s", "square"),
@@ -51,6 +51,32 @@ def draw_picture(path: Path, points: Sequence[Point], axis: str, metric: str) ->
     marks = "the job as it stands: square; random: diamond; searched or of the population: circle"
     axes.set(xlabel=axis, ylabel=metric, title=f"on the front: blue; {marks}")
     axes.title.set_fontsize(9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_pruning(path: Path, tickets: Mapping[float, float], control: tuple[float, float] | None, metric: str) -> None:
+    """A PNG: metric against density, logarithmic.
+
+    Args:
+        tickets: metric by share of the weights that are kept, the dense run's at 1.
+        control: the same of the last mask with other initial weights.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    axes.plot(list(tickets), list(tickets.values()), "o-", color=_FRONT, label="rewound")
+    if control is not None:
+        axes.plot(*control, "s", color=_DOMINATED, markeredgecolor="black", label="other initial weights")
+    axes.axhline(tickets[1.0], color="black", linewidth=0.5, linestyle="--", label="dense")
+    axes.set_xscale("log")
+    axes.invert_xaxis()
+    axes.set(xlabel="share of the prunable weights that is kept", ylabel=metric)
+    axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

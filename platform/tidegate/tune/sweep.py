@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import random
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,12 +19,13 @@ from tidegate.launch.report import Reporter
 from tidegate.launch.run import prepare_data
 from tidegate.launch.state import StateDir
 from tidegate.redact import redact
-from tidegate.track import finish_run, log_file, open_run, resolve_tracking_uri, run_url
+from tidegate.track import finish_run, log_file, run_url
 from tidegate.train.job import Job
 from tidegate.tune.budget import QUANTITIES, shown
 from tidegate.tune.population import begin_round, recipe, rounds, schedule_of
 from tidegate.tune.queue import Limits, Queue
 from tidegate.tune.report import console_of_width, field_of, ranked_results, report, short
+from tidegate.tune.run_trial import Task, open_parent
 from tidegate.tune.searchers import build_searcher
 from tidegate.tune.space import Candidate, Space, draw
 from tidegate.tune.trials import Phase, SweepFolder, SweepRecord, Trial
@@ -55,7 +55,7 @@ def sweep(request: SweepRequest) -> SweepFolder:
         ConfigError: no candidate is within the budgets, the job changed since the sweep began, fewer trials fit on the
             cluster than are asked for, or no trial came to its end.
     """
-    from tidegate.tune.on_ray import Task, run_trials  # Ray takes seconds
+    from tidegate.tune.on_ray import run_trials  # Ray takes seconds
 
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if request.address is not None and redact(uri) != uri:
@@ -70,17 +70,7 @@ def sweep(request: SweepRequest) -> SweepFolder:
     limits = Limits(base, concurrent)
     reporter = Reporter(base)
     prepare_data(base, request.state, Path(record.job_file).parent, reporter)
-    parent = open_run(
-        resolve_tracking_uri(base.track, request.state.root),
-        base.track,
-        job=base.name,
-        resolved=base,
-        changes={},
-        command=sys.argv,
-        name=folder.name,
-        tags={"tidegate.sweep": folder.name},
-        notice=reporter.say,
-    )
+    parent = open_parent(folder, base, request.state, reporter.say)
     console.print(f"sweep {folder.name}: {config.trials} candidates, {concurrent} at a time; {run_url(parent)}")
     where = Path(record.job_file), record.overrides, folder.folder, request.state.root
     alone, judged = base.resources.workers == 1, config.scheduler in ("asha", "median")

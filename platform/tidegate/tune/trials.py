@@ -42,9 +42,9 @@ class Trial(Config):
     """By path of the job, those it begins with; what was solved for too."""
     seed: int
     """`train.seed`."""
-    kind: Literal["base", "random", "searched", "member", "seed"]
+    kind: Literal["base", "random", "searched", "member", "seed", "round", "control"]
     """The job as it stands, a candidate drawn or proposed by a searcher or of a population, or a finalist again with
-    another seed."""
+    another seed; of a chain that prunes, a round of it or its control."""
     phases: tuple[Phase, ...] = ()
     """Of a member what it has done and does now, of its rerun the whole schedule; of others nothing."""
 

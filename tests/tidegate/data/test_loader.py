@@ -134,6 +134,11 @@ def test_resume_continues_identically_at_another_world_size(
     assert (state["step"], sum(state["cursors"].values())) == (handed_out, handed_out * G)
     expected = list(islice(loader, 12))
 
+    skipped = TrainLoader(two_domains, config, **one_rank)
+    skipped.skip(handed_out)
+    assert skipped.state_dict() == state
+    assert same(next(skipped), expected[0])
+
     resumed = TrainLoader(two_domains, config, **one_rank)
     resumed.load_state_dict(state)
     assert all(same(*pair) for pair in zip(islice(resumed, 12), expected, strict=True))

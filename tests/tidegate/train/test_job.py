@@ -298,6 +298,28 @@ CONFLICTS = {
         "checkpoint.keep_best.metric=train/loss is measured every train.log_every=7 steps, which checkpoint.every=10 "
         "misses; make one a multiple of the other",
     ),
+    "a beginning between two steps": (
+        ["train.from_tokens=5000"],
+        "train.from_tokens=5000 is not a multiple of train.batch_tokens=4096 below train.tokens=1200000; use 4096",
+    ),
+    "a rewind point at the end": (
+        ["prune.rewind_tokens=1228800"],
+        "prune.rewind_tokens=1228800 is not a multiple of train.batch_tokens=4096 below train.tokens=1200000; use "
+        "1196032",
+    ),
+    "masks over experts on the host": (
+        ["parallel.offload=experts", "train.precision=bf16", "train.mask=m.safetensors"],
+        "train.mask=m.safetensors holds weights at zero by their gradients, which go another way with "
+        "parallel.offload=experts; use parallel.offload=none or optimizer",
+    ),
+    "two masks": (
+        ["prune.rewind_tokens=0", "train.mask=m.safetensors"],
+        "prune sets train.mask=m.safetensors and train.from_tokens=0 itself; leave them out",
+    ),
+    "pruning what is not there": (
+        ["parallel.expert=1", "prune.rewind_tokens=0", DENSE],
+        "prune.over=['attention', 'ffn', 'experts']: the model has no experts with model.ffn.kind=dense; remove it",
+    ),
     "domains": (
         ["data.domains.1.name=prose"],
         "data: two domains share the name 'prose'",

@@ -19,7 +19,10 @@ def history(rng: random.Random) -> list[Kept]:
 def policy(rng: random.Random) -> CheckpointConfig:
     best = KeepBest(mode=rng.choice(["min", "max"]), n=rng.randint(1, 3))
     tokens = rng.choice([None, rng.randint(1, 700)])
-    return CheckpointConfig(keep_last=rng.randint(1, 4), keep_best=rng.choice([None, best]), keep_every_tokens=tokens)
+    at = rng.choice([None, rng.randint(1, 6000)])
+    return CheckpointConfig(
+        keep_last=rng.randint(1, 4), keep_best=rng.choice([None, best]), keep_every_tokens=tokens, at_tokens=at
+    )
 
 
 @pytest.fixture(params=range(300))
@@ -61,4 +64,6 @@ def test_pruning_after_every_save_keeps_the_milestones_of_the_whole_run(
         every = policy.keep_every_tokens
         if every is not None and checkpoint.tokens >= every:
             milestones.setdefault(checkpoint.tokens // every, checkpoint.name)
+        if policy.at_tokens is not None and checkpoint.tokens >= policy.at_tokens:
+            milestones.setdefault(-1, checkpoint.name)
     assert set(milestones.values()) <= {one.name for one in kept}

@@ -35,13 +35,17 @@ class Sweeps:
 
     def kill_when(self, job: Path, moment: Callable[[dict[str, Any]], bool]) -> None:
         """Begin a sweep, and SIGKILL all of it when a trial is as `moment` says."""
+        self.kill_at(lambda: any(moment(result) for result in self.results().values()), "tune", str(job))
+
+    def kill_at(self, moment: Callable[[], bool], *arguments: str) -> None:
+        """Begin a command, and SIGKILL it and its Ray as soon as it is time."""
         mark = str(self.state)
         with self._log.open("w") as log:
             process = subprocess.Popen(
-                self.command("tune", str(job)), stdout=log, stderr=subprocess.STDOUT, env=os.environ | {MARK: mark}
+                self.command(*arguments), stdout=log, stderr=subprocess.STDOUT, env=os.environ | {MARK: mark}
             )
             deadline = time.monotonic() + 240
-            while not any(moment(result) for result in self.results().values()):
+            while not moment():
                 assert process.poll() is None, self._log.read_text()
                 assert time.monotonic() < deadline, self._log.read_text()
                 time.sleep(0.05)
