@@ -24,11 +24,12 @@ from tidegate.data.config import DataConfig
 from tidegate.data.packing import check_lengths, num_windows, read_windows
 from tidegate.data.shards import Split, TokenDataset
 
-__all__ = ["EvalBatch", "StepBatch", "TrainLoader", "eval_batches", "eval_windows"]
+__all__ = ["EvalBatch", "StepBatch", "TrainLoader", "check_tuning_windows", "eval_batches", "eval_windows"]
 
 # Third word of the seed of the domain draws. NumPy pads seeds with zeros, so [seed, s] would be the stream of
 # [seed, s, 0], the permutation of domain s - 1 in epoch 0; permutations have 1 + domain in this place.
 _DRAWS = 0
+_TUNING = 2**32  # the word after _DRAWS and epochs: none of theirs has one there
 
 
 class StepBatch(NamedTuple):
@@ -160,6 +161,20 @@ class TrainLoader:
         for _ in range(batches):
             _, self._state = self._draw(self._state)
 
+    def tuning_batch(self, step: int) -> StepBatch:
+        """This rank's part of a global batch of held-out windows that evaluation does not score, a function of the step
+        alone. `check_tuning_windows` says whether there are any."""
+        rng = np.random.default_rng([self.config.seed, step, _TUNING])
+        drawn_G = rng.choice(len(self._weights), size=self.global_batch, p=self._weights)
+        places_G = rng.random(self.global_batch)
+        places: list[tuple[int, Split, int]] = []
+        for sequence in self._mine:
+            domain = int(drawn_G[sequence])
+            spare = _spare_windows(self.dataset, self.config, domain)
+            window = self.config.eval_sequences + int(places_G[sequence] * spare)
+            places.append((domain, "held_out", window))
+        return self._batch(places)
+
     def _load(self, state: _State) -> tuple[StepBatch, _State]:
         (drawn_G, position_G), following = self._draw(state)
         places: list[tuple[int, Split, int]] = []
@@ -201,6 +216,22 @@ class TrainLoader:
 def eval_windows(dataset: TokenDataset, config: DataConfig, domain: int) -> int:
     """How many held-out windows of a domain evaluation scores: the first `eval_sequences`, or all it has."""
     return min(config.eval_sequences, num_windows(len(dataset.stream(domain, "held_out")), config.sequence_length))
+
+
+def check_tuning_windows(dataset: TokenDataset, config: DataConfig) -> None:
+    """Raise ConfigError unless every domain has held-out windows beyond those that evaluation scores."""
+    for index, domain in enumerate(config.domains):
+        if _spare_windows(dataset, config, index) < 1:
+            raise ConfigError(
+                f"data.eval_sequences={config.eval_sequences} takes all held-out sequences of domain {domain.name!r}, "
+                f"and model.self_tune needs others; raise its held_out={domain.held_out} or lower eval_sequences"
+            )
+
+
+def _spare_windows(dataset: TokenDataset, config: DataConfig, domain: int) -> int:
+    """Held-out windows of a domain that evaluation does not score."""
+    length = num_windows(len(dataset.stream(domain, "held_out")), config.sequence_length)
+    return length - config.eval_sequences
 
 
 def eval_batches(

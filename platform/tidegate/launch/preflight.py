@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tidegate.config import ConfigError
 from tidegate.data import TokenDataset, check_tokenizer
+from tidegate.data.loader import check_tuning_windows
 from tidegate.model.flops import total
 from tidegate.train.job import Job
 from tidegate.train.memory import predict
@@ -87,3 +88,5 @@ def check_dataset(job: Job, folder: Path, job_dir: Path) -> None:
         raise ConfigError(
             f"{folder}: the tokenizer has {vocab_size} tokens, more than model.vocab_size={job.model.vocab_size}"
         )
+    if job.model.self_tune is not None:
+        check_tuning_windows(dataset, job.data)

@@ -170,13 +170,20 @@ class Balancer:
             assert counts_LE is not None
             self._known_LE = self._reduced(counts_LE)
 
-    def losses(self, stats: RoutingStats, counted_B: torch.Tensor, step_tokens: torch.Tensor) -> BalanceLosses:
+    def losses(
+        self,
+        stats: RoutingStats,
+        counted_B: torch.Tensor,
+        step_tokens: torch.Tensor,
+        scale: torch.Tensor | float | None = None,
+    ) -> BalanceLosses:
         """Losses of one micro-batch; to be called once for each, in order.
 
         Args:
             stats: fields (L, B, ...) of this rank's micro-batch.
             counted_B: (B,) fp32 counted tokens of each of its sequences.
             step_tokens: scalar fp32, counted tokens of the whole step over all ranks.
+            scale: factor of `loss_weight`; None is 1.
         """
         own_LE = stats.counts_BE.sum(dim=1)
         self._own_LE = own_LE if self._own_LE is None else self._own_LE + own_LE
@@ -191,6 +198,8 @@ class Balancer:
         if self._balances:
             lbl_L = self._load_balancing(stats, own_LE, counts_LE, counted_B, share)
             weight_L = self.config.loss_weight if stats.balance_weight is None else stats.balance_weight
+            if scale is not None:
+                weight_L = weight_L * scale
             load_balancing, lbl = (weight_L * lbl_L).sum(), lbl_L.detach().mean()
         if self.config.budget is not None:
             budget = self._budget(self.config.budget, counts_LE, share * stats.prob_sums_BE.sum(dim=1))

@@ -18,13 +18,15 @@ from torch.utils.checkpoint import checkpoint
 from tidegate.config import Config
 from tidegate.model.activations import ActivationName
 from tidegate.model.attention import Attention, AttentionConfig, AttentionOutput, Rotary, rotary_table
-from tidegate.model.clock import STILL, Clock
+from tidegate.model.clock import STILL, Clock, derive_key, uniform
 from tidegate.model.initialisation import Draw
 from tidegate.model.layers import Embedding, FeedForward, Linear
 from tidegate.model.moe import MoE, MoEConfig, RoutingStats
 from tidegate.model.norms import NormConfig, RMSNormConfig
 from tidegate.model.observations import AttentionObservations, AttentionSample, AttentionWatch
 from tidegate.model.routers import Observe, Router, RouterContext, RouterShape, Routing, ThorConfig
+from tidegate.model.routers.top_k import TopKConfig
+from tidegate.model.self_tuning import BestResponse, SelfTuneConfig, Tuned
 from tidegate.model.unit_gates import UnitGates, UnitGatesConfig
 from tidegate.model.unit_gates.units import NO_MASKS, LayerMasks
 from tidegate_kernels.gated_attention import Documents
@@ -64,6 +66,8 @@ class ModelConfig(Config):
     """Of every block's inputs and of the last hidden state; QK-norm is plain RMSNorm."""
     units: UnitGatesConfig | None = None
     """Gates over parts of the model under a budget."""
+    self_tune: SelfTuneConfig | None = None
+    """Hyperparameters that move during the run, by a held-out loss (docs/self_tuning.md)."""
     tie_embeddings: bool = False
     norm_eps: float = Field(default=1e-6, gt=0)
     init_std: float = Field(default=0.02, gt=0)
@@ -77,6 +81,26 @@ class ModelConfig(Config):
     def _units_fit(self) -> ModelConfig:
         if self.units is not None:
             unit_gates_on_meta(self)
+        return self
+
+    @model_validator(mode="after")
+    def _self_tuning_fits(self) -> ModelConfig:
+        if self.self_tune is None:
+            return self
+        tuned, moe = list(self.self_tune.tuned), self.ffn if isinstance(self.ffn, MoEConfig) else None
+        if self.units is not None:
+            raise ValueError(f"self_tune.tuned={tuned} and units.over={list(self.units.over)} both gate; use one")
+        if moe is not None and moe.capabilities.double_forward:
+            raise ValueError(
+                f"self_tune.tuned={tuned} does not fit ffn.router.kind={moe.router.kind}, whose two passes a step "
+                "would draw two perturbations"
+            )
+        routing = [name for name in ("temperature", "noise") if name in tuned]
+        if routing and not (moe is not None and isinstance(moe.router, TopKConfig)):
+            kind = self.ffn.kind if moe is None else moe.router.kind
+            raise ValueError(f"self_tune.tuned.{routing[0]} acts on a top-k router's logits, not on {kind}; remove it")
+        if "balance_scale" in tuned and (moe is None or not moe.capabilities.learned):
+            raise ValueError("self_tune.tuned.balance_scale needs a router that learns; remove it")
         return self
 
     @model_validator(mode="after")
@@ -105,6 +129,8 @@ class DecoderOutput(NamedTuple):
     """(B, T) fp32, of every label, whether it counts or not; no gradient."""
     unit_penalty: torch.Tensor | None = None
     """() fp32 of the unit gates, to be added to the loss as it is; None without gates."""
+    tuned: Tuned = Tuned()
+    """Hyperparameters of this pass."""
 
 
 class BlockOutput(NamedTuple):
@@ -133,6 +159,7 @@ class Block(nn.Module):
             self.ffn = moe(config.ffn, config.width, std, out_std, layer=layer, vocab_size=config.vocab_size)
         else:
             self.ffn = FeedForward(config.width, config.ffn.hidden_dim, std, out_std, config.ffn.activation)
+        self._dropout_key = derive_key("dropout", layer)
 
     def forward(
         self,
@@ -166,7 +193,8 @@ class Block(nn.Module):
         seen = attended.sample, attended.max_logit_H
         x_BTD, h_BTD = self.ffn_norm.add(_shared(attended.y_BTD, share), h_BTD)
         if not isinstance(self.ffn, MoE):
-            return BlockOutput(h_BTD, _shared(self.ffn(x_BTD, units.channels), share), x_BTD, None, *seen)
+            y_BTD = self._dropped(self.ffn(x_BTD, units.channels), context)
+            return BlockOutput(h_BTD, _shared(y_BTD, share), x_BTD, None, *seen)
         context = context._replace(log_experts=units.log_experts())
         if routing is None and source_BTD is not None:
             routing = self.ffn.route(source_BTD, context)
@@ -178,7 +206,15 @@ class Block(nn.Module):
                 z_sums_B=stats.z_sums_B * weight,
                 penalty_sums_B=stats.penalty_sums_B * weight,
             )
-        return BlockOutput(h_BTD, _shared(mixed_BTD, share), x_BTD, stats, *seen)
+        return BlockOutput(h_BTD, _shared(self._dropped(mixed_BTD, context), share), x_BTD, stats, *seen)
+
+    def _dropped(self, y_BTD: torch.Tensor, context: RouterContext) -> torch.Tensor:
+        """Dropout at the rate that the model tunes itself, in training."""
+        rate = context.tuned.dropout
+        if rate is None or not self.training or context.clock.step == 0:
+            return y_BTD
+        draws_ND = uniform(context.rows_N, y_BTD.shape[-1], context.clock.key ^ self._dropout_key)
+        return y_BTD * ((draws_ND >= rate) / (1 - rate)).view_as(y_BTD).to(y_BTD.dtype)
 
 
 def _shared(y_BTD: torch.Tensor, share: torch.Tensor | None) -> torch.Tensor:
@@ -206,6 +242,9 @@ class Decoder(nn.Module):
         self.units: UnitGates | None = None
         if config.units is not None:
             self.units = config.units.build(config, _block_on_meta(config))
+        self.self_tuning: BestResponse | None = None
+        if config.self_tune is not None:
+            self.self_tuning = config.self_tune.build(_gate_shapes(config))
         self.head = None if config.tie_embeddings else Linear(config.width, config.vocab_size, config.init_std)
 
     def init_weights(self, seed: int) -> None:
@@ -277,7 +316,7 @@ class Decoder(nn.Module):
         nll_BT = nll_BT.detach()
         nll_B = (nll_BT * counted_BT).sum(dim=1)
         seen = passed.attention, passed.max_hidden_A, passed.max_logit_AH
-        return DecoderOutput(nll, nll_B, stats, *seen, nll_BT, passed.unit_penalty)
+        return DecoderOutput(nll, nll_B, stats, *seen, nll_BT, passed.unit_penalty, passed.tuned)
 
     def _head(self) -> torch.Tensor:
         """(V, D)."""
@@ -289,9 +328,11 @@ class Decoder(nn.Module):
         tokens_BT = context.tokens_BT
         rotary = rotary_table(tokens_BT.shape[1], attention.head_dim, attention.rope_theta, tokens_BT.device)
         h_BTD = self.embedding(tokens_BT)
-        routing = None if self.router is None else self.router(h_BTD.flatten(0, 1), context)
         units = None if self.units is None else self.units(h_BTD, context.clock)
         masks = [NO_MASKS] * len(self.blocks) if units is None else units.masks
+        if self.self_tuning is not None:
+            context, masks = self._respond(context)
+        routing = None if self.router is None else self.router(h_BTD.flatten(0, 1), context)
         pre_gated = isinstance(self.config.ffn, MoEConfig) and self.config.ffn.reads_previous_block
         source_BTD: torch.Tensor | None = None
         y_BTD: torch.Tensor | None = None
@@ -325,7 +366,16 @@ class Decoder(nn.Module):
         logits_AH = torch.stack(largest_logits) if largest_logits else None
         assert y_BTD is not None  # there is a block at least
         x_BTD, _ = self.norm.add(y_BTD, h_BTD)
-        return _Pass(x_BTD, _stacked(stats), seen, largest_A, logits_AH, penalty)
+        return _Pass(x_BTD, _stacked(stats), seen, largest_A, logits_AH, penalty, context.tuned)
+
+    def _respond(self, context: RouterContext) -> tuple[RouterContext, list[LayerMasks]]:
+        """The pass's hyperparameters, and each layer's gates that respond to them."""
+        assert self.self_tuning is not None
+        assert self.config.self_tune is not None
+        response = self.self_tuning(context.clock)
+        parts = {place: gates.unbind() for place, gates in response.gates.items()}
+        masks = [LayerMasks(**{p: layers[i] for p, layers in parts.items()}) for i in range(len(self.blocks))]
+        return context._replace(tuned=self.config.self_tune.values(response.point_H)), masks
 
 
 class _Pass(NamedTuple):
@@ -336,6 +386,18 @@ class _Pass(NamedTuple):
     max_hidden_A: torch.Tensor | None
     max_logit_AH: torch.Tensor | None
     unit_penalty: torch.Tensor | None
+    tuned: Tuned
+
+
+def _gate_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Of all hidden units of the feed-forwards, under the names of `LayerMasks`."""
+    ffn, layers = config.ffn, config.num_layers
+    if isinstance(ffn, DenseConfig):
+        return {"channels": (layers, ffn.hidden_dim)}
+    shapes: dict[str, tuple[int, ...]] = {"expert_channels": (layers, ffn.num_slices, ffn.expert_dim)}
+    if ffn.shared.num:
+        shapes["channels"] = (layers, ffn.shared.num * ffn.expert_dim)
+    return shapes
 
 
 def _shared_router(config: ModelConfig) -> Router | None:

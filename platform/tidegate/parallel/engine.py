@@ -268,8 +268,9 @@ def _read_experts(fetch: Fetch, layer: int) -> dict[str, Any]:
 
 
 def _parameter_groups(model: Decoder, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices are decayed; vectors (norms, constants, sinks) and coefficients of activations are not."""
+    """Matrices are decayed; vectors (norms, constants, sinks), coefficients of activations and self-tuning are not."""
     coefficients = {id(m.coefficients) for m in model.modules() if isinstance(m, Experts | FeedForward)}
+    coefficients |= {id(p) for p in model.self_tuning.parameters()} if model.self_tuning is not None else set()
     matrices = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in coefficients]
     vectors = [p for p in model.parameters() if p.ndim < 2 or id(p) in coefficients]
     groups = [

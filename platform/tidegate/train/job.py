@@ -316,6 +316,11 @@ class Job(Config):
                 f"parallel.offload=experts works with train.precision=bf16 only, not with {self.train.precision}; "
                 "use train.precision=bf16"
             )
+        if self.model.self_tune is not None:
+            raise ValueError(
+                "parallel.offload=experts has no weights at hand that the gates of model.self_tune.tuned="
+                f"{list(self.model.self_tune.tuned)} could scale; remove it or use parallel.offload=optimizer"
+            )
         if self.model.units is not None:
             raise ValueError(
                 f"parallel.offload=experts has no weights at hand that model.units.over={list(self.model.units.over)} "
@@ -367,6 +372,21 @@ class Job(Config):
         problem = balance_problem(self.balance, self.model.ffn if isinstance(self.model.ffn, MoEConfig) else None)
         if problem:
             raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def _self_tuning_acts(self) -> Job:
+        tuning = self.model.self_tune
+        if tuning is None:
+            return self
+        if "balance_scale" in tuning.tuned and self.balance.loss_weight == 0:
+            raise ValueError(
+                "model.self_tune.tuned.balance_scale is a factor of balance.loss_weight=0; set that above 0"
+            )
+        if tuning.warmup_tokens >= self.train.tokens:
+            raise ValueError(
+                f"model.self_tune.warmup_tokens={tuning.warmup_tokens} is not below train.tokens={self.train.tokens}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -18,6 +18,7 @@ from tidegate.data.loader import TrainLoader
 from tidegate.data.shards import TokenDataset
 from tidegate.model.balance import Balancer
 from tidegate.model.clock import Clock
+from tidegate.model.decoder import Decoder
 from tidegate.model.moe import MoEConfig
 from tidegate.model.weights import Weights
 from tidegate.parallel import collectives
@@ -31,7 +32,7 @@ from tidegate.train.job import Job
 from tidegate.train.masks import held_masks
 from tidegate.train.memory import out_of_memory_explained
 from tidegate.train.replicas import compare_replicas
-from tidegate.train.step import StepLosses, outcome_share, train_step, update_routers, update_units
+from tidegate.train.step import StepLosses, outcome_share, train_step, tune_step, update_routers, update_units
 from tidegate.train.storage import Storage
 from tidegate.train.telemetry import Observer, Record
 from tidegate.train.throughput import Throughput, peak_flops
@@ -119,6 +120,9 @@ def train(job: Job, world: World) -> Outcome:
             if balancer is not None:
                 update_routers(engine.model, balancer, clock, job.balance.bias_rate)
             update_units(engine.model, losses, clock)
+            tuning = job.model.self_tune
+            if tuning is not None and tokens > tuning.warmup_tokens and step % tuning.every == 0:
+                tune_step(engine, loader.tuning_batch(step), clock, isolate=isolate)
             throughput.count(job.train.batch_tokens)
 
             counted, stops, *outcome = before.tensor().tolist()  # waits for the beginning of this step, not for its end
@@ -141,7 +145,7 @@ def train(job: Job, world: World) -> Outcome:
                 if engine.model.units is not None:
                     kept = engine.model.units.expected_cost(clock).detach() / engine.model.units.units.total_cost
                 metrics = _read(job, losses, torch.stack([engine.gradient_norm(), kept]), observer)
-                metrics |= throughput.read() | checkpoints.read() | judge.metrics()
+                metrics |= _read_tuned(engine.model) | throughput.read() | checkpoints.read() | judge.metrics()
                 metrics["train/learning_rate"] = learning_rate
                 _record(world, Record(step, tokens, metrics))
 
@@ -325,6 +329,17 @@ def _read(job: Job, losses: StepLosses, alike: torch.Tensor, observer: Observer 
     if observer is not None:
         metrics |= observer.metrics(host[num_losses + 2 :])
     return metrics
+
+
+def _read_tuned(model: Decoder) -> dict[str, float]:
+    """Where the model's own hyperparameters are, and how far they are perturbed; one host sync if there are any."""
+    config, tuning = model.config.self_tune, model.self_tuning
+    if config is None or tuning is None:
+        return {}
+    values = {name: value for name, value in config.values(tuning.location)._asdict().items() if value is not None}
+    read = torch.stack([*values.values(), *tuning.log_spread.exp()]).tolist()
+    spreads = dict(zip((f"tuned/{name}_spread" for name in config.tuned), read[len(values) :], strict=True))
+    return dict(zip((f"tuned/{name}" for name in values), read, strict=False)) | spreads
 
 
 def _evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:

@@ -34,6 +34,7 @@ __all__ = [
     "clip_attention_logits",
     "outcome_share",
     "train_step",
+    "tune_step",
     "update_routers",
     "update_units",
 ]
@@ -125,7 +126,7 @@ def train_step(
         loss = output.nll * (copies / step_tokens)
         terms = {"nll": loss}
         if balancer is not None and output.stats is not None:
-            balance = balancer.losses(output.stats, counted_B, step_tokens)
+            balance = balancer.losses(output.stats, counted_B, step_tokens, output.tuned.balance_scale)
             loss = loss + balance.total
             terms |= balance._asdict()
         if output.unit_penalty is not None:  # not a sum over tokens: the average over copies is already the penalty
@@ -139,6 +140,39 @@ def train_step(
     if threshold is not None:
         clip_attention_logits(engine, torch.stack(largest_logits).amax(dim=0), threshold)
     return StepResult(StepLosses(*total), before)
+
+
+def tune_step(engine: Engine, batch: StepBatch, clock: Clock, *, isolate: bool) -> None:
+    """Move the model's own hyperparameters by the loss of held-out text; weights stay. Every rank must call it.
+
+    Args:
+        engine: of a model with self-tuning.
+        batch: this rank's part, of text that is neither trained on nor reported on.
+        clock: of the training step before; perturbations are other ones.
+        isolate: keep attention inside documents.
+    """
+    tuning = engine.model.self_tuning
+    assert tuning is not None
+    micro_batches = _to_device(batch, engine.device, isolate)
+    tokens = torch.stack([mb.counted_BT.sum() for mb in micro_batches]).sum().float()
+    collectives.all_reduce(tokens)
+    engine.train(False)
+    with tuning.listening() as heard:
+        total_2H = torch.zeros(2, len(heard[0]), device=engine.device)
+        for mb in micro_batches:
+            # Not through the engine and not by `backward`: no weight gets a gradient.
+            output = engine.model(
+                mb.tokens_BT,
+                mb.labels_BT,
+                mb.counted_BT,
+                mb.documents_BT,
+                sequences_B=mb.sequences_B,
+                clock=clock.other("held-out step"),
+            )
+            total_2H += torch.stack(torch.autograd.grad(output.nll / tokens.clamp(min=1), heard))
+    engine.train()
+    collectives.all_reduce(total_2H)
+    tuning.move(total_2H.unbind())
 
 
 def outcome_share(nll: torch.Tensor, engine: Engine) -> torch.Tensor:

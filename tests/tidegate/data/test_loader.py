@@ -11,12 +11,13 @@ import torch
 
 from tidegate.config import ConfigError
 from tidegate.data.config import DataConfig
-from tidegate.data.loader import EvalBatch, StepBatch, TrainLoader, eval_batches
+from tidegate.data.loader import EvalBatch, StepBatch, TrainLoader, check_tuning_windows, eval_batches
 from tidegate.data.packing import num_windows, read_windows
 from tidegate.data.shards import TokenDataset
 
 LoaderConfig = Callable[..., DataConfig]
 G = 8
+RANK: dict[str, int] = {"micro_batch": 1, "rank": 0, "world_size": 1}
 
 
 def global_batches(
@@ -171,6 +172,39 @@ def test_a_state_that_means_other_windows_is_refused(
         TrainLoader(other, loader_config(weights), **split).load_state_dict(state)
     with pytest.raises(ConfigError, match=r"data\.domains: the job has b, a; .* has a, b"):
         TrainLoader(two_domains, loader_config({"b": 1, "a": 1}), **split)
+
+
+def test_tuning_reads_held_out_windows_that_evaluation_does_not(
+    two_domains: TokenDataset, loader_config: LoaderConfig
+) -> None:
+    config = loader_config({"a": 3, "b": 1}, seed=5, eval_sequences=2)
+    check_tuning_windows(two_domains, config)
+    one_rank = {"global_batch": G, "micro_batch": 8, "rank": 0, "world_size": 1}
+    loader = TrainLoader(two_domains, config, **one_rank)
+    next(loader)
+    reported = {tuple(row) for batch in eval_batches(two_domains, config, **RANK) for row in batch.tokens_BT1.tolist()}
+    held_out = {
+        tuple(row)
+        for domain in (0, 1)
+        for window in range(num_windows(len(two_domains.stream(domain, "held_out")), config.sequence_length))
+        for row in read_windows(
+            two_domains, [(domain, "held_out", window)], sequence_length=config.sequence_length, documents="isolate"
+        ).tokens_BT1.tolist()
+    }
+    seen = set()
+    for step in range(1, 40):
+        batch = loader.tuning_batch(step)
+        assert same(batch, TrainLoader(two_domains, config, **one_rank).tuning_batch(step)), "it hangs on the past"
+        halves = [
+            TrainLoader(two_domains, config, global_batch=G, micro_batch=4, rank=rank, world_size=2).tuning_batch(step)
+            for rank in (0, 1)
+        ]
+        assert torch.equal(torch.cat([half.tokens_MBT1 for half in halves], dim=1), batch.tokens_MBT1)
+        seen |= {tuple(row) for row in batch.tokens_MBT1.flatten(0, 1).tolist()}
+    assert seen == held_out - reported
+    too_many = loader_config({"a": 3, "b": 1}, seed=5, eval_sequences=1000)
+    with pytest.raises(ConfigError, match=r"data.eval_sequences=1000 takes all held-out sequences of domain 'a'"):
+        check_tuning_windows(two_domains, too_many)
 
 
 def test_weights_are_met_within_five_sigma(two_domains: TokenDataset, loader_config: LoaderConfig) -> None:

@@ -334,6 +334,8 @@ def test_the_table_holds_every_metric_and_no_other(recorded: Any) -> None:
         balance={"bias_rate": 0.0},
         train={"oracle_sequences": 0},
     )
+    tuned = {"balance_scale": 1.0, "temperature": 1.0, "noise": 0.1, "dropout": 0.1}
+    names |= recorded(model={"ffn": {**experts, "router": top_k}, "units": None, "self_tune": {"tuned": tuned}})
     found = {pattern_of(name) for name in names}
     # On a CPU there is no peak to compare with.
     assert found | {"speed/mfu", "speed/peak_tflops_per_device"} == table

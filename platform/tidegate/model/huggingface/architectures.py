@@ -41,6 +41,7 @@ class Architecture(NamedTuple):
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "norm.kind": ("rms",),
     "units": (None,),
+    "self_tune": (None,),
     "attention.softmax": ("plain",),
     "ffn.activation": ("swiglu",),
 }

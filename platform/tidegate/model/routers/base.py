@@ -17,6 +17,7 @@ from torch import nn
 from tidegate.model.clock import STILL, Clock
 from tidegate.model.initialisation import Draw
 from tidegate.model.layers import Fp32Buffers
+from tidegate.model.self_tuning import Tuned
 from tidegate_kernels.gated_attention import Documents
 from tidegate_kernels.router_logits import router_logits
 
@@ -95,6 +96,8 @@ class RouterContext(NamedTuple):
     observe: Observe | None = None
     log_experts: torch.Tensor | None = None
     """(E,) or (N, E), logarithm of the factors of unit gates over experts, for the logits; -inf: not there."""
+    tuned: Tuned = Tuned()
+    """Hyperparameters that the model tunes itself."""
 
     @classmethod
     def alone(cls, counted_BT: torch.Tensor, tokens_BT: torch.Tensor | None = None) -> RouterContext:

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import nn
 
 from tidegate.config import Config, Variant
+from tidegate.model.clock import derive_key, uniform
 from tidegate.model.initialisation import Draw
 from tidegate.model.routers.base import (
     Capabilities,
@@ -150,6 +151,7 @@ class TopKRouter(LearnedRouter):
     ) -> None:
         super().__init__(shape)
         self.config, self.score, self.scale = config, score, scale
+        self._noise_key = derive_key("router noise", shape.layer)
         self.register_buffer("expert_bias", torch.empty(shape.num_experts, dtype=torch.float32))
 
     def init_weights(self, draw: Draw) -> None:
@@ -157,7 +159,7 @@ class TopKRouter(LearnedRouter):
         nn.init.zeros_(self.expert_bias)
 
     def forward(self, x_ND: torch.Tensor, context: RouterContext) -> Routing:
-        logits_NE = self.logits(x_ND)
+        logits_NE = self._tuned(self.logits(x_ND), context)
         if context.log_experts is not None:
             logits_NE = logits_NE + context.log_experts
         elif self.config.groups is None and self.config.quantile is None and takes_triton(logits_NE):
@@ -171,6 +173,16 @@ class TopKRouter(LearnedRouter):
         if self.config.quantile is not None and self.training:
             return routing._replace(observed=self._margins(scores_NE, context.counted_BT.flatten()))
         return routing
+
+    def _tuned(self, logits_NE: torch.Tensor, context: RouterContext) -> torch.Tensor:
+        """At the temperature and, in training, with the noise that the model tunes itself."""
+        tuned, clock = context.tuned, context.clock
+        if tuned.temperature is not None:
+            logits_NE = logits_NE / tuned.temperature
+        if tuned.noise is not None and self.training and clock.step > 0:
+            draws_NE = uniform(context.rows_N, self.num_experts, clock.key ^ self._noise_key)
+            logits_NE = logits_NE + tuned.noise * torch.special.ndtri(draws_NE)
+        return logits_NE
 
     def _in_one_pass(self, logits_NE: torch.Tensor, context: RouterContext) -> Routing:
         """The same with its statistics, and without the scores."""
