@@ -112,12 +112,16 @@ def prune(
 @app.command()
 def front(
     sweep: Annotated[str, typer.Argument(help="Name of a sweep, as tune prints it", show_default=False)],
+    write: Annotated[
+        Path | None,
+        typer.Option(help="Write the best as a job, such as jobs/found/NAME.yaml", show_default=False),
+    ] = None,
     state_dir: StateOption = None,
 ) -> None:
     """Print and plot what a sweep has found, finished or not."""
     from tidegate.tune.sweep import show_front
 
-    show_front(sweep, _state(state_dir))
+    show_front(sweep, _state(state_dir), write)
 
 
 @app.command()

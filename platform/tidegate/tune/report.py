@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from tidegate.config import ConfigError
 from tidegate.tune.budget import QUANTITIES, shown
+from tidegate.tune.found import write_found
 from tidegate.tune.front import pareto, verdict
 from tidegate.tune.pictures import Point, draw_page, draw_picture
 from tidegate.tune.population import recipe, schedule_of
@@ -31,11 +31,14 @@ def ranked_results(results: Sequence[Result], smaller_is_better: bool, seed: int
     return sorted(ended, key=lambda result: (result.value or 0.0) * (1 if smaller_is_better else -1))
 
 
-def report(folder: SweepFolder, space: Space, console: Console, notes: Sequence[str] = ()) -> None:
+def report(
+    folder: SweepFolder, space: Space, console: Console, notes: Sequence[str] = (), found: Path | None = None
+) -> None:
     """Print the table, the verdict and the front; write them, the picture and the best job beside the sweep.
 
     Args:
         notes: more lines to say.
+        found: where else the best goes as a job.
 
     Raises:
         ConfigError: no trial has come to its end.
@@ -78,13 +81,16 @@ def report(folder: SweepFolder, space: Space, console: Console, notes: Sequence[
     for line in lines:
         console.print(line, soft_wrap=True)
     best = folder.folder / "best.yaml"
-    job_file = folder.read().job_file
-    schedule = schedule_of(ranked[0].trial, results)
-    begins_with = ranked[0].trial.last_values
+    job_file, won = folder.read().job_file, ranked[0]
+    schedule = schedule_of(won.trial, results)
+    begins_with = won.trial.last_values
     if schedule:
         begins_with = {**schedule[0].values, "train.pause_at_tokens": schedule[0].end}
-    best.write_text(yaml.safe_dump({"extends": job_file, **_nested(begins_with)}, sort_keys=False))
-    console.print(f"the best as a job: {best}", soft_wrap=True)
+    job = space.at(begins_with).job if begins_with else space.base
+    said = f"The best of sweep {folder.name}: trial {won.trial.number}, {config.metric}={won.value:.4f}, run {won.run}"
+    for file in (best, *([found] if found is not None else [])):
+        write_found(file, Path(job_file), job, said)
+    console.print(f"the best as a job: {found or best}", soft_wrap=True)
     points = [
         Point(
             trial=result.trial.number,
@@ -184,17 +190,6 @@ def console_of_width() -> Console:
 
 def field_of(path: str) -> str:
     return ".".join(path.split(".")[-2:])
-
-
-def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for path, value in values.items():
-        *sections, field = path.split(".")
-        place = nested
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[field] = copy.deepcopy(value)  # a later path may lead into it
-    return nested
 
 
 def short(value: Any) -> str:

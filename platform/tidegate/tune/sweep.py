@@ -122,11 +122,18 @@ def show_candidates(request: SweepRequest) -> None:
         console.print(f"and {more} more that {space.config.searcher} proposes from what those come to")
 
 
-def show_front(name: str, state: StateDir) -> None:
-    """Print and plot what a sweep has found so far."""
+def show_front(name: str, state: StateDir, found: Path | None = None) -> None:
+    """Print and plot what a sweep has found so far.
+
+    Args:
+        found: where the best goes as a job that extends the one that was varied; no file yet.
+    """
+    if found is not None and found.exists():
+        raise ConfigError(f"--write {found}: is there already")
     folder = SweepFolder.existing(state.root / "sweeps", name)
     record = folder.read()
-    report(folder, Space(Path(record.job_file), record.overrides, record.budgets), console_of_width())
+    space = Space(Path(record.job_file), record.overrides, record.budgets)
+    report(folder, space, console_of_width(), found=found)
 
 
 def _open(request: SweepRequest) -> tuple[SweepFolder, Space]:

@@ -94,19 +94,21 @@ def test_a_sweep_that_was_killed_goes_on_and_loses_no_finished_trial(
     assert "over 2 paired seeds" in (folder / "report.md").read_text()
     assert (folder / "front.png").stat().st_size > 5000
     best = min((r for r in after.values() if r["trial"]["seed"] == 0 and r["value"]), key=lambda r: r["value"])
-    found = load(folder / "best.yaml", Job).config
-    assert (
-        found
-        == load(job, Job, [f"{path}={json.dumps(value)}" for path, value in best["trial"]["values"].items()]).config
-    )
-    assert yaml.safe_load((folder / "best.yaml").read_text())["extends"] == str(job)
+    won = load(job, Job, [f"{path}={json.dumps(value)}" for path, value in best["trial"]["values"].items()]).config
+    assert load(folder / "best.yaml", Job).config.model_dump(exclude={"data"}) == won.model_dump(exclude={"data"})
 
     with closing(sqlite3.connect(sweeps.state / "mlflow" / "mlflow.db")) as database:
         nested = database.execute("select count(*) from tags where key = 'mlflow.parentRunId'").fetchone()[0]
     assert nested >= sum(result["run"] != "" for result in after.values())
 
-    again = subprocess.run(sweeps.command("front", "tiny-1"), capture_output=True, text=True)
+    found = job.parent / "found" / "tiny-1.yaml"
+    again = subprocess.run(sweeps.command("front", "tiny-1", "--write", str(found)), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
+    assert yaml.safe_load(found.read_text())["extends"] == "../tiny.yaml"
+    read = subprocess.run(sweeps.command("tokenize", str(found)), capture_output=True, text=True)
+    assert read.returncode == 0, f"its data are found from there: {read.stderr}"
+    over = subprocess.run(sweeps.command("front", "tiny-1", "--write", str(job)), capture_output=True, text=True)
+    assert (over.returncode, "is there already" in over.stderr) == (2, True)
     assert "val/loss" in again.stdout
 
 
