@@ -131,8 +131,12 @@ def bench_job(
         console.print(f"written: {out}", soft_wrap=True, markup=False)
 
 
-def read_result(path: Path) -> BenchResult:
+def read_result(path: Path, option: str = "--against") -> BenchResult:
     """A result that `--out` wrote.
+
+    Args:
+        path: of the file.
+        option: which names it, for errors.
 
     Raises:
         ConfigError: the file cannot be read or is something else.
@@ -140,9 +144,9 @@ def read_result(path: Path) -> BenchResult:
     try:
         return load_stored(path.read_text(encoding="utf-8"), BenchResult, str(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--against {path}: cannot be read ({error})") from error
+        raise ConfigError(f"{option} {path}: cannot be read ({error})") from error
     except ConfigError as error:
-        raise ConfigError(f"--against {path}: not a result of tidegate bench ({str(error).splitlines()[0]})") from error
+        raise ConfigError(f"{option} {path}: not a result of tidegate bench ({str(error).splitlines()[0]})") from error
 
 
 def _result(job: Job, ranks: Sequence[Measured], overrides: Sequence[str], commit: str) -> BenchResult:

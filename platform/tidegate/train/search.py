@@ -81,6 +81,13 @@ class SearchConfig(Config):
     """That a sweep may train on in all: no trial begins that would lead beyond it."""
     max_minutes: float | None = Field(default=None, gt=0)
     """From its start, or resume: no trial begins that is expected to end later, judged by those that have ended."""
+    measured: str | None = None
+    """What `tidegate bench JOB --out FILE` wrote of the job as it stands: for times and `step_time` budgets. `{job}` is
+    the job's folder."""
+    price_per_hour: float | None = Field(default=None, gt=0)
+    """Of a worker, with its GPU if it has one, in any currency."""
+    max_cost: float | None = Field(default=None, gt=0)
+    """In the same: no trial begins expected to lead beyond it, judged by those that have ended, else predicted."""
     finalists: int = Field(default=2, ge=1)
     """The best so many run again with other seeds, the same for all, for the verdict."""
     seeds: int = Field(default=3, ge=1)
@@ -92,6 +99,12 @@ class SearchConfig(Config):
     def _varies_something(self) -> SearchConfig:
         if not self.space and not self.presets:
             raise ValueError("space={} and presets=[] vary nothing; name a path or a preset")
+        return self
+
+    @model_validator(mode="after")
+    def _money_has_a_price(self) -> SearchConfig:
+        if self.max_cost is not None and self.price_per_hour is None:
+            raise ValueError(f"max_cost={self.max_cost:g} needs price_per_hour, what a worker costs")
         return self
 
     @property

@@ -11,8 +11,9 @@ from tidegate.model.flops import Cost, total
 from tidegate.train.job import Job
 from tidegate.train.memory import predict
 from tidegate.train.search import SolveConfig
+from tidegate.tune.measured import step_time
 
-__all__ = ["QUANTITIES", "TOLERANCE", "Budget", "Quantity", "parse", "shown", "solve", "violations"]
+__all__ = ["QUANTITIES", "TOLERANCE", "Budget", "Quantity", "known_of", "parse", "shown", "solve", "violations"]
 
 TOLERANCE = 0.01
 """How far a candidate may be from an `==` budget."""
@@ -22,7 +23,7 @@ class Quantity(NamedTuple):
     """Something that a job costs."""
 
     of: Callable[[Job], float]
-    unit: Literal["", "B", "FLOP"]
+    unit: Literal["", "B", "FLOP", "s"]
     meaning: str
 
 
@@ -44,13 +45,17 @@ QUANTITIES: dict[str, Quantity] = {
         "of training, forward and backward, at the job's sequence length",
     ),
     "peak_memory": Quantity(lambda job: predict(job).total, "B", "of a GPU at the largest moment, predicted"),
+    "step_time": Quantity(step_time, "s", "a step, predicted from what search.measured holds"),
     "kv_cache": Quantity(_kv_cache, "B", "of keys and values a token of context at inference, in bf16"),
 }
 
 _PREFIXES = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 _BYTES = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
+_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+_UNITS = {"": _PREFIXES, "FLOP": _PREFIXES, "B": _BYTES, "s": _SECONDS}
 _SHOWN = {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
 _SHOWN_BYTES = {"GiB": 2.0**30, "MiB": 2.0**20, "KiB": 2.0**10, "B": 1.0}
+_SCALES = {"": _SHOWN, "FLOP": _SHOWN, "B": _SHOWN_BYTES, "s": {"s": 1.0, "ms": 1e-3, "us": 1e-6}}
 _BUDGET = re.compile(r"\s*(\w+)\s*(<=|==)\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z%]*)\s*")
 
 
@@ -79,7 +84,7 @@ def parse(text: str, base: Job) -> Budget:
         base: the job as it stands.
 
     Raises:
-        ConfigError: no such quantity, no such unit of it, or not of this form.
+        ConfigError: no such quantity, no such unit of it, not of this form, or a time and no measurement.
     """
     match = _BUDGET.fullmatch(text)
     if match is None:
@@ -87,7 +92,11 @@ def parse(text: str, base: Job) -> Budget:
     name, relation, number, unit = match.groups()
     if name not in QUANTITIES:
         raise ConfigError(f"budget {text!r}: unknown quantity {name!r}; known are {', '.join(QUANTITIES)}")
-    units = {"%": QUANTITIES[name].of(base) / 100} | (_BYTES if QUANTITIES[name].unit == "B" else _PREFIXES)
+    if name not in known_of(base):
+        raise ConfigError(
+            f"budget {text!r} needs search.measured, the file that `tidegate bench JOB --out FILE` writes of the job"
+        )
+    units = {"%": QUANTITIES[name].of(base) / 100} | _UNITS[QUANTITIES[name].unit]
     if unit not in units:
         raise ConfigError(
             f"budget {text!r}: unknown unit {unit!r} of {name}; known are {', '.join(filter(None, units))}"
@@ -96,6 +105,12 @@ def parse(text: str, base: Job) -> Budget:
     if limit <= 0:
         raise ConfigError(f"budget {text!r} leaves nothing")
     return Budget(name, relation == "==", limit)
+
+
+def known_of(job: Job) -> dict[str, Quantity]:
+    """Without a measurement, all but times."""
+    timed = job.search is not None and job.search.measured is not None
+    return {name: quantity for name, quantity in QUANTITIES.items() if timed or quantity.unit != "s"}
 
 
 def violations(job: Job, budgets: Sequence[Budget]) -> dict[Budget, float]:
@@ -138,6 +153,6 @@ def solve(jobs: Callable[[int], Job], budgets: Sequence[Budget], config: SolveCo
 
 def shown(quantity: str, value: float) -> str:
     """For people, three digits."""
-    scales = _SHOWN_BYTES if QUANTITIES[quantity].unit == "B" else _SHOWN
+    scales = _SCALES[QUANTITIES[quantity].unit]
     unit, size = next(((unit, size) for unit, size in scales.items() if value >= size), ("", 1.0))
     return f"{value / size:.3g}{unit}"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from tidegate.train.job import Job
 from tidegate.train.search import SearchConfig
+from tidegate.tune.measured import training_time
 from tidegate.tune.searchers import Searcher
 from tidegate.tune.trials import Result, SweepFolder, Trial
 
@@ -18,7 +19,7 @@ __all__ = ["Limits", "Queue"]
 
 
 class Limits:
-    """Whether a trial may begin, and the reruns of finalists after it, by `search.max_tokens` and `max_minutes`.
+    """Whether a trial may begin, and the reruns of finalists after it: `search.max_tokens`, `max_minutes`, `max_cost`.
 
     Args:
         job: of which each trial is a variation; all train on as many tokens.
@@ -30,7 +31,8 @@ class Limits:
         assert job.search is not None
         self._config: SearchConfig = job.search
         self._tokens, self._concurrent, self._clock = job.train.tokens, concurrent, clock
-        self._begun = clock()
+        self._begun, self._workers = clock(), job.resources.workers
+        self._predicted = training_time(job) if self._config.measured is not None else 0.0
 
     def reached(self, results: Sequence[Result], reruns: int) -> str:
         """Which limit forbids one more trial and so many reruns after it; empty if none does.
@@ -43,10 +45,15 @@ class Limits:
         if most is not None and tokens + self._tokens * (1 + reruns) > most:
             return f"search.max_tokens={most}"
         ended = [result.seconds for result in results if result.status == "finished"]
+        each = sum(ended) / len(ended) if ended else self._predicted
         rounds = 1 + math.ceil(reruns / self._concurrent)
-        expected = rounds * sum(ended) / len(ended) if ended else 0.0
-        if minutes is not None and self._clock() - self._begun + expected > 60 * minutes:
+        if minutes is not None and self._clock() - self._begun + rounds * each > 60 * minutes:
             return f"search.max_minutes={minutes:g}"
+        seconds = sum(result.seconds if result.ended else max(result.seconds, each) for result in results)
+        price = self._workers * (self._config.price_per_hour or 0.0) / 3600
+        cost = self._config.max_cost
+        if cost is not None and price * (seconds + each * (1 + reruns)) > cost:
+            return f"search.max_cost={cost:g}"
         return ""
 
 

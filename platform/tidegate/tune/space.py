@@ -15,6 +15,7 @@ from tidegate.train.job import Job
 from tidegate.train.layout import CHANGEABLE
 from tidegate.train.search import SearchConfig, Variation
 from tidegate.tune.budget import Budget, parse, solve, violations
+from tidegate.tune.measured import refuse_other_measurement
 from tidegate.tune.presets import space_with_presets
 
 __all__ = ["Candidate", "Space", "draw", "overrides_of"]
@@ -44,15 +45,21 @@ class Space:
         budgets: beside those of its `search:` section.
 
     Raises:
-        ConfigError: the job has no `search:` section, a preset does not fit it, a budget cannot be read, or what is
-            solved for is also varied.
+        ConfigError: the job has no `search:` section, a preset or measurement does not fit it, a budget cannot be read,
+            or what is solved for is also varied.
     """
 
     def __init__(self, job_file: Path, overrides: Sequence[str] = (), budgets: Sequence[str] = ()) -> None:
         self._job_file = JobFile(job_file, overrides)
-        self.base: Job = self._job_file.load(Job).config
-        if self.base.search is None:
+        search = self._job_file.load(Job).config.search
+        if search is None:
             raise ConfigError(f"{job_file}: a sweep needs search.space; `tidegate schema` says what it may hold")
+        if search.measured is not None:
+            measured = search.measured.replace("{job}", str(job_file.absolute().parent))
+            self._job_file = JobFile(job_file, [*overrides, f"search.measured={json.dumps(measured)}"])
+        self.base: Job = self._job_file.load(Job).config
+        refuse_other_measurement(self.base)
+        assert self.base.search is not None
         self.config: SearchConfig = self.base.search.model_copy(update={"space": space_with_presets(self.base)})
         self.budgets: list[Budget] = [parse(text, self.base) for text in (*self.config.budgets, *budgets)]
         for path, variation in self.config.space.items():
@@ -67,10 +74,10 @@ class Space:
         except graphlib.CycleError as error:
             raise ConfigError(f"{job_file}: search.space: `when` goes round: {' -> '.join(error.args[1])}") from error
         domains = [domain.name for domain in self.base.data.domains]
-        measured = ["val/loss", *(f"val/{name}/{what}" for name in domains for what in ("loss", "ppl"))]
-        if self.config.metric.startswith("val/") and self.config.metric not in measured:
+        reported = ["val/loss", *(f"val/{name}/{what}" for name in domains for what in ("loss", "ppl"))]
+        if self.config.metric.startswith("val/") and self.config.metric not in reported:
             raise ConfigError(
-                f"{job_file}: search.metric={self.config.metric} is never reported; the job has {', '.join(measured)}"
+                f"{job_file}: search.metric={self.config.metric} is never reported; the job has {', '.join(reported)}"
             )
         least = self.base.train.tokens * (1 + self.config.most_reruns)
         if self.config.max_tokens is not None and self.config.max_tokens < least:

@@ -21,7 +21,9 @@ from tidegate.launch.state import StateDir
 from tidegate.redact import redact
 from tidegate.track import finish_run, log_file, run_url
 from tidegate.train.job import Job
-from tidegate.tune.budget import QUANTITIES, shown
+from tidegate.train.search import SearchConfig
+from tidegate.tune.budget import known_of, shown
+from tidegate.tune.measured import estimate
 from tidegate.tune.population import begin_round, recipe, rounds, schedule_of
 from tidegate.tune.queue import Limits, Queue
 from tidegate.tune.report import console_of_width, field_of, ranked_results, report, short
@@ -110,16 +112,34 @@ def show_candidates(request: SweepRequest) -> None:
     assert request.job_file is not None
     space = Space(request.job_file, request.overrides, request.budgets)
     varied = [*space.config.space, *([space.config.solve.path] if space.config.solve else [])]
-    table = Table("", *map(field_of, varied), *QUANTITIES)
+    quantities, jobs = known_of(space.base), []
+    table = Table("", *map(field_of, varied), *quantities)
     for trial in drawn_trials(space):
         candidate = space.at(trial.values) if trial.values else Candidate({}, space.base)
         values = (short(candidate.values.get(path, "")) for path in varied)
-        table.add_row(trial.kind, *values, *(shown(name, q.of(candidate.job)) for name, q in QUANTITIES.items()))
+        jobs.append(candidate.job)
+        table.add_row(trial.kind, *values, *(shown(name, q.of(candidate.job)) for name, q in quantities.items()))
     console = console_of_width()
     console.print(table)
     more = space.config.trials - space.config.random_trials - space.config.members
     if more:
         console.print(f"and {more} more that {space.config.searcher} proposes from what those come to")
+    console.print(_expected(space.config, jobs, more + space.config.most_reruns), soft_wrap=True)
+
+
+def _expected(config: SearchConfig, drawn: Sequence[Job], more: int) -> str:
+    """What a sweep is predicted to take."""
+    if config.measured is None:
+        return (
+            "time and cost are not predicted: that needs search.measured, which `tidegate bench JOB --out FILE` writes"
+        )
+    found = estimate(drawn, more)
+    price = config.price_per_hour
+    money = f", {found.worker_hours * price:.3g} at search.price_per_hour={price:g}" if price is not None else ""
+    return (
+        f"the steps of at most {len(drawn) + more} trials, reruns of finalists included, are predicted to take "
+        f"{found.hours:.3g} hours one at a time, {found.worker_hours:.3g} worker hours{money}"
+    )
 
 
 def show_front(name: str, state: StateDir, found: Path | None = None) -> None:
