@@ -1,10 +1,13 @@
 """Job files: strict pydantic models, `extends:`, `--set a.b=c`, errors that name file, field and value.
 
-A job file is YAML. `extends: base.yaml` names a file beside it that is read first; the job's own keys are
-laid over it, key by key. Two rules keep that simple: a list replaces a list, and a mapping whose `kind`
-differs from the base's replaces it whole (the fields of another variant mean nothing). `--set a.b=c` is the
-same overlay with one key. Whatever wins, the source of every value is remembered, so an error can say where
-the value was written.
+A job file is YAML. `extends: base.yaml` names a file beside it that is read first, or several, each laid over the one
+before; the job's own keys are laid over that, key by key. Two rules keep that simple: a list replaces a list, and a
+mapping whose `kind` differs from the base's replaces it whole (the fields of another variant mean nothing).
+`--set a.b=c` is the same overlay with one key. Whatever wins, the source of every value is remembered, so an error can
+say where the value was written.
+
+`{job}` in a value stands for the folder of the file that it is written in, and of `--set` for that of the job file. In
+a loaded job it is always the latter: what a base in another folder wrote is changed to lead there.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -96,7 +100,9 @@ class JobFile:
 
     def __init__(self, path: str | Path, overrides: Sequence[str] = ()) -> None:
         self._path, self._sources = str(path), dict[str, str]()
-        (file, self._base), *others = _extends_chain(Path(path))
+        folder = Path(path).resolve().parent
+        chain = [(file, _from_folder(file, mapping, folder)) for file, mapping in _extends_chain(Path(path))]
+        (file, self._base), *others = chain
         self._merged = _overlay({}, self._base, str(file), self._sources)
         for file, mapping in others:
             self._merged = _overlay(self._merged, mapping, str(file), self._sources)
@@ -211,28 +217,41 @@ _StrictLoader.add_implicit_resolver(  # YAML 1.1 wants a dot in 1.0e-3; people w
 )
 
 
-def _extends_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The files from the outermost base to `path`, each with its own mapping."""
-    chain: list[tuple[Path, dict[str, Any]]] = []
-    visited: list[Path] = []
-    current: Path | None = path
-    while current is not None:
-        try:
-            resolved = current.resolve()
-        except (OSError, ValueError, RuntimeError) as error:  # a zero byte, a link to itself
-            raise ConfigError(f"{path}: extends: {str(current)!r} is no file ({error})") from error
-        if resolved in visited:
-            raise ConfigError(
-                f"{path}: extends: goes in a circle ({' -> '.join(str(p) for p in [*visited, resolved])})"
-            )
-        visited.append(resolved)
-        mapping = _read_yaml(current, named_by=chain[-1][0] if chain else None)
-        parent = mapping.pop("extends", None)
-        if parent is not None and not isinstance(parent, str):
-            raise ConfigError(f"{current}: extends: needs a file name, got {parent!r}")
-        chain.append((current, mapping))
-        current = current.parent / parent if parent else None
-    return chain[::-1]
+def _extends_chain(path: Path, below: Sequence[tuple[Path, Path]] = ()) -> list[tuple[Path, dict[str, Any]]]:
+    """The files from the outermost base to `path`, each with its own mapping.
+
+    Args:
+        path: the file to begin with.
+        below: those that lead to it, as they were named and resolved.
+    """
+    try:
+        resolved = path.resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # a zero byte, a link to itself
+        first = below[0][0] if below else path
+        raise ConfigError(f"{first}: extends: {str(path)!r} is no file ({error})") from error
+    circle = [*(str(other) for _, other in below), str(resolved)]
+    if str(resolved) in circle[:-1]:
+        raise ConfigError(f"{below[0][0]}: extends: goes in a circle ({' -> '.join(circle)})")
+    mapping = _read_yaml(path, named_by=below[-1][0] if below else None)
+    parents = mapping.pop("extends", None) or []
+    if isinstance(parents, str):
+        parents = [parents]
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise ConfigError(f"{path}: extends: needs a file name or a list of them, got {parents!r}")
+    deeper = [*below, (path, resolved)]
+    return [entry for parent in parents for entry in _extends_chain(path.parent / parent, deeper)] + [(path, mapping)]
+
+
+def _from_folder(file: Path, value: Any, folder: Path) -> Any:
+    """A value of a file, whose `{job}` becomes one of a job file in another folder."""
+    if isinstance(value, dict):
+        return {key: _from_folder(file, part, folder) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_from_folder(file, part, folder) for part in value]
+    if isinstance(value, str) and "{job}" in value:
+        way = os.path.relpath(file.resolve().parent, folder)
+        return value if way == "." else value.replace("{job}", f"{{job}}/{way}")
+    return value
 
 
 def _read_yaml(path: Path, named_by: Path | None) -> dict[str, Any]:

@@ -146,7 +146,8 @@ FILES = {
     "empty": ("", "job.yaml: a job file is a mapping, got NoneType"),
     "list": ("- 1", "job.yaml: a job file is a mapping, got list"),
     "not text": (b"\xff\xfe\x00", "cannot read job.yaml: 'utf-8' codec"),
-    "extends a list": ("extends: [a]", "job.yaml: extends: needs a file name, got ['a']"),
+    "extends a number": ("extends: [a, 1]", "job.yaml: extends: needs a file name or a list of them, got ['a', 1]"),
+    "extends a mapping": ("extends: {a: 1}", "job.yaml: extends: needs a file name or a list of them, got {'a': 1}"),
     "missing base": ("extends: gone.yaml", "job.yaml: extends: no such job file: gone.yaml"),
 }
 
@@ -258,10 +259,36 @@ def test_a_chain_of_files_and_overrides_wins_in_order(write):
     assert overridden.train.log_every == 1
 
 
+def test_several_files_lie_over_each_other_in_order(write):
+    write("extends: base.yaml\ntrain: {seed: 1, log_every: 1}\nname: left", "left.yaml")
+    write("train: {seed: 2, eval_every: 7}\nname: right", "right.yaml")
+    loaded = load(write("extends: [left.yaml, right.yaml]\ntrain: {log_every: 3}"), Job)
+    train = loaded.config.train
+    assert (loaded.config.name, train.seed, train.log_every, train.eval_every) == ("right", 2, 3, 7)
+    assert train.micro_batch == 8, "of the base of the first"
+    assert loaded.overrides["train.seed"] == 2
+    with pytest.raises(ConfigError, match=r"extends: goes in a circle \(.*job\.yaml -> .*job\.yaml\)"):
+        load(write("extends: [left.yaml, job.yaml]"), Job)
+
+
 def test_extends_is_relative_to_the_file(folder, write):
     (folder / "deep").mkdir()
     (folder / "deep" / "job.yaml").write_text("extends: ../base.yaml\nname: deep", encoding="utf-8")
     assert load("deep/job.yaml", Job).config.name == "deep"
+
+
+def test_job_is_the_folder_of_the_file_that_says_so(folder, write):
+    (folder / "deep").mkdir()
+    write("extends: base.yaml\ndata: {domains: [{name: a, paths: ['{job}/a/*.txt', /b, '{stdlib}/c']}]}", "job.yaml")
+    (folder / "deep" / "job.yaml").write_text("extends: ../job.yaml", encoding="utf-8")
+    (folder / "deep" / "again.yaml").write_text(
+        "extends: [../job.yaml, job.yaml]\ndata: {tokenizer: {kind: file, path: '{job}/t.json'}}", encoding="utf-8"
+    )
+    deep: Job = load("deep/job.yaml", Job).config
+    assert deep.data.domains[0].paths == ("{job}/../a/*.txt", "/b", "{stdlib}/c")
+    again: Job = load("deep/again.yaml", Job, ["train.init_from='{job}/x'"]).config
+    assert again.data.domains[0].paths == deep.data.domains[0].paths
+    assert (again.data.tokenizer.path, again.train.init_from) == ("{job}/t.json", "{job}/x")
 
 
 def test_another_kind_replaces_the_whole_mapping(write):
