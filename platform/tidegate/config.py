@@ -27,7 +27,18 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tidegate.redact import is_secret_name, redact
 
-__all__ = ["Config", "ConfigError", "JobFile", "LoadedJob", "Variant", "diff", "flatten", "load", "load_stored"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "JobFile",
+    "LoadedJob",
+    "Variant",
+    "diff",
+    "flatten",
+    "in_folder",
+    "load",
+    "load_stored",
+]
 
 
 class ConfigError(ValueError):
@@ -100,8 +111,8 @@ class JobFile:
 
     def __init__(self, path: str | Path, overrides: Sequence[str] = ()) -> None:
         self._path, self._sources = str(path), dict[str, str]()
-        folder = Path(path).resolve().parent
-        chain = [(file, _from_folder(file, mapping, folder)) for file, mapping in _extends_chain(Path(path))]
+        folder = Path(path).parent
+        chain = [(file, in_folder(mapping, file.parent, folder)) for file, mapping in _extends_chain(Path(path))]
         (file, self._base), *others = chain
         self._merged = _overlay({}, self._base, str(file), self._sources)
         for file, mapping in others:
@@ -242,14 +253,14 @@ def _extends_chain(path: Path, below: Sequence[tuple[Path, Path]] = ()) -> list[
     return [entry for parent in parents for entry in _extends_chain(path.parent / parent, deeper)] + [(path, mapping)]
 
 
-def _from_folder(file: Path, value: Any, folder: Path) -> Any:
-    """A value of a file, whose `{job}` becomes one of a job file in another folder."""
+def in_folder(value: Any, written_in: Path, folder: Path) -> Any:
+    """A value with `{job}` of a file in one folder as it is written in another, to the same effect."""
     if isinstance(value, dict):
-        return {key: _from_folder(file, part, folder) for key, part in value.items()}
+        return {key: in_folder(part, written_in, folder) for key, part in value.items()}
     if isinstance(value, list):
-        return [_from_folder(file, part, folder) for part in value]
+        return [in_folder(part, written_in, folder) for part in value]
     if isinstance(value, str) and "{job}" in value:
-        way = os.path.relpath(file.resolve().parent, folder)
+        way = Path(os.path.relpath(written_in.resolve(), folder.resolve())).as_posix()
         return value if way == "." else value.replace("{job}", f"{{job}}/{way}")
     return value
 

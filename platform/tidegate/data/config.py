@@ -25,7 +25,7 @@ class DomainConfig(Config):
     """The hub split to read; Tidegate cuts its own held-out part from it."""
     paths: tuple[str, ...] = ()
     """Globs of .parquet, .jsonl[.gz|.xz|.zst|.bz2] (a document per row) or any other UTF-8 text (a document per
-    file). `{stdlib}` is Python's standard library, `{job}` the folder of the job file."""
+    file). `{stdlib}` is Python's standard library, `{job}` the folder of the file that says it."""
     text_field: str = "text"
     """The column of parquet, jsonl and hub rows that holds the document."""
     weight: float = Field(1.0, gt=0)
@@ -57,7 +57,7 @@ class TokenizerFile(Config):
 
     kind: Literal["file"]
     path: str
-    """Relative to the current directory; `{job}` is the folder of the job file."""
+    """Relative to the current directory; `{job}` is the folder of the file that says it."""
 
 
 TokenizerConfig = Annotated[TrainedTokenizer | TokenizerFile, Field(discriminator="kind")]

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from tidegate.config import Config
 
-__all__ = ["PresetName", "SearchConfig", "SolveConfig", "Variation"]
+__all__ = ["Goal", "PresetName", "SearchConfig", "SolveConfig", "Variation"]
 
 PresetName = Literal[
     "gates", "routers", "experts", "granularity", "temperature", "balance", "unit_gates", "learning_rate"
@@ -54,6 +54,14 @@ class SolveConfig(Config):
     step: int = Field(default=8, ge=1)
 
 
+class Goal(Config):
+    """A second metric, that the sweep's metric is weighed against."""
+
+    metric: str
+    """`*` stands for every layer, whose mean counts: `moe/*/maxvio`. Of training: the mean over its second half."""
+    mode: Literal["min", "max"] = "min"
+
+
 class SearchConfig(Config):
     space: dict[str, Variation] = Field(default_factory=dict)
     """Paths of the job to their values."""
@@ -64,6 +72,8 @@ class SearchConfig(Config):
     solve: SolveConfig | None = None
     metric: str = "val/loss"
     mode: Literal["min", "max"] = "min"
+    against: tuple[Goal, ...] = ()
+    """What the front weighs the metric against in place of the first budget's quantity: a front for each."""
     trials: int = Field(default=16, ge=1)
     searcher: Literal["random", "tpe", "nsga2", "predictor"] = "random"
     """`nsga2` and `predictor` look for the front of the metric and the first budget's quantity, `tpe` for the best

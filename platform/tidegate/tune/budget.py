@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 from tidegate.config import ConfigError
+from tidegate.model.decoder import unit_gates_on_meta
 from tidegate.model.flops import Cost, total
 from tidegate.train.job import Job
 from tidegate.train.memory import predict
@@ -17,6 +18,7 @@ __all__ = ["QUANTITIES", "TOLERANCE", "Budget", "Quantity", "known_of", "parse",
 
 TOLERANCE = 0.01
 """How far a candidate may be from an `==` budget."""
+_ROUNDING = 1e-9  # a job is within 100 % of itself
 
 
 class Quantity(NamedTuple):
@@ -36,9 +38,19 @@ def _cost(job: Job) -> Cost:
     return total(job.model, job.data.sequence_length)
 
 
+def _exported_params(job: Job) -> float:
+    params = float(_cost(job).params)
+    if (units := job.model.units) is None:
+        return params
+    gates = unit_gates_on_meta(job.model)
+    dropped = (1 - units.keep) * gates.units.total_cost
+    return params - sum(parameter.numel() for parameter in gates.parameters()) - dropped
+
+
 QUANTITIES: dict[str, Quantity] = {
     "active_params": Quantity(lambda job: _cost(job).active_params, "", "parameters that a token multiplies with"),
     "total_params": Quantity(lambda job: _cost(job).params, "", "all parameters"),
+    "exported_params": Quantity(_exported_params, "", "all that are left when unit gates have cut the model"),
     "flops_per_token": Quantity(
         lambda job: _cost(job).flops_per_token,
         "FLOP",
@@ -70,7 +82,7 @@ class Budget(NamedTuple):
         share = QUANTITIES[self.quantity].of(job) / self.limit - 1
         if self.exact:
             return 0.0 if abs(share) <= TOLERANCE else share
-        return max(0.0, share)
+        return share if share > _ROUNDING else 0.0
 
     def __str__(self) -> str:
         return f"{self.quantity}{'==' if self.exact else '<='}{shown(self.quantity, self.limit)}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from tidegate.config import load
+from tidegate.config import in_folder, load
 from tidegate.train.job import Job
 
 __all__ = ["write_found"]
@@ -17,8 +17,6 @@ __all__ = ["write_found"]
 
 def write_found(file: Path, job_file: Path, job: Job, says: str) -> None:
     """Write a job as its difference from the file that it came from: `extends:`, relative, and what changed.
-
-    `{job}` in what extends a file is the folder of the new one; so paths with it are written again.
 
     Args:
         file: to write; its folder is made.
@@ -29,18 +27,9 @@ def write_found(file: Path, job_file: Path, job: Job, says: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     base = os.path.relpath(job_file.resolve(), file.parent.resolve())
     before = load(job_file, Job).config.model_dump(mode="json")
-    after = _moved(job.model_dump(mode="json"), Path(base).parent)
-    text = yaml.safe_dump({"extends": base, **_changes(before, after)}, sort_keys=False, width=100)
+    changes = in_folder(_changes(before, job.model_dump(mode="json")), job_file.parent, file.parent)
+    text = yaml.safe_dump({"extends": base, **changes}, sort_keys=False, width=100)
     file.write_text(f"# {says}\n{text}", encoding="utf-8")
-
-
-def _moved(value: Any, folder: Path) -> Any:
-    """With `{job}` as it is written in another folder, from which this one is `folder`."""
-    if isinstance(value, str):
-        return value.replace("{job}", "{job}" if folder == Path() else f"{{job}}/{folder.as_posix()}")
-    if isinstance(value, Mapping):
-        return {key: _moved(item, folder) for key, item in value.items()}
-    return [_moved(item, folder) for item in value] if isinstance(value, list) else value
 
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:

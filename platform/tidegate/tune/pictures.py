@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Point", "draw_page", "draw_picture", "draw_pruning"]
+__all__ = ["Panel", "Point", "draw_page", "draw_picture", "draw_pruning"]
 
 _MARKERS = {
     "base": ("s", "square"),
@@ -36,21 +36,28 @@ class Point(NamedTuple):
     values: Mapping[str, Any]
 
 
-def draw_picture(path: Path, points: Sequence[Point], axis: str, metric: str) -> None:
-    """A PNG: the front blue, what is dominated grey."""
+class Panel(NamedTuple):
+    """What the metric is weighed against."""
+
+    axis: str
+    points: Sequence[Point]
+
+
+def draw_picture(path: Path, panels: Sequence[Panel], metric: str) -> None:
+    """A PNG: the fronts blue, what is dominated grey."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for point in points:
-        colour = _FRONT if point.on_front else _DOMINATED
-        marker = _MARKERS[point.kind][0]
-        axes.errorbar(point.cost, point.mean, yerr=point.spread or None, color=colour, marker=marker, capsize=3)
-    marks = "the job as it stands: square; random: diamond; searched or of the population: circle"
-    axes.set(xlabel=axis, ylabel=metric, title=f"on the front: blue; {marks}")
-    axes.title.set_fontsize(9)
+    figure, row = plt.subplots(1, len(panels), figsize=(7 * len(panels), 4.5), sharey=True, squeeze=False)
+    for panel, axes in zip(panels, row[0], strict=True):
+        for point in panel.points:
+            colour = _FRONT if point.on_front else _DOMINATED
+            marker = _MARKERS[point.kind][0]
+            axes.errorbar(point.cost, point.mean, yerr=point.spread or None, color=colour, marker=marker, capsize=3)
+        axes.set(xlabel=panel.axis, ylabel=metric)
+    figure.suptitle(f"on the front: blue; {'; '.join(f'{_NAMES[k]}: {m[1]}' for k, m in _MARKERS.items())}", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -82,42 +89,50 @@ def draw_pruning(path: Path, tickets: Mapping[float, float], control: tuple[floa
     plt.close(figure)
 
 
-def draw_page(path: Path, points: Sequence[Point], axis: str, metric: str, baseline: float | None) -> None:
+def draw_page(path: Path, panels: Sequence[Panel], metric: str, baseline: float | None) -> None:
     """An HTML page that needs no network: the same, with the values of what the pointer is on.
 
     Args:
         baseline: metric of the best random trial, drawn as a line; None: none is drawn.
     """
-    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
 
-    figure = go.Figure()
-    for on_front in (False, True):  # the front above
-        for kind, name in _NAMES.items():
-            shown = [point for point in points if point.kind == kind and point.on_front == on_front]
-            if not shown:
-                continue
-            figure.add_scatter(
-                x=[point.cost for point in shown],
-                y=[point.mean for point in shown],
-                error_y={"type": "data", "array": [point.spread for point in shown], "thickness": 1},
-                mode="markers",
-                marker={"color": _FRONT if on_front else _DOMINATED, "symbol": _MARKERS[kind][1], "size": 10},
-                name=f"{name}, {'on the front' if on_front else 'dominated'}",
-                text=[_hover(point, axis, metric) for point in shown],
-                hovertemplate="%{text}<extra></extra>",
-            )
-    front = sorted((point.cost, point.mean) for point in points if point.on_front)
-    figure.add_scatter(
-        x=[cost for cost, _ in front],
-        y=[mean for _, mean in front],
-        mode="lines",
-        line={"color": _FRONT, "shape": "hv", "width": 1},
-        name="front",
-        hoverinfo="skip",
-    )
+    figure = make_subplots(cols=len(panels), shared_yaxes=True)
+    for column, panel in enumerate(panels, 1):
+        where = {"row": 1, "col": column}
+        for on_front in (False, True):  # the front above
+            for kind, name in _NAMES.items():
+                shown = [point for point in panel.points if point.kind == kind and point.on_front == on_front]
+                if not shown:
+                    continue
+                figure.add_scatter(
+                    x=[point.cost for point in shown],
+                    y=[point.mean for point in shown],
+                    error_y={"type": "data", "array": [point.spread for point in shown], "thickness": 1},
+                    mode="markers",
+                    marker={"color": _FRONT if on_front else _DOMINATED, "symbol": _MARKERS[kind][1], "size": 10},
+                    name=f"{name}, {'on the front' if on_front else 'dominated'}",
+                    showlegend=column == 1,
+                    text=[_hover(point, panel.axis, metric) for point in shown],
+                    hovertemplate="%{text}<extra></extra>",
+                    **where,
+                )
+        front = sorted((point.cost, point.mean) for point in panel.points if point.on_front)
+        figure.add_scatter(
+            x=[cost for cost, _ in front],
+            y=[mean for _, mean in front],
+            mode="lines",
+            line={"color": _FRONT, "shape": "hv", "width": 1},
+            name="front",
+            showlegend=column == 1,
+            hoverinfo="skip",
+            **where,
+        )
+        figure.update_xaxes(title_text=panel.axis, **where)
     if baseline is not None:
         figure.add_hline(y=baseline, line_dash="dash", line_color="grey", annotation_text="best random trial")
-    figure.update_layout(xaxis_title=axis, yaxis_title=metric, template="plotly_white")
+    figure.update_yaxes(title_text=metric, col=1)
+    figure.update_layout(template="plotly_white")
     figure.write_html(path, include_plotlyjs=True, div_id="front")
 
 

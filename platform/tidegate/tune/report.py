@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
 from tidegate.config import ConfigError
+from tidegate.train.job import Job
 from tidegate.tune.budget import QUANTITIES, shown
 from tidegate.tune.found import write_found
 from tidegate.tune.front import pareto, verdict
-from tidegate.tune.pictures import Point, draw_page, draw_picture
+from tidegate.tune.pictures import Panel, Point, draw_page, draw_picture
 from tidegate.tune.population import recipe, schedule_of
 from tidegate.tune.searchers import cost_axis, importances
 from tidegate.tune.space import Space, overrides_of
@@ -52,24 +54,20 @@ def report(
     for result in results:
         if result.status == "finished" and result.value is not None:
             by_seed.setdefault(recipe(result.trial, results), {})[result.trial.seed] = result.value
-    axis = cost_axis(space)
     keys = [recipe(result.trial, results) for result in ranked]
-    jobs = [space.at(result.trial.values).job if result.trial.values else space.base for result in ranked]
-    costs = [QUANTITIES[axis].of(job) for job in jobs]
-    weighed = [(cost, (r.value or 0.0) * (1 if smaller else -1)) for cost, r in zip(costs, ranked, strict=True)]
-    front = set(pareto(weighed))
-    table = Table("", "trial", config.metric, "seeds", axis, "run", *map(field_of, config.space))
-    for place, (result, cost) in enumerate(zip(ranked, costs, strict=True)):
-        values = by_seed[keys[place]]
-        mean = sum(values.values()) / len(values)
-        row = [
-            "*" if place in front else "",
-            f"{result.trial.number} {result.trial.kind}",
-            f"{mean:.4f}",
-            str(len(values)),
-        ]
+    axes = _axes(space)
+    panels = [_panel(axis, ranked, [by_seed[key] for key in keys], smaller) for axis in axes]
+    fronts = {point.trial for panel in panels for point in panel.points if point.on_front}
+    table = Table("", "trial", config.metric, "seeds", *(a.name for a in axes), "run", *map(field_of, config.space))
+    for key, result in zip(keys, ranked, strict=True):
         table.add_row(
-            *row, shown(axis, cost), result.run, *(short(result.trial.last_values.get(p, "")) for p in config.space)
+            "*" if result.trial.number in fronts else "",
+            f"{result.trial.number} {result.trial.kind}",
+            f"{statistics.fmean(by_seed[key].values()):.4f}",
+            str(len(by_seed[key])),
+            *(axis.in_words(axis.of(result)) for axis in axes),
+            result.run,
+            *(short(result.trial.last_values.get(path, "")) for path in config.space),
         )
     console.print(table)
     lines = [
@@ -91,31 +89,62 @@ def report(
     for file in (best, *([found] if found is not None else [])):
         write_found(file, Path(job_file), job, said)
     console.print(f"the best as a job: {found or best}", soft_wrap=True)
-    points = [
-        Point(
-            trial=result.trial.number,
-            run=result.run,
-            kind=result.trial.kind,
-            cost=cost,
-            mean=statistics.fmean(values),
-            spread=(max(values) - min(values)) / 2,
-            seeds=len(values),
-            on_front=place in front,
-            values=result.trial.last_values,
-        )
-        for place, (cost, result) in enumerate(zip(costs, ranked, strict=True))
-        for values in [list(by_seed[keys[place]].values())]
-    ]
     drawn = [result.value for result in ranked if result.trial.kind == "random"]
-    draw_picture(folder.folder / "front.png", points, axis, config.metric)
+    draw_picture(folder.folder / "front.png", panels, config.metric)
     page = folder.folder / "front.html"
-    draw_page(page, points, axis, config.metric, drawn[0] if drawn and config.has_baseline else None)
+    draw_page(page, panels, config.metric, drawn[0] if drawn and config.has_baseline else None)
     console.print(f"the front as a page: {page}", soft_wrap=True)
     text = Console(file=(folder.folder / "report.md").open("w", encoding="utf-8"), width=160)
     text.print(table)
     for line in lines:
         text.print(line, soft_wrap=True)
     text.file.close()
+
+
+class _Axis(NamedTuple):
+    """What the metric is weighed against."""
+
+    name: str
+    of: Callable[[Result], float]
+    smaller_is_better: bool
+    in_words: Callable[[float], str]
+
+
+def _axes(space: Space) -> list[_Axis]:
+    """The measured ones that the sweep names, or else what its first budget counts."""
+
+    def job_of(result: Result) -> Job:
+        return space.at(result.trial.values).job if result.trial.values else space.base
+
+    goals = space.config.against
+    if goals:
+        return [
+            _Axis(g.metric, lambda r, g=g: r.measured.get(g.metric, math.inf), g.mode == "min", "{:.4f}".format)  # type: ignore[misc]
+            for g in goals
+        ]
+    name = cost_axis(space)
+    return [_Axis(name, lambda result: QUANTITIES[name].of(job_of(result)), True, lambda value: shown(name, value))]
+
+
+def _panel(axis: _Axis, ranked: Sequence[Result], by_seed: Sequence[Mapping[int, float]], smaller: bool) -> Panel:
+    costs = [axis.of(result) for result in ranked]
+    down, right = (1 if smaller else -1), (1 if axis.smaller_is_better else -1)
+    front = pareto([(right * cost, down * (result.value or 0.0)) for cost, result in zip(costs, ranked, strict=True)])
+    points = [
+        Point(
+            trial=result.trial.number,
+            run=result.run,
+            kind=result.trial.kind,
+            cost=cost,
+            mean=statistics.fmean(values.values()),
+            spread=(max(values.values()) - min(values.values())) / 2,
+            seeds=len(values),
+            on_front=place in front,
+            values=result.trial.last_values,
+        )
+        for place, (cost, result, values) in enumerate(zip(costs, ranked, by_seed, strict=True))
+    ]
+    return Panel(axis.name, points)
 
 
 def _conclusions(
@@ -193,6 +222,6 @@ def field_of(path: str) -> str:
 
 
 def short(value: Any) -> str:
-    if isinstance(value, dict):
-        return " ".join(str(part) for part in value.values())
+    if isinstance(value, dict | list | tuple):
+        return " ".join(short(part) for part in (value.values() if isinstance(value, dict) else value))
     return f"{value:.3g}" if isinstance(value, float) else str(value)

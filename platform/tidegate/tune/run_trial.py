@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from tidegate.config import ConfigError
@@ -16,6 +17,7 @@ from tidegate.redact import redact
 from tidegate.track import RunHandle, open_run, resolve_tracking_uri, tag_run
 from tidegate.train.checkpoint_store import CheckpointStore
 from tidegate.train.job import Job
+from tidegate.train.search import Goal
 from tidegate.train.storage import Storage
 from tidegate.train.telemetry import Record
 from tidegate.tune.space import overrides_of
@@ -41,6 +43,7 @@ class Task(NamedTuple):
     """Train in the trial's process."""
     judged: bool
     """By a scheduler."""
+    against: tuple[Goal, ...] = ()
 
 
 def open_parent(folder: SweepFolder, job: Job, state: StateDir, notice: Callable[[str], None]) -> RunHandle:
@@ -78,8 +81,14 @@ def run_trial(number: int, task: Task, judge: Callable[[dict[str, Any]], None] |
         latest = latest.model_copy(update=changed)
         folder.put(latest)
 
+    seen: dict[str, list[float]] = {goal.metric: [] for goal in task.against}
+
     def watch(record: Record) -> bool:
         nonlocal latest
+        if 2 * record.tokens > task.tokens:
+            for goal, means in seen.items():
+                found = [value for name, value in record.metrics.items() if PurePosixPath(name).match(goal)]
+                means += [statistics.fmean(found)] if found else []
         # A run that resumes evaluates again where it was.
         if task.metric in record.metrics and record.tokens > latest.tokens:
             value, evaluations = record.metrics[task.metric], latest.evaluations
@@ -124,8 +133,11 @@ def run_trial(number: int, task: Task, judge: Callable[[dict[str, Any]], None] |
     if phase is not None and not ran.outcome.finished and not ran.outcome.stopped:
         put(status="paused")
         return
-    problem = "" if latest.value is not None else f"it never reported {task.metric}"
-    put(status="finished" if ran.outcome.finished and not problem else "failed", error=problem, stopped_by="")
+    measured = {goal: statistics.fmean(means) for goal, means in seen.items() if means}
+    missing = [task.metric] if latest.value is None else sorted(seen.keys() - measured.keys())
+    problem = f"it never reported {', '.join(missing)}" if missing else ""
+    status = "finished" if ran.outcome.finished and not problem else "failed"
+    put(status=status, error=problem, stopped_by="", measured=measured)
 
 
 def _refuse_without_weights(run: RunFolder, phase: Phase) -> None:

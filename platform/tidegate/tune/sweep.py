@@ -76,7 +76,7 @@ def sweep(request: SweepRequest) -> SweepFolder:
     console.print(f"sweep {folder.name}: {config.trials} candidates, {concurrent} at a time; {run_url(parent)}")
     where = Path(record.job_file), record.overrides, folder.folder, request.state.root
     alone, judged = base.resources.workers == 1, config.scheduler in ("asha", "median")
-    task = Task(*where, parent.run_id, config.metric, base.train.tokens, alone, judged)
+    task = Task(*where, parent.run_id, config.metric, base.train.tokens, alone, judged, config.against)
     finished, notes = False, list[str]()
 
     def run_queue(what: str, queue: Queue, task: Task) -> bool:

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
+
 from tidegate.config import Config, ConfigError, diff, load_stored
 from tidegate.launch.state import write_whole
 from tidegate.train.job import Job
@@ -66,6 +68,8 @@ class Result(Config):
     tokens: int = 0
     evaluations: tuple[tuple[int, float], ...] = ()
     """The metric by tokens, in their order, if it is one of evaluations; finite ones."""
+    measured: dict[str, float] = Field(default_factory=dict)
+    """Means of `search.against` over the second half of training."""
     seconds: float = 0.0
     """Of training and evaluating, without what it took to start."""
     error: str = ""

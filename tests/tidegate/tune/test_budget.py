@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from tidegate.config import ConfigError, load
+from tidegate.model.decoder import Decoder, materialize
 from tidegate.model.memory import model_on_meta
+from tidegate.model.unit_gates.export import export
 from tidegate.train.job import Job
-from tidegate.tune.budget import QUANTITIES, TOLERANCE, Budget, parse, shown, violations
+from tidegate.tune.budget import QUANTITIES, TOLERANCE, Budget, known_of, parse, shown, violations
 from tidegate.tune.space import Space, draw
 
 
@@ -68,6 +70,31 @@ def test_quantities_are_those_of_the_model_that_is_trained(base: Job) -> None:
     )
     attention = base.model.attention
     assert QUANTITIES["kv_cache"].of(base) == 4 * base.model.num_layers * attention.num_kv_heads * attention.head_dim
+
+
+@pytest.mark.parametrize("over", [["heads"], ["channels"], ["experts"]], ids=str)
+def test_exported_parameters_are_those_of_the_model_that_is_cut(tiny_job: Callable[..., Path], over: list[str]) -> None:
+    ffn = {"kind": "moe", "num_experts": 4, "top_k": 2, "expert_dim": 64, "shared": {"num": 1}}
+    units = {"over": over, "keep": 0.5, "method": {"kind": "random"}}
+    job: Job = load(tiny_job(model={"ffn": ffn, "units": units}, balance={"bias_rate": 0.0}), Job).config
+    model = materialize(lambda: Decoder(job.model), torch.device("cpu"), seed=0)
+    cut = export(model)
+    left = sum(parameter.numel() for parameter in cut.parameters())
+    # Keys and values go with the last of their heads, which units do not count; masks are exact to within 1 % of units.
+    assert QUANTITIES["exported_params"].of(job) == pytest.approx(left, rel=0.02)
+    assert left < 0.99 * QUANTITIES["total_params"].of(job)
+    plain = job.model_copy(update={"model": job.model.model_copy(update={"units": None})})
+    assert QUANTITIES["exported_params"].of(plain) == QUANTITIES["total_params"].of(plain)
+
+
+def test_a_job_is_within_all_of_itself(base: Job) -> None:
+    for name in known_of(base):
+        quantity = QUANTITIES[name]
+        for share in (100, 33, 7):
+            budget = parse(f"{name}<={share}%", base)
+            limit = budget._replace(limit=budget.limit * 100 / share)
+            assert limit.excess(base) == 0, name
+            assert budget._replace(limit=quantity.of(base) * 0.999).excess(base) == pytest.approx(0.001, rel=0.01)
 
 
 @pytest.mark.parametrize(("value", "text"), [(3.09e6, "3.09M"), (999, "999"), (1.2e12, "1.2T")])

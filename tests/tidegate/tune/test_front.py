@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tidegate.tune.front import hypervolume, pareto, verdict
-from tidegate.tune.pictures import Point, draw_page
+from tidegate.tune.pictures import Panel, Point, draw_page
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -63,7 +63,7 @@ def test_the_page_shows_every_point_with_its_values_and_needs_no_network(tmp_pat
         point(2, "searched", 8.0, 2.0, True),
         point(3, "searched", 8.0, 2.25, False)._replace(values={"data.paths": "<img src=x>"}),
     ]
-    draw_page(tmp_path / "front.html", points, "active_params", "val/loss", baseline=2.5)
+    draw_page(tmp_path / "front.html", [Panel("active_params", points)], "val/loss", baseline=2.5)
     text = (tmp_path / "front.html").read_text(encoding="utf-8")
     assert not re.search(r"<(script|link)[^>]+(src|href)=", text)
     call = text[text.rindex("Plotly.newPlot(") :]
