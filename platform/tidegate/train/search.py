@@ -85,6 +85,9 @@ class SearchConfig(Config):
     `pbt` lets the worst of a population go on from the weights of the best, with settings near theirs."""
     exploit_every: int | None = Field(default=None, ge=1)
     """Tokens of a round of `pbt`."""
+    gpu_share: float = Field(default=1.0, gt=0, le=1)
+    """Of a GPU that a trial takes, where it has one: with 0.25 four run on it side by side, and share its memory. For
+    jobs with one worker."""
     retries: int = Field(default=1, ge=0)
     """How often a trial whose process dies begins again, from its checkpoint; then it has failed."""
     max_tokens: int | None = Field(default=None, ge=1)

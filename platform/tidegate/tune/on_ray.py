@@ -16,7 +16,7 @@ from tidegate.launch.state import StateDir
 from tidegate.track import finish_run
 from tidegate.train.job import Job
 from tidegate.tune.queue import Queue
-from tidegate.tune.run_trial import Task, one_line, run_trial
+from tidegate.tune.run_trial import Task, gpus_of, one_line, run_trial
 from tidegate.tune.schedulers import build_scheduler
 from tidegate.tune.trials import SweepFolder
 
@@ -52,7 +52,7 @@ def run_trials(queue: Queue, task: Task, job: Job, concurrent: int) -> None:
 def needs_of(job: Job, alone: bool) -> dict[str, float]:
     """What a trial's process asks Ray for."""
     if alone:
-        return {"CPU": float(job.resources.cpus_per_worker), "GPU": float(job.resources.gpu)}
+        return {"CPU": float(job.resources.cpus_per_worker), "GPU": gpus_of(job)}
     # Ray Train asks for its workers by itself. Ray refuses to be asked for nothing, so for one byte.
     return {"memory": 1.0}
 

@@ -23,7 +23,7 @@ from tidegate.train.telemetry import Record
 from tidegate.tune.space import overrides_of
 from tidegate.tune.trials import Phase, SweepFolder
 
-__all__ = ["Task", "one_line", "open_parent", "run_trial"]
+__all__ = ["Task", "gpus_of", "one_line", "open_parent", "run_trial"]
 
 
 class Task(NamedTuple):
@@ -44,6 +44,12 @@ class Task(NamedTuple):
     judged: bool
     """By a scheduler."""
     against: tuple[Goal, ...] = ()
+
+
+def gpus_of(job: Job) -> float:
+    """GPUs that a trial takes."""
+    assert job.search is not None
+    return job.resources.workers * job.resources.gpu * job.search.gpu_share
 
 
 def open_parent(folder: SweepFolder, job: Job, state: StateDir, notice: Callable[[str], None]) -> RunHandle:

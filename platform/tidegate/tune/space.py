@@ -85,6 +85,12 @@ class Space:
                 f"{job_file}: search.max_tokens={self.config.max_tokens} is less than the {least} of one candidate "
                 f"(train.tokens={self.base.train.tokens}) and {self.config.most_reruns} reruns with other seeds"
             )
+        resources, share = self.base.resources, self.config.gpu_share
+        if share < 1 and not (resources.gpu and resources.workers == 1):
+            raise ConfigError(
+                f"{job_file}: search.gpu_share={share} is for jobs with one worker on a GPU, not with "
+                f"resources.workers={resources.workers} resources.gpu={resources.gpu}; set it to 1"
+            )
         _check_population(job_file, self.base, self.config)
         if self.config.scheduler in ("asha", "median"):
             train, metric = self.base.train, self.config.metric

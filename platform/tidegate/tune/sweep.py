@@ -27,7 +27,7 @@ from tidegate.tune.measured import estimate
 from tidegate.tune.population import begin_round, recipe, rounds, schedule_of
 from tidegate.tune.queue import Limits, Queue
 from tidegate.tune.report import console_of_width, field_of, ranked_results, report, short
-from tidegate.tune.run_trial import Task, open_parent
+from tidegate.tune.run_trial import Task, gpus_of, open_parent
 from tidegate.tune.searchers import build_searcher
 from tidegate.tune.space import Candidate, Space, draw
 from tidegate.tune.trials import Phase, SweepFolder, SweepRecord, Trial
@@ -216,10 +216,10 @@ def trials_at_a_time(job: Job, available: Mapping[str, float], wanted: int | Non
         ConfigError: more are wanted than fit.
     """
     resources = job.resources
-    needs = {"CPU": resources.workers * resources.cpus_per_worker, "GPU": resources.workers * resources.gpu}
-    fits = min(int(available.get(kind, 0) // number) for kind, number in needs.items() if number)
+    needs = {"CPU": resources.workers * resources.cpus_per_worker, "GPU": gpus_of(job)}
+    fits = min(int(available.get(kind, 0) / number + 1e-6) for kind, number in needs.items() if number)
     if wanted is not None and wanted > fits:
-        takes = " and ".join(f"{number} {kind}s" for kind, number in needs.items() if number)
+        takes = " and ".join(f"{number:g} {kind}s" for kind, number in needs.items() if number)
         there = " and ".join(f"{available.get(kind, 0):g} {kind}s" for kind, number in needs.items() if number)
         raise ConfigError(
             f"--concurrent {wanted}: a trial takes {takes} (resources.workers={resources.workers}), and {where} has "

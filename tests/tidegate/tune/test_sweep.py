@@ -19,6 +19,7 @@ from ray import tune
 from tidegate.config import ConfigError, load
 from tidegate.train.job import Job
 from tidegate.tune.on_ray import needs_of
+from tidegate.tune.space import Space
 from tidegate.tune.sweep import trials_at_a_time
 
 SEARCH: dict[str, Any] = {
@@ -31,6 +32,9 @@ SEARCH: dict[str, Any] = {
 }
 
 
+ANY = {"space": {"train.seed": {"choice": [1]}}}
+
+
 def kill_trial(driver: int) -> int:
     """SIGKILL to the process that trains; the Ray of a driver is among its children."""
     training = [p for p in psutil.Process(driver).children(recursive=True) if "ray::ImplicitFunc" in p.name()]
@@ -41,7 +45,7 @@ def kill_trial(driver: int) -> int:
 
 @pytest.mark.parametrize("alone", [True, False])
 def test_what_a_trial_asks_for_is_something_that_ray_takes(tiny_job: Callable[..., Path], alone: bool) -> None:
-    needs = needs_of(load(tiny_job(), Job).config, alone)
+    needs = needs_of(load(tiny_job(search=ANY), Job).config, alone)
     assert needs.get("CPU", 0) == alone, "workers on Ray Train ask for theirs"
     tune.with_resources(lambda config: None, needs)
 
@@ -53,12 +57,24 @@ def test_what_a_trial_asks_for_is_something_that_ray_takes(tiny_job: Callable[..
 def test_as_many_trials_run_at_a_time_as_fit(
     tiny_job: Callable[..., Path], workers: int, gpu: bool, wanted: int | None, expected: int
 ) -> None:
-    job = load(tiny_job(train={"batch_tokens": 768}, resources={"workers": workers, "gpu": gpu}), Job).config
+    resources = {"workers": workers, "gpu": gpu}
+    job = load(tiny_job(train={"batch_tokens": 768}, resources=resources, search=ANY), Job).config
     there = {"CPU": 7.0, "GPU": 3.0, "memory": 1e9}
     assert trials_at_a_time(job, there, wanted, "it") == expected
     problem = rf"--concurrent 8: a trial takes {workers} CPUs{f' and {workers} GPUs' if gpu else ''} .* at most "
     with pytest.raises(ConfigError, match=problem + rf"{3 // workers if gpu else 7 // workers} fit"):
         trials_at_a_time(job, there, 8, "it")
+
+
+@pytest.mark.parametrize(("share", "expected"), [(1.0, 3), (0.5, 6), (0.3, 10), (0.1, 30)])
+def test_small_trials_share_a_gpu(tiny_job: Callable[..., Path], share: float, expected: int) -> None:
+    search = {**ANY, "gpu_share": share}
+    job = load(tiny_job(search=search, resources={"gpu": True}), Job).config
+    assert trials_at_a_time(job, {"CPU": 64.0, "GPU": 3.0}, None, "it") == expected
+    assert needs_of(job, True) == {"CPU": 1.0, "GPU": share}
+    if share < 1:
+        with pytest.raises(ConfigError, match=rf"search.gpu_share={share} is for jobs with one worker on a GPU"):
+            Space(tiny_job(search=search))
 
 
 @pytest.mark.ray
@@ -117,12 +133,13 @@ def test_a_sweep_that_was_killed_goes_on_and_loses_no_finished_trial(
 def test_a_sweep_goes_on_when_a_trial_fails_and_its_scheduler_stops_those_behind(
     sweeps: Any, tiny_job: Callable[..., Path]
 ) -> None:
-    """Half of the six candidates diverge; of the others some are behind at a rung, whatever their order."""
+    """Four are drawn: the first diverges with nobody to compare it with, the last does not move, after one that learns."""
     search = {
-        "space": {"optimizer.schedule.peak": {"choice": [3e-3, 1e30]}, "model.ffn.top_k": {"choice": [2, 3, 4]}},
-        "trials": 6,
+        "space": {"optimizer.schedule.peak": {"choice": [3e-3, 1e-8, 1e30]}, "model.ffn.top_k": {"choice": [2, 3, 4]}},
+        "trials": 5,
         "searcher": "tpe",
-        "random_share": 0.5,
+        "random_share": 0.8,
+        "seed": 3,
         "scheduler": "asha",
         "finalists": 1,
         "seeds": 1,
@@ -131,9 +148,11 @@ def test_a_sweep_goes_on_when_a_trial_fails_and_its_scheduler_stops_those_behind
     done = subprocess.run(sweeps.command("tune", str(job)), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     found = sweeps.results()
-    assert len(found) == 7
+    assert len(found) == 6
     assert found[0]["status"] == "finished", "the job as it stands is never stopped"
-    for number in range(1, 7):
+    drawn = [found[number]["trial"]["values"]["optimizer.schedule.peak"] for number in range(1, 5)]
+    assert drawn == [1e30, 3e-3, 1e30, 1e-8]
+    for number in range(1, 6):
         fails = found[number]["trial"]["values"]["optimizer.schedule.peak"] == 1e30
         assert found[number]["status"] in (("failed", "stopped") if fails else ("finished", "stopped"))
     failed = [result for result in found.values() if result["status"] == "failed"]
