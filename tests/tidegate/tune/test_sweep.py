@@ -133,7 +133,7 @@ def test_a_sweep_that_was_killed_goes_on_and_loses_no_finished_trial(
 def test_a_sweep_goes_on_when_a_trial_fails_and_its_scheduler_stops_those_behind(
     sweeps: Any, tiny_job: Callable[..., Path]
 ) -> None:
-    """Four are drawn: the first diverges with nobody to compare it with, the last does not move, after one that learns."""
+    """Four are drawn: the first diverges before it is compared, the last does not move, after one that learns."""
     search = {
         "space": {"optimizer.schedule.peak": {"choice": [3e-3, 1e-8, 1e30]}, "model.ffn.top_k": {"choice": [2, 3, 4]}},
         "trials": 5,
