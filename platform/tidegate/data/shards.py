@@ -10,6 +10,7 @@ import hashlib
 import json
 import stat
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from tidegate.config import Config, ConfigError
 from tidegate.data.config import DataConfig, TokenizerConfig, TokenizerFile
-from tidegate.data.tokenizer import tokenizer_file
+from tidegate.data.tokenizer import token_bytes, tokenizer_file
 
 __all__ = [
     "FORMAT_VERSION",
@@ -218,6 +219,11 @@ class TokenDataset:
         for domain in self.manifest.domains:
             parts += [shard.sha256 for shard in (*domain.train.shards, *domain.held_out.shards)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    @cached_property
+    def token_bytes(self) -> npt.NDArray[np.int64] | None:
+        """(V,) bytes of UTF-8 text that each token stands for; None where the tokenizer is not byte-level."""
+        return token_bytes((self.folder / TOKENIZER_FILE).read_bytes(), self.vocab_size)
 
     def stream(self, domain: int, split: Split) -> TokenStream:
         """The tokens of the domain with this index."""

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from tidegate.config import ConfigError
 from tidegate.data.config import TokenizerFile, TrainedTokenizer
@@ -13,7 +17,7 @@ from tidegate.data.config import TokenizerFile, TrainedTokenizer
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["END_OF_TEXT", "PAD", "BuiltTokenizer", "load_tokenizer", "tokenizer_file", "train_tokenizer"]
+__all__ = ["END_OF_TEXT", "PAD", "BuiltTokenizer", "load_tokenizer", "token_bytes", "tokenizer_file", "train_tokenizer"]
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -82,3 +86,34 @@ def tokenizer_file(config: TokenizerFile, job_dir: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ConfigError(f"data.tokenizer.path: cannot read {str(path)!r} ({error.strerror})") from error
+
+
+def token_bytes(document: bytes, vocab_size: int) -> npt.NDArray[np.int64] | None:
+    """Bytes of UTF-8 text that each token stands for; 0 for `<|endoftext|>`, which stands between texts.
+
+    Exact for byte-level tokenizers, whose tokens are strings of bytes: the tokens of a text add up to its length, also
+    where one ends within a character. Where the tokenizer normalises, it is the normalised text that is counted.
+
+    Args:
+        document: a `tokenizer.json`.
+        vocab_size: V, at least one more than its largest id.
+
+    Returns:
+        (V,), or None for a tokenizer of another kind, whose tokens have no length of their own.
+    """
+    from tokenizers import pre_tokenizers
+
+    content = json.loads(document)
+    decoder = content.get("decoder") or {}
+    if not any(part["type"] == "ByteLevel" for part in decoder.get("decoders", [decoder]) if part):
+        return None
+    alphabet = frozenset(pre_tokenizers.ByteLevel.alphabet())  # a character a byte
+    num_bytes_V = np.zeros(vocab_size, np.int64)
+    added = {token["id"]: token["content"] for token in content["added_tokens"]}
+    for token, index in content["model"]["vocab"].items():
+        if index not in added and not alphabet.issuperset(token):
+            return None
+        num_bytes_V[index] = len(token)
+    for index, text in added.items():
+        num_bytes_V[index] = 0 if text == END_OF_TEXT else len(text.encode())
+    return num_bytes_V

@@ -29,6 +29,8 @@ class Evaluation(NamedTuple):
     domains: tuple[str, ...]
     nll_D: list[float]
     """Nats a counted held-out token of each domain."""
+    bpb_D: list[float] | None
+    """The same text's bits a byte of UTF-8. None if its tokens have no length (see `token_bytes`)."""
     load_DLE: list[list[list[float]]] | None
     """Share of each domain's assignments that went to each expert, per layer; rows sum to 1. None if dense."""
 
@@ -72,7 +74,8 @@ def evaluate(engine: Engine, job: Job, dataset: TokenDataset) -> Evaluation:
         world_size=collectives.world_size(),
     )
     num_domains = len(dataset.domains)
-    totals_D2 = torch.zeros(num_domains, 2, dtype=torch.float64, device=engine.device)
+    bytes_V = None if dataset.token_bytes is None else torch.from_numpy(dataset.token_bytes).to(engine.device)
+    totals_D3 = torch.zeros(num_domains, 3, dtype=torch.float64, device=engine.device)  # nats, tokens, bytes
     counts_DLE: torch.Tensor | None = None
     engine.train(False)
     with torch.no_grad():
@@ -81,17 +84,21 @@ def evaluate(engine: Engine, job: Job, dataset: TokenDataset) -> Evaluation:
             output = engine.forward(
                 tokens[:, :-1], tokens[:, 1:], counted, documents if isolate else None, sequences_B=sequences
             )
-            totals_D2.index_add_(0, domains, torch.stack([output.nll_B, counted.sum(dim=1)], dim=1).double())
+            sums_B3 = [output.nll_B, counted.sum(dim=1), torch.zeros_like(output.nll_B)]
+            if bytes_V is not None:
+                sums_B3[2] = (bytes_V[tokens[:, 1:]] * counted).sum(dim=1)
+            totals_D3.index_add_(0, domains, torch.stack([part.double() for part in sums_B3], dim=1))
             if output.stats is not None:
                 counts_BLE = output.stats.counts_BE.transpose(0, 1)
                 if counts_DLE is None:
                     counts_DLE = counts_BLE.new_zeros(num_domains, *counts_BLE.shape[1:])
                 counts_DLE.index_add_(0, domains, counts_BLE)
     engine.train()
-    collectives.all_reduce(totals_D2)
-    nll_D = (totals_D2[:, 0] / totals_D2[:, 1].clamp(min=1)).tolist()
+    collectives.all_reduce(totals_D3)
+    nll_D = (totals_D3[:, 0] / totals_D3[:, 1].clamp(min=1)).tolist()
+    bits_D = totals_D3[:, 0] / math.log(2) / totals_D3[:, 2].clamp(min=1)
     load_DLE = None
     if counts_DLE is not None:
         collectives.all_reduce(counts_DLE)
         load_DLE = (counts_DLE / counts_DLE.sum(dim=-1, keepdim=True).clamp(min=1)).tolist()
-    return Evaluation(tuple(dataset.domains), nll_D, load_DLE)
+    return Evaluation(tuple(dataset.domains), nll_D, None if bytes_V is None else bits_D.tolist(), load_DLE)

@@ -343,7 +343,11 @@ def _read_tuned(model: Decoder) -> dict[str, float]:
 
 
 def _evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
-    metrics = {f"val/{domain}/loss": nll for domain, nll in zip(evaluation.domains, evaluation.nll_D, strict=True)}
-    metrics |= {f"val/{domain}/ppl": ppl for domain, ppl in evaluation.perplexity().items()}
-    metrics["val/loss"] = sum(evaluation.nll_D) / len(evaluation.nll_D)
+    """Of each domain, and the mean over domains."""
+    of_domain = {"loss": evaluation.nll_D, "bpb": evaluation.bpb_D}
+    metrics = {f"val/{domain}/ppl": ppl for domain, ppl in evaluation.perplexity().items()}
+    for name, values_D in of_domain.items():
+        if values_D is not None:
+            metrics |= {f"val/{d}/{name}": value for d, value in zip(evaluation.domains, values_D, strict=True)}
+            metrics[f"val/{name}"] = sum(values_D) / len(values_D)
     return metrics

@@ -74,7 +74,8 @@ class Space:
         except graphlib.CycleError as error:
             raise ConfigError(f"{job_file}: search.space: `when` goes round: {' -> '.join(error.args[1])}") from error
         domains = [domain.name for domain in self.base.data.domains]
-        reported = ["val/loss", *(f"val/{name}/{what}" for name in domains for what in ("loss", "ppl"))]
+        of_domains = (f"val/{name}/{what}" for name in domains for what in ("loss", "ppl", "bpb"))
+        reported = ["val/loss", *of_domains, "val/bpb"]
         if self.config.metric.startswith("val/") and self.config.metric not in reported:
             raise ConfigError(
                 f"{job_file}: search.metric={self.config.metric} is never reported; the job has {', '.join(reported)}"

@@ -4,11 +4,13 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 
 from tidegate.config import ConfigError
 from tidegate.data.config import TokenizerFile, TrainedTokenizer
-from tidegate.data.tokenizer import load_tokenizer, tokenizer_file, train_tokenizer
+from tidegate.data.tokenizer import load_tokenizer, token_bytes, tokenizer_file, train_tokenizer
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log"] * 3
 
@@ -56,3 +58,32 @@ def test_a_tokenizer_that_cannot_serve_is_refused(tmp_path: Path) -> None:
         load_tokenizer(b"\xff", "t.json")
     with pytest.raises(ConfigError, match=r"data\.tokenizer\.path: cannot read .*gone\.json"):
         tokenizer_file(TokenizerFile(kind="file", path="{job}/gone.json"), tmp_path)
+
+
+BUILT = train_tokenizer(
+    TrainedTokenizer(vocab_size=300), [*TEXTS, "\u4e16\u754c \u4e16\u754c \u043c\u0438\u0440 caf\u00e9 caf\u00e9"]
+)
+
+
+@given(st.text(max_size=63))
+@settings(max_examples=100, deadline=None)
+def test_the_bytes_of_a_texts_tokens_add_up_to_it(text: str) -> None:
+    num_bytes_V = token_bytes(BUILT.document, 301)
+    assert num_bytes_V is not None
+    ids = BUILT.tokenizer.encode(text, add_special_tokens=False).ids
+    assert num_bytes_V[ids].sum() == len(text.encode())
+
+
+def test_the_separator_has_no_bytes_and_a_longer_vocabulary_ends_in_zeros() -> None:
+    num_bytes_V = token_bytes(BUILT.document, 301)
+    assert num_bytes_V is not None
+    assert num_bytes_V.shape == (301,)
+    assert num_bytes_V[BUILT.eot_id] == num_bytes_V[300] == 0
+    assert num_bytes_V.max() >= 3, "merges are longer than a byte"
+
+
+def test_tokens_without_a_length_of_their_own_are_not_counted() -> None:
+    words = Tokenizer(models.WordLevel({"caf\u00e9": 0, "un ": 1}, unk_token="un "))
+    assert token_bytes(words.to_str().encode(), 2) is None
+    words.decoder = decoders.ByteLevel()
+    assert token_bytes(words.to_str().encode(), 2) is None, "a space is no token of bytes"
