@@ -7,6 +7,7 @@ The driver opens a run (`open_run`) and hands its `RunHandle` to rank 0, which l
 from tidegate.track.config import TrackConfig
 from tidegate.track.delivery import replay_spool
 from tidegate.track.logger import Delivery, MetricLogger
+from tidegate.track.read import RunData, find_run, find_runs
 from tidegate.track.store import (
     RunHandle,
     RunStatus,
@@ -25,10 +26,13 @@ from tidegate.track.ui import check_tracking, serve_ui
 __all__ = [
     "Delivery",
     "MetricLogger",
+    "RunData",
     "RunHandle",
     "RunStatus",
     "TrackConfig",
     "check_tracking",
+    "find_run",
+    "find_runs",
     "finish_run",
     "log_dict",
     "log_file",
