@@ -125,6 +125,24 @@ def front(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[str] | None, typer.Argument(help="Names or MLflow ids of runs", show_default=False)] = None,
+    experiment: Annotated[str | None, typer.Option(help="Also all runs of it, or those that --filter finds")] = None,
+    filter: Annotated[str, typer.Option(help="In MLflow's syntax, such as \"tags.gate = 'none'\"")] = "",
+    metric: Annotated[list[str], typer.Option(help="More than the usual ones; repeatable")] = [],  # noqa: B006
+    force: Annotated[bool, typer.Option("--force", help="Compare losses over other tokens or other text too")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for compare.html and compare.csv")] = Path(),
+    store: Annotated[str | None, typer.Option(help="URI of an MLflow store [default: as train would use]")] = None,
+    state_dir: StateOption = None,
+) -> None:
+    """What differs between runs, and which is better after as many tokens and after as many FLOPs."""
+    from tidegate.launch.compare import compare, wanted_runs
+
+    found = wanted_runs(runs or [], _state(state_dir), store, experiment, filter)
+    compare(found, force=force, more=metric, out=out)
+
+
+@app.command()
 def checkpoints(
     run: Annotated[str, typer.Argument(help="Name of a run, as train prints it", show_default=False)],
     state_dir: StateOption = None,

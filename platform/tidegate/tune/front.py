@@ -1,25 +1,10 @@
-"""What a sweep found: the Pareto front of metric and cost, and whether the best is better than chance would make it."""
+"""What a sweep found: the Pareto front of metric and cost."""
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
-__all__ = ["Verdict", "hypervolume", "pareto", "verdict"]
-
-
-class Verdict(NamedTuple):
-    """The best candidate against another, over the seeds that both ran with."""
-
-    better: bool
-    """By more than two standard errors."""
-    difference: float
-    """Mean over seeds of how much better it is, in units of the metric."""
-    error: float
-    """Standard error of that mean; NaN from one seed."""
-    seeds: int
+__all__ = ["hypervolume", "pareto"]
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -38,18 +23,3 @@ def hypervolume(points: Sequence[tuple[float, float]], reference: tuple[float, f
         if cost < reference[0] and below < loss:
             area, loss = area + (reference[0] - cost) * (loss - below), below
     return area
-
-
-def verdict(best: Mapping[int, float], other: Mapping[int, float], *, smaller_is_better: bool = True) -> Verdict:
-    """Compare two candidates seed by seed: what a seed does to both is no difference between them.
-
-    Args:
-        best, other: metric by seed; at least one seed is in both.
-        smaller_is_better: of the metric.
-    """
-    sign = 1 if smaller_is_better else -1
-    shared = sorted(best.keys() & other.keys())
-    differences = [sign * (other[seed] - best[seed]) for seed in shared]
-    mean = statistics.fmean(differences)
-    error = statistics.stdev(differences) / math.sqrt(len(shared)) if len(shared) > 1 else math.nan
-    return Verdict(mean > 2 * error, mean, error, len(shared))

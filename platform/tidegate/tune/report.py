@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from tidegate.config import ConfigError
+from tidegate.launch.paired import verdict
 from tidegate.train.job import Job
 from tidegate.tune.budget import QUANTITIES, shown
 from tidegate.tune.found import write_found
-from tidegate.tune.front import pareto, verdict
+from tidegate.tune.front import pareto
 from tidegate.tune.pictures import Panel, Point, draw_page, draw_picture
 from tidegate.tune.population import recipe, schedule_of
 from tidegate.tune.searchers import cost_axis, importances

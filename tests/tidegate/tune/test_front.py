@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tidegate.tune.front import hypervolume, pareto, verdict
+from tidegate.launch.paired import verdict
+from tidegate.tune.front import hypervolume, pareto
 from tidegate.tune.pictures import Panel, Point, draw_page
 
 

@@ -1,0 +1,217 @@
+"""Planted runs in a real store: what differs, values at equal tokens and FLOPs, what cannot be compared."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tidegate
+from tidegate.config import ConfigError, load
+from tidegate.launch.compare import compare, wanted_runs
+from tidegate.launch.comparison import Comparison
+from tidegate.launch.state import StateDir
+from tidegate.model.flops import total
+from tidegate.track import TrackConfig, finish_run, open_run, resolve_tracking_uri
+from tidegate.track.client import connect
+from tidegate.train.job import Job
+
+DEMO = Path(__file__).resolve().parents[3] / "jobs" / "demo.yaml"
+STEP_TOKENS, STEPS = 1000, 40
+Losses = Callable[[int], float]
+
+
+@pytest.fixture(autouse=True)
+def no_user_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+class Store:
+    """A store into which runs are planted."""
+
+    def __init__(self, root: Path) -> None:
+        self.state, self.uri = StateDir(root), resolve_tracking_uri(TrackConfig(), root)
+
+    def plant(self, name: str, loss: Losses, *changes: str, steps: int = STEPS, every: int = 10) -> None:
+        """A run that evaluates every so many steps."""
+        from mlflow.entities import Metric
+
+        handle = open_run(
+            self.uri, TrackConfig(), job="tiny", resolved=job_with(*changes), changes={}, command=["x"], name=name
+        )
+        metrics = []
+        for step in range(1, steps + 1):
+            values = {"tokens": STEP_TOKENS * step, "train/loss": loss(step), "speed/tokens_per_s": 100.0 + step}
+            values |= {"moe/0/maxvio": 0.5, "moe/1/maxvio": 1.5, "moe/0/prose/maxvio": 9.0}
+            if step % every == 0:
+                values |= {"val/loss": loss(step), "val/prose/ppl": math.exp(loss(step)), "val/bpb": loss(step) / 2}
+            metrics += [Metric(key, value, step, step) for key, value in values.items()]
+        for start in range(0, len(metrics), 1000):
+            connect(self.uri).log_batch(handle.run_id, metrics=metrics[start : start + 1000])
+        finish_run(handle, "FINISHED")
+
+    def compared(self, *names: str, **how: Any) -> Comparison:
+        return Comparison(wanted_runs(names, self.state, None, None, ""), **how)
+
+
+def job_with(*changes: str) -> Job:
+    job: Job = load(DEMO, Job, changes).config
+    return job
+
+
+WIDE = ("model.ffn.expert_dim=256",)
+HEAVIER = [domain.model_dump(mode="json") for domain in job_with().data.domains]
+HEAVIER[0]["weight"] = 2
+RUNS: Mapping[str, tuple[Losses, tuple[str, ...], dict[str, int]]] = {
+    "narrow-0": (lambda step: 5 - 0.05 * step, ("train.seed=0",), {}),
+    "narrow-1": (lambda step: 6 - 0.05 * step, ("train.seed=1",), {}),
+    "wide-0": (lambda step: 4.9 - 0.05 * step, ("train.seed=0", *WIDE), {}),
+    "wide-1": (lambda step: 5.88 - 0.05 * step, ("train.seed=1", *WIDE), {}),
+    "short": (lambda step: 5 - 0.05 * step, ("train.seed=0", "model.ffn.top_k=4"), {"steps": 25}),
+    "words": (lambda step: 5 - 0.05 * step, ("data.tokenizer.vocab_size=4000",), {}),
+    "longer": (lambda step: 5 - 0.05 * step, ("data.eval_sequences=33",), {}),
+    "heavier": (lambda step: 5 - 0.05 * step, (f"data.domains={json.dumps(HEAVIER)}",), {}),
+    "empty": (lambda step: 0.0, (), {"steps": 0}),
+    "diverged": (lambda step: math.nan if step > 15 else 5.0, ("model.ffn.top_k=3",), {}),
+}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    planted = Store(tmp_path_factory.mktemp("compare"))
+    for name, (loss, changes, how) in RUNS.items():
+        planted.plant(name, loss, *changes, **how)
+    return planted
+
+
+def test_runs_that_differ_in_their_seeds_are_one_setting(store: Store) -> None:
+    found = store.compared("narrow-0", "wide-0", "narrow-1", "wide-1")
+    assert [[run.label for run in s.runs] for s in found.settings] == [["narrow-0", "narrow-1"], ["wide-0", "wide-1"]]
+    assert found.differences() == {"model.ffn.expert_dim": ["128", "256"]}
+    assert found.warnings == []
+    narrow, wide = found.settings
+    assert found.values("val/loss", narrow, at="tokens") == pytest.approx({"narrow-0": 3.0, "narrow-1": 4.0})
+    assert found.values("moe/*/maxvio", wide, at="tokens") == {"wide-0": 1.0, "wide-1": 1.0}, (
+        "of layers, not of domains"
+    )
+    # The mean over the last tenth: steps 37 to 40.
+    assert found.values("train/loss", narrow, at="tokens")["narrow-0"] == pytest.approx(5 - 0.05 * 38.5)
+    first, second = found.conclusions()
+    assert first.startswith(
+        "at equal tokens, B beats A in val/loss by more than two standard errors: +0.1100 +- 0.0100"
+    )
+    assert "over 2 paired seeds" in first
+    assert second.startswith("at equal FLOPs, A beats B in val/loss"), "B is wider, and so has seen fewer tokens"
+
+
+def test_at_equal_flops_the_dearer_run_is_read_earlier(store: Store) -> None:
+    found = store.compared("narrow-0", "wide-0")
+    narrow, wide = (total(job.model, 256).flops_per_token for job in (job_with(), job_with(*WIDE)))
+    assert found.flops == pytest.approx(STEP_TOKENS * STEPS * narrow)
+    steps = STEPS * narrow / wide
+    assert found.values("val/loss", found.settings[1], at="FLOPs")["wide-0"] == pytest.approx(4.9 - 0.05 * steps)
+    assert found.values("val/loss", found.settings[0], at="FLOPs")["narrow-0"] == pytest.approx(3.0)
+
+
+def test_equal_tokens_are_as_far_as_all_have_come(store: Store) -> None:
+    found = store.compared("narrow-0", "short")
+    assert found.tokens == 25 * STEP_TOKENS
+    # Evaluations end at step 20, training at step 25.
+    for setting in found.settings:
+        (value,) = found.values("val/loss", setting, at="tokens").values()
+        assert value == pytest.approx(5 - 0.05 * 20)
+        (value,) = found.values("train/loss", setting, at="tokens").values()
+        assert value == pytest.approx(5 - 0.05 * 24)
+    assert "with one seed: whether chance would make it so is not known" in found.conclusions()[0]
+
+
+def test_losses_of_other_tokens_are_compared_by_force_only(store: Store) -> None:
+    found = store.compared("narrow-0", "words")
+    assert found.warnings[0].startswith("tokenizers differ")
+    assert {"val/bpb", "moe/*/maxvio"} <= set(found.metrics)
+    assert not {"val/loss", "val/prose/ppl", "train/loss"} & set(found.metrics)
+    assert "val/bpb" in found.conclusions()[0]
+    assert {"val/loss", "val/prose/ppl"} <= set(store.compared("narrow-0", "words", force=True).metrics)
+
+
+def test_losses_on_other_text_are_compared_by_force_only(store: Store) -> None:
+    found = store.compared("narrow-0", "longer")
+    assert found.warnings[0].startswith("held-out text differs")
+    assert not [name for name in found.metrics if name.startswith("val/")]
+    assert "train/loss" in found.metrics
+    assert store.compared("narrow-0", "heavier").warnings == [], "how often a domain is drawn is no other text"
+
+
+def test_a_run_that_diverged_has_no_value_afterwards(store: Store) -> None:
+    found = store.compared("narrow-0", "diverged")
+    assert found.settings[1].runs[0].at("train/loss", 15_000) == 5.0
+    assert found.settings[1].runs[0].at("train/loss", 30_000) is None
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        (("empty", "narrow-0"), r"run empty \(FINISHED\) has recorded nothing yet"),
+        (("gone",), "run 'gone': no such run"),
+        ((), "no run to compare"),
+    ],
+)
+def test_what_cannot_be_compared_says_why(store: Store, names: tuple[str, ...], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        store.compared(*names)
+
+
+def test_the_page_and_the_csv_hold_what_is_printed(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = wanted_runs(["narrow-0"], store.state, None, None, "params.`model.ffn.expert_dim` = '256'")
+    assert sorted(run.name for run in found) == ["narrow-0", "wide-0", "wide-1"]
+    compare(found, force=False, more=["speed/*"], out=tmp_path / "there")
+    printed = capsys.readouterr().out
+    page = (tmp_path / "there" / "compare.html").read_text(encoding="utf-8")
+    assert not re.search(r"<(script|link)[^>]+(src|href)=", page)
+    for text in ("model.ffn.expert_dim", "wide-1", "val/prose/ppl"):
+        assert text in printed
+        assert text in page
+    traces = json.JSONDecoder().raw_decode(page, page.index("[", page.rindex("Plotly.newPlot(")))[0]
+    drawn = [trace for trace in traces if trace["legendgroup"] == "narrow-0"]
+    assert len(drawn) == 2 * len(["val/loss", "val/bpb", "train/loss", "moe/*/maxvio"])
+    with (tmp_path / "there" / "compare.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    (row,) = [r for r in rows if (r["run"], r["metric"], r["at"]) == ("wide-1", "val/loss", "tokens")]
+    assert float(row["value"]) == pytest.approx(5.88 - 2)
+
+
+def test_names_cannot_break_the_page(store: Store, tmp_path: Path) -> None:
+    store.plant("<script>alert(1)</script>", lambda step: 1.0)
+    found = wanted_runs(["<script>alert(1)</script>"], store.state, None, None, "")
+    compare(found, force=False, more=[], out=tmp_path)
+    assert "<script>alert(1)</script>" not in (tmp_path / "compare.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_notebook_gets_history_model_and_figure(tiny_job: Callable[..., Path], tmp_path: Path) -> None:
+    """Of a real run: the model scores as the run's last evaluation did."""
+    job = tiny_job(train={"tokens": 2048, "eval_every": 2})
+    state = StateDir(tmp_path / "state")
+    command = [sys.executable, "-m", "tidegate.cli", "train", str(job), "--local", "--state-dir", str(state.root)]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    (one,) = tidegate.runs("tiny-1", state_dir=state.root)
+    history = one.history()
+    assert history["tokens"].tolist()[-1] == 2048
+    assert one.params["train.seed"] == "0"
+    model = one.load_model()
+    assert sum(p.numel() for p in model.parameters()) == total(load(job, Job).config.model, 64).params
+    assert not model.training
+    figure = tidegate.compare([one]).figure()
+    assert {trace.name for trace in figure.data} == {f"A {one.name}"}
+    with pytest.raises(ConfigError, match="no such run"):
+        tidegate.runs("gone", state_dir=state.root)
