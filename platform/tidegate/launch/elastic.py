@@ -50,7 +50,7 @@ class Trainer(TorchTrainer):
 
     Args:
         sizes: numbers of workers that the job allows; None if it has one.
-        board: where a wish for more is left.
+        board: where a wish for more is left, and that workers ended.
         settings: of `TorchTrainer`.
     """
 
@@ -60,7 +60,7 @@ class Trainer(TorchTrainer):
 
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
         failures: Any = self.run_config.failure_config
-        settings["failure_policy"] = Failures(failures)
+        settings["failure_policy"] = Failures(failures, self._board)
         if self._sizes is not None:
             settings["scaling_policy"] = AllowedSizes(self.scaling_config, self._sizes, self._board)
         return super()._initialize_and_run_controller(**settings)
@@ -92,9 +92,14 @@ class AllowedSizes(ElasticScalingPolicy):
 
 
 class Failures(DefaultFailurePolicy):
-    """`DefaultFailurePolicy`, for which workers that yielded have not failed."""
+    """`DefaultFailurePolicy`, for which workers that yielded have not failed; tells the board that they are gone."""
+
+    def __init__(self, failure_config: Any, board: Any) -> None:
+        super().__init__(failure_config)
+        self._board = board
 
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
+        self._board.workers_ended.remote()
         for cause in causes(training_failed_error):
             if isinstance(cause, Yielded) and cause.reason == "growth":
                 return FailureDecision.RETRY

@@ -32,6 +32,7 @@ from tidegate.config import ConfigError
 from tidegate.launch.doctor import why_no_ray
 from tidegate.launch.elastic import Notices, Reason, Trainer, Yielded, causes, is_preempted
 from tidegate.launch.ended import Ended
+from tidegate.launch.live import LiveMetrics
 from tidegate.launch.spot import watch_cloud
 from tidegate.parallel import collectives
 from tidegate.redact import redact
@@ -102,6 +103,7 @@ def run_on_ray(
     spool: Path,
     show: Callable[[Record], bool],
     notice: Callable[[str], None],
+    sweep: str = "",
 ) -> Ended:
     """Train on Ray Train workers; continues from the newest of the run's `checkpoints`.
 
@@ -109,7 +111,8 @@ def run_on_ray(
     workers write them beside what Ray keeps of the run, and find the newest by themselves when Ray starts them again.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    board = _Board.options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    options = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": here}
+    board = _Board.options(**options).remote(tracking.name, sweep, job)  # type: ignore[attr-defined]
     storage, _, name = checkpoints.rpartition("/")
     filesystem, path = storage_filesystem(storage)
     resources = job.resources
@@ -174,7 +177,7 @@ def _worker(task: _WorkerJob) -> tuple[Outcome, Delivery] | None:
         logger = MetricLogger(
             task.tracking.uri, task.tracking.run_id, spool=task.spool, flush_every_s=job.track.flush_every_s
         )
-    wishes = _Wishes(task.board if rank_zero else None)
+    wishes = _Wishes(task.board if rank_zero else None, job.resources.workers)
 
     def record(record: Record) -> None:
         assert logger is not None
@@ -207,12 +210,13 @@ class _Wishes:
 
     Args:
         board: to ask, on rank 0, which asks for all.
+        workers: that begin.
     """
 
-    def __init__(self, board: Any) -> None:
+    def __init__(self, board: Any, workers: int) -> None:
         self.reason: Reason = ""
         self._board = board
-        self._question: Any = board.wish.remote(begin=True) if board is not None else None
+        self._question: Any = board.wish.remote(beginning=workers) if board is not None else None
 
     def should_stop(self) -> bool:
         if self._board is not None:
@@ -233,20 +237,33 @@ class _Wishes:
 
 @ray.remote
 class _Board:
-    """Holds records and notices until the driver takes them, and the driver's wish to stop."""
+    """Holds records and notices until the driver takes them, and the driver's wish to stop; shows them to Prometheus.
 
-    def __init__(self) -> None:
+    Args:
+        run, sweep: names for `LiveMetrics`, which outlives the workers here.
+        job: the run's.
+    """
+
+    def __init__(self, run: str, sweep: str, job: Job) -> None:
+        self._live = LiveMetrics(run, sweep, tokens=job.train.tokens, workers=job.resources.workers)
+        self._live.__enter__()  # and left when this actor's process ends
         self._records: list[Record | str] = []
         self._wish: Reason = ""
 
     def push(self, record: Record | str) -> None:
         self._records.append(record)
+        if isinstance(record, Record):
+            self._live.take(record)
 
-    def wish(self, begin: bool = False) -> Reason:
-        """Why the run should end; workers that begin are as many as there is room for."""
-        if begin and self._wish == "growth":
-            self._wish = ""
+    def wish(self, beginning: int = 0) -> Reason:
+        """Why the run should end; workers that begin, so many, are as many as there is room for."""
+        if beginning:
+            self._live.set_workers(beginning)
+            self._wish = "" if self._wish == "growth" else self._wish
         return self._wish
+
+    def workers_ended(self) -> None:
+        self._live.set_workers(0)
 
     def drain(self) -> list[Record | str]:
         records, self._records = self._records, []

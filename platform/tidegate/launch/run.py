@@ -266,7 +266,8 @@ def _train(
     if not request.local:
         from tidegate.launch.ray_train import run_on_ray
 
-        return run_on_ray(job, checkpoints, dataset, tracking, run_folder.spool, show, reporter.say)
+        sweep = request.tags.get("tidegate.sweep", "")
+        return run_on_ray(job, checkpoints, dataset, tracking, run_folder.spool, show, reporter.say, sweep)
     from tidegate.launch.local import run_local
 
     logger = MetricLogger(tracking.uri, tracking.run_id, spool=run_folder.spool, flush_every_s=job.track.flush_every_s)

@@ -181,7 +181,11 @@ class Checkpoints:
     def read(self) -> dict[str, float]:
         """Metrics since the last reading."""
         stalled_s, self._read_s = self.stalled_s - self._read_s, self.stalled_s
-        return {"checkpoint/stall_s": stalled_s, "checkpoint/write_s": self._saver.written_s}
+        return {
+            "checkpoint/stall_s": stalled_s,
+            "checkpoint/write_s": self._saver.written_s,
+            "checkpoint/age_s": time.monotonic() - self._saver.committed_at,
+        }
 
     @property
     def newest(self) -> str:

@@ -49,6 +49,8 @@ class Saver:
         """Names of checkpoints that resuming found damaged: they count as little as if they were not there."""
         self.written_s = 0.0
         """Seconds that the last finished save took in the background."""
+        self.committed_at = time.monotonic()
+        """When the last checkpoint was there, on rank 0; before the first, when this run began here."""
 
     def wait(self) -> None:
         """Until the save before is done.
@@ -106,7 +108,7 @@ class Saver:
             everything = self._everything(writing)
             self._store.check_owner(self._attempt)
             self._store.commit(writing.name, manifest.model_copy(update={"files": everything}))
-            self.newest = writing.name
+            self.newest, self.committed_at = writing.name, time.monotonic()
             self._retain()
         self.written_s = time.monotonic() - begun
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from tidegate.config import ConfigError
+from tidegate.launch.live import LiveMetrics
 from tidegate.launch.run import Request, run
 from tidegate.launch.state import RunFolder, StateDir
 from tidegate.redact import redact
@@ -89,8 +91,18 @@ def run_trial(number: int, task: Task, judge: Callable[[dict[str, Any]], None] |
 
     seen: dict[str, list[float]] = {goal.metric: [] for goal in task.against}
 
+    live: list[LiveMetrics] = []
+
+    def opened(name: str) -> None:
+        put(run=name)
+        if task.alone:  # others train on workers, and are shown from there
+            live.append(exits.enter_context(LiveMetrics(name, folder.name, tokens=task.tokens, workers=1)))
+            live[0].set_workers(1)
+
     def watch(record: Record) -> bool:
         nonlocal latest
+        for metrics in live:
+            metrics.take(record)
         if 2 * record.tokens > task.tokens:
             for goal, means in seen.items():
                 found = [value for name, value in record.metrics.items() if PurePosixPath(name).match(goal)]
@@ -123,13 +135,14 @@ def run_trial(number: int, task: Task, judge: Callable[[dict[str, Any]], None] |
             "tidegate.trial": str(trial.number),
             "tidegate.trial.kind": trial.kind,
         },
-        opened=lambda name: put(run=name),
+        opened=opened,
         watch=watch,
     )
     try:
         if phase is not None and phase.begin:
             _refuse_without_weights(state.run(before), phase)
-        ran = run(asked)
+        with contextlib.ExitStack() as exits:
+            ran = run(asked)
     except Exception as error:  # one trial never ends the sweep
         put(status="failed", error=one_line(error))
         return

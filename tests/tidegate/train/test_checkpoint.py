@@ -161,9 +161,11 @@ def test_training_stands_still_only_for_a_save_before_and_that_is_recorded(
     ((first, both, before, after),) = on_ranks(1, stalls, str(tmp_path / "run"), str(tiny_job()))
     assert first < 0.4
     assert both - first > 0.4
+    assert before.pop("checkpoint/age_s") >= first
     assert before == {"checkpoint/stall_s": first, "checkpoint/write_s": 0.0}
     assert after["checkpoint/stall_s"] == pytest.approx(both - first)
     assert after["checkpoint/write_s"] > 0.5
+    assert after["checkpoint/age_s"] < 0.4, "the save before, for which this one waited"
 
 
 def refused(folder: str, job_file: str, overrides: list[str]) -> str:

@@ -19,6 +19,7 @@ from tidegate.model.balance import load_balancing_loss
 from tidegate.model.decoder import Decoder, DecoderOutput, ModelConfig, materialize
 from tidegate.model.observations import AttentionObservations
 from tidegate.model.routers import Observe
+from tidegate.train.metric_path import parse_metric
 from tidegate.train.telemetry import Observer, summarise
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -274,16 +275,6 @@ def test_a_step_shows_all_of_its_first_micro_batch_and_the_routing_of_the_others
     assert {"attention/1/entropy", "hidden/1/max", "moe/1/b/router_entropy"} <= metrics.keys()
 
 
-def pattern_of(name: str) -> str:
-    """A metric's name as the table writes it."""
-    name = re.sub(r"^moe/\d+/load/\d+$", "moe/<layer>/load/<expert>", name)
-    name = re.sub(r"^moe/\d+/([^/]+)/([^/]+)$", r"moe/<layer>/<domain>/\2", name)
-    name = re.sub(r"^moe/\d+/", "moe/<layer>/", name)
-    name = re.sub(r"^attention/\d+/head/\d+/", "attention/<block>/head/<head>/", name)
-    name = re.sub(r"^(attention|hidden)/\d+/", r"\1/<block>/", name)
-    return re.sub(r"^val/[^/]+/", "val/<domain>/", name)
-
-
 def names_of_a_run(path: str, scratch: str) -> set[str]:
     """All metrics that a real run of a job records; in a process of its own, which DeepSpeed wants."""
     from tidegate.config import load
@@ -336,7 +327,7 @@ def test_the_table_holds_every_metric_and_no_other(recorded: Any) -> None:
     )
     tuned = {"balance_scale": 1.0, "temperature": 1.0, "noise": 0.1, "dropout": 0.1}
     names |= recorded(model={"ffn": {**experts, "router": top_k}, "units": None, "self_tune": {"tuned": tuned}})
-    found = {pattern_of(name) for name in names}
+    found = {parse_metric(name).pattern for name in names}
     # On a CPU there is no peak to compare with.
     assert found | {"speed/mfu", "speed/peak_tflops_per_device"} == table
 

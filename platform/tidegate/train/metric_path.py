@@ -1,0 +1,51 @@
+"""What a metric's name says: which family of docs/metrics.md it belongs to, and of which layer, expert or domain it is.
+
+`moe/3/maxvio` is `moe/<layer>/maxvio` of layer 3. All that reads metrics by place goes through here.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import NamedTuple
+
+__all__ = ["MetricPath", "parse_metric"]
+
+_PATHS = (
+    "moe/<layer>/load/<expert>",
+    "moe/<layer>/<domain>/<name>",
+    "moe/<layer>/<name>",
+    "attention/<block>/head/<head>/<name>",
+    "attention/<block>/<name>",
+    "hidden/<block>/<name>",
+    "val/<domain>/<name>",
+)
+
+
+class MetricPath(NamedTuple):
+    """A metric's name, taken apart."""
+
+    pattern: str
+    """As docs/metrics.md writes it."""
+    place: dict[str, str]
+    """Of what the metric is: `layer`, `expert`, `block`, `head` (numbers from 0), `domain`; as written in the name."""
+
+
+def _expression(path: str) -> re.Pattern[str]:
+    path = re.sub(r"<(domain|name)>", r"(?P<\1>[^/]+)", path)
+    return re.compile(re.sub(r"(?<!\?P)<(\w+)>", r"(?P<\1>\\d+)", path))
+
+
+_EXPRESSIONS = tuple(map(_expression, _PATHS))
+
+
+@lru_cache(maxsize=100_000)  # a run has the same names at every record
+def parse_metric(name: str) -> MetricPath:
+    """Take a metric's name apart; one of a family without a place is its own pattern."""
+    for path, expression in zip(_PATHS, _EXPRESSIONS, strict=True):
+        found = expression.fullmatch(name)
+        if found:
+            place = found.groupdict()
+            last = place.pop("name", None)
+            return MetricPath(path if last is None else path.replace("<name>", last), place)
+    return MetricPath(name, {})
