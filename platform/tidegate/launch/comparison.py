@@ -235,17 +235,7 @@ class Comparison:
         ours, theirs = (self._by_seed(metric, setting, at) for setting in (best, other))
         if not ours.keys() & theirs.keys():
             return f"at equal {at}, {best.label} has the lower {metric} than {other.label}; no seed is common to both"
-        found = verdict(ours, theirs)
-        if found.seeds == 1:
-            return (
-                f"at equal {at}, {best.label} has the lower {metric} than {other.label}, by {found.difference:.4f} "
-                "with one seed: whether chance would make it so is not known"
-            )
-        said = "beats" if found.better else "does not beat"
-        return (
-            f"at equal {at}, {best.label} {said} {other.label} in {metric} by more than two standard errors: "
-            f"{found.difference:+.4f} +- {found.error:.4f} over {found.seeds} paired seeds"
-        )
+        return f"at equal {at}, {verdict(ours, theirs).in_words(best.label, other.label, metric)}"
 
     def _by_seed(self, metric: str, setting: Setting, at: str) -> dict[int, float]:
         values = self.values(metric, setting, at=at)

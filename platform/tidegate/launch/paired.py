@@ -21,6 +21,24 @@ class Verdict(NamedTuple):
     """Standard error of that mean; NaN from one seed."""
     seeds: int
 
+    def in_words(self, one: str, other: str, what: str = "") -> str:
+        """A sentence.
+
+        Args:
+            one, other: names of the settings.
+            what: the metric, where it is not clear.
+        """
+        of = f" in {what}" if what else ""
+        if self.seeds == 1:
+            return (
+                f"{one} is ahead of {other}{of} by {self.difference:.4f} with one seed in common: whether chance would "
+                "make it so is not known"
+            )
+        return (
+            f"{one} {'beats' if self.better else 'does not beat'} {other}{of} by more than two standard errors: "
+            f"{self.difference:+.4f} +- {self.error:.4f} over {self.seeds} paired seeds"
+        )
+
 
 def verdict(best: Mapping[int, float], other: Mapping[int, float], *, smaller_is_better: bool = True) -> Verdict:
     """Compare two candidates seed by seed: what a seed does to both is no difference between them.

@@ -55,7 +55,12 @@ def report(
     for result in results:
         if result.status == "finished" and result.value is not None:
             by_seed.setdefault(recipe(result.trial, results), {})[result.trial.seed] = result.value
+    ranked.sort(key=lambda r: statistics.fmean(by_seed[recipe(r.trial, results)].values()) * (1 if smaller else -1))
     keys = [recipe(result.trial, results) for result in ranked]
+    most = max(len(by_seed[key]) for key in keys)
+    # The best of those that ran with all seeds: one value of another may be luck.
+    final = [result for key, result in zip(keys, ranked, strict=True) if len(by_seed[key]) == most]
+    won = final[0]
     axes = _axes(space)
     panels = [_panel(axis, ranked, [by_seed[key] for key in keys], smaller) for axis in axes]
     fronts = {point.trial for panel in panels for point in panel.points if point.on_front}
@@ -68,25 +73,27 @@ def report(
             str(len(by_seed[key])),
             *(axis.in_words(axis.of(result)) for axis in axes),
             result.run,
-            *(short(result.trial.last_values.get(path, "")) for path in config.space),
+            *(short(_varied(result, path, space.base)) for path in config.space),
         )
     console.print(table)
     lines = [
-        *_conclusions(ranked, by_seed, results, smaller, config.has_baseline),
-        *_population(ranked[0], results),
+        *_conclusions(final, ranked, by_seed, results, smaller, config.has_baseline),
+        *_population(won, results),
         *_importance(space, results),
         *notes,
     ]
     for line in lines:
         console.print(line, soft_wrap=True)
     best = folder.folder / "best.yaml"
-    job_file, won = folder.read().job_file, ranked[0]
+    job_file = folder.read().job_file
     schedule = schedule_of(won.trial, results)
     begins_with = won.trial.last_values
     if schedule:
         begins_with = {**schedule[0].values, "train.pause_at_tokens": schedule[0].end}
     job = space.at(begins_with).job if begins_with else space.base
-    said = f"The best of sweep {folder.name}: trial {won.trial.number}, {config.metric}={won.value:.4f}, run {won.run}"
+    values = by_seed[recipe(won.trial, results)].values()
+    said = f"The best of sweep {folder.name}: trial {won.trial.number}, run {won.run}, {config.metric}="
+    said += f"{statistics.fmean(values):.4f} over {len(values)} seeds"
     for file in (best, *([found] if found is not None else [])):
         write_found(file, Path(job_file), job, said)
     console.print(f"the best as a job: {found or best}", soft_wrap=True)
@@ -148,15 +155,27 @@ def _panel(axis: _Axis, ranked: Sequence[Result], by_seed: Sequence[Mapping[int,
     return Panel(axis.name, points)
 
 
+def _varied(result: Result, path: str, base: Job) -> Any:
+    """What a trial has at a path; the job as it stands, what it says there."""
+    if result.trial.kind != "base":
+        return result.trial.last_values.get(path, "")
+    value: Any = base.model_dump(mode="json")
+    for name in path.split("."):
+        value = value.get(name, "") if isinstance(value, Mapping) else ""
+    return value
+
+
 def _conclusions(
+    final: Sequence[Result],
     ranked: Sequence[Result],
     by_seed: Mapping[str, Mapping[int, float]],
     results: Sequence[Result],
     smaller: bool,
     searched: bool,
 ) -> list[str]:
-    best, lines = ranked[0], []
-    rivals: list[tuple[str, Result]] = [("the runner-up", ranked[1])] if len(ranked) > 1 else []
+    best, lines = final[0], []
+    others = [result for result in (*final, *ranked) if result is not best]
+    rivals: list[tuple[str, Result]] = [("the runner-up", others[0])] if others else []
     rivals += [
         ("the job as it stands", result) for result in ranked if result.trial.kind == "base" and result is not best
     ]
@@ -171,11 +190,7 @@ def _conclusions(
         rivals += [("the best random trial", drawn[0])] if drawn and drawn[0] is not best else []
     for name, rival in rivals:
         found = verdict(*(by_seed[recipe(one.trial, results)] for one in (best, rival)), smaller_is_better=smaller)
-        said = "beats" if found.better else "does not beat"
-        lines.append(
-            f"trial {best.trial.number} {said} {name} (trial {rival.trial.number}) by more than two standard errors: "
-            f"{found.difference:+.4f} +- {found.error:.4f} over {found.seeds} paired seeds"
-        )
+        lines.append(found.in_words(f"trial {best.trial.number}", f"{name} (trial {rival.trial.number})"))
     failed = [result for result in results if result.status == "failed"]
     lines += [
         f"trial {r.trial.number} was stopped by {r.stopped_by} after {r.tokens} tokens, at {r.value:.4f}"

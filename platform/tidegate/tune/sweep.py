@@ -235,7 +235,7 @@ def finalists(space: Space, folder: SweepFolder) -> list[Trial]:
     if not ranked:
         failed = [f"trial {result.trial.number}: {result.error}" for result in results]
         raise ConfigError(f"{folder.name}: no trial came to its end; {'; '.join(failed[:3])}")
-    chosen = ranked[: config.finalists]
+    chosen = [result for result in ranked if result.trial.kind != "base"][: config.finalists]
     for kind in ("base", *(["random"] if config.has_baseline else [])):
         best = [result for result in ranked if result.trial.kind == kind][:1]
         chosen += [result for result in best if result not in chosen]

@@ -130,7 +130,7 @@ def test_equal_tokens_are_as_far_as_all_have_come(store: Store) -> None:
         assert value == pytest.approx(5 - 0.05 * 20)
         (value,) = found.values("train/loss", setting, at="tokens").values()
         assert value == pytest.approx(5 - 0.05 * 24)
-    assert "with one seed: whether chance would make it so is not known" in found.conclusions()[0]
+    assert "with one seed in common: whether chance would make it so is not known" in found.conclusions()[0]
 
 
 def test_losses_of_other_tokens_are_compared_by_force_only(store: Store) -> None:

@@ -280,6 +280,21 @@ def test_finalists_run_again_once_each_and_none_that_was_stopped(begin: Callable
     assert len({trial.number for trial in more}) == len(more)
 
 
+def test_the_best_is_so_over_its_seeds(begin: Callable[..., Toy]) -> None:
+    """A value that the other seeds do not confirm wins nothing, and neither do candidates with one seed."""
+    sweep = begin(searcher="random", finalists=2, seeds=3, trials=8)
+    for trial in sweep.run(99, concurrent=99):
+        sweep.end(trial, better_by=20 * (trial.number in (1, 2)) + 10 * (trial.number == 1))
+    lucky = sweep.folder.result(1).trial.values
+    for trial in finalists(sweep.space, sweep.folder):
+        sweep.end(trial, better_by=-60 if trial.values == lucky else 20 * bool(trial.values))
+    report(sweep.folder, sweep.space, Console(quiet=True))
+    text = (sweep.folder.folder / "report.md").read_text()
+    assert re.search(r"trial 2 beats the job as it stands \(trial 0\) by more than two standard errors", text)
+    assert re.search(r"trial 2 .*beat.* the runner-up \(trial 0\)", text)
+    assert (sweep.folder.folder / "best.yaml").read_text().startswith("# The best of sweep toy-1: trial 2, ")
+
+
 def test_the_report_says_what_mattered_and_how_chance_did(begin: Callable[..., Toy]) -> None:
     sweep = begin(searcher="tpe", seeds=2, trials=12)
     for trial in sweep.run(99, concurrent=99):
