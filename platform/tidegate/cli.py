@@ -266,6 +266,21 @@ def ui(
     raise typer.Exit(serve_ui(state_dir or default_state_dir(), host, port))
 
 
+@app.command()
+def dash(
+    port: Annotated[int, typer.Option(help="Of Prometheus", min=1, max=65535)] = 9090,
+    grafana_port: Annotated[int, typer.Option(help="Of Grafana", min=1, max=65535)] = 3000,
+    state_dir: StateOption = None,
+) -> None:
+    """Start Prometheus, and Grafana if installed, on this machine's Rays, with Tidegate's alerts and dashboards."""
+    from tidegate.launch.dash import serve_dashboards
+
+    try:
+        serve_dashboards(_state(state_dir).root, port, grafana_port)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
 @kernels.command(name="tune")
 def tune_kernels(
     kernel: Annotated[list[str], typer.Option(help="Only this one; repeatable", show_default=False)] = [],  # noqa: B006
