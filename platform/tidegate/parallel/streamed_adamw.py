@@ -1,8 +1,8 @@
 """AdamW on the device over numbers that live on the host: chunk by chunk up, moved, and down again.
 
 Going up and coming down are at the same time, and a chunk is moved while its neighbours travel, so a step takes as long
-as its bytes take in the busier direction. The host's cores do nothing, and the numbers are those of training on the
-device to the bit. DeepSpeed's offload moves them on the host's cores, which takes three times as long.
+as its bytes take in the busier direction. The cores of the host, which would take three times as long (jobs/bench), do
+nothing, and the numbers are those of training on the device to the bit.
 
 Letters: N numbers; n of a chunk.
 """
