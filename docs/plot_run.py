@@ -37,7 +37,7 @@ def main(name: str, out: str) -> None:
         middle.axhline(summary["unigram_perplexity"][domain], color=color, ls=":", lw=1)
     middle.set(title="held-out perplexity (dotted: unigram model)", xlabel="M tokens", yscale="log")
     middle.legend()
-    load_DLE = load["load_DLE"]
+    load_DLE = load["load_SDLE"][-1]
     num_domains, num_layers, num_experts = load_DLE.shape
     picture = right.imshow(load_DLE.transpose(1, 0, 2).reshape(-1, num_experts) * 100, aspect="auto", cmap="viridis")
     labels = [f"{layer} {domain}" for layer in range(num_layers) for domain in load["domains"]]

@@ -154,6 +154,18 @@ def checkpoints(
 
 
 @app.command()
+def report(
+    run: Annotated[str, typer.Argument(help="Name of a run, or its MLflow id", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="File to write [default: RUN.html]", show_default=False)] = None,
+    state_dir: StateOption = None,
+) -> None:
+    """Write the page of a run, training or not: one HTML file that needs no network."""
+    from tidegate.launch.run_page import write_report
+
+    print(write_report(run, _state(state_dir), out))
+
+
+@app.command()
 def verify(
     path: Annotated[str, typer.Argument(help="Checkpoint, all of a run's, or an export", show_default=False)],
 ) -> None:

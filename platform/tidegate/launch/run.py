@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn
 
 from tidegate.config import ConfigError, LoadedJob, load
@@ -17,6 +15,7 @@ from tidegate.data import TokenDataset, prepare, unigram_perplexity
 from tidegate.launch.ended import Ended
 from tidegate.launch.preflight import check_dataset, check_machine, check_space, hide_gpus
 from tidegate.launch.report import Reporter
+from tidegate.launch.run_page import RunPage
 from tidegate.launch.show import notes
 from tidegate.launch.state import RunFolder, RunRecord, StateDir
 from tidegate.track import (
@@ -61,6 +60,8 @@ class Request(NamedTuple):
     """Is told the run's name when it exists."""
     watch: Callable[[Record], bool] = lambda record: False
     """Sees every record as it comes, beside the terminal; true asks the run to end after a step."""
+    page: bool = True
+    """Whether to write the run page."""
 
 
 class Ran(NamedTuple):
@@ -102,18 +103,19 @@ def run(request: Request) -> Ran:
     run_folder, tracking, checkpoints = _open(request, plan, storage, reporter)
     request.opened(run_folder.name)
     status: RunStatus = "FAILED"
-    try:
-        _introduce(request, run_folder, tracking, reporter)
-        reporter.start()
-        ended = _train(request, job, run_folder, dataset, checkpoints, tracking, reporter)
-        status = "FINISHED" if ended.outcome.finished else "KILLED"
-    except (KeyboardInterrupt, SystemExit):  # Ray ends the process on Ctrl-C
-        status = "KILLED"
-        raise
-    finally:
-        reporter.stop()
-        finish_run(tracking, status)
-    _conclude(request, job, run_folder, dataset, tracking, reporter, ended)
+    with RunPage(tracking, run_folder, job.track, enabled=request.page) as page:
+        try:
+            _introduce(request, run_folder, tracking, reporter)
+            reporter.start()
+            ended = _train(request, job, run_folder, dataset, checkpoints, tracking, reporter, page)
+            status = "FINISHED" if ended.outcome.finished else "KILLED"
+        except (KeyboardInterrupt, SystemExit):  # Ray ends the process on Ctrl-C
+            status = "KILLED"
+            raise
+        finally:
+            reporter.stop()
+            finish_run(tracking, status)
+        _conclude(request, job, run_folder, dataset, tracking, reporter, ended)
     return Ran(run_folder.name, tracking, ended.outcome)
 
 
@@ -258,20 +260,26 @@ def _train(
     checkpoints: str,
     tracking: RunHandle,
     reporter: Reporter,
+    page: RunPage,
 ) -> Ended:
     def show(record: Record) -> bool:
         reporter.record(record)
+        page.record(record)
         return request.watch(record)
+
+    def notice(line: str) -> None:
+        reporter.say(line)
+        page.notice(line)
 
     if not request.local:
         from tidegate.launch.ray_train import run_on_ray
 
         sweep = request.tags.get("tidegate.sweep", "")
-        return run_on_ray(job, checkpoints, dataset, tracking, run_folder.spool, show, reporter.say, sweep)
+        return run_on_ray(job, checkpoints, dataset, tracking, run_folder.spool, show, notice, sweep)
     from tidegate.launch.local import run_local
 
     logger = MetricLogger(tracking.uri, tracking.run_id, spool=run_folder.spool, flush_every_s=job.track.flush_every_s)
-    return run_local(job, dataset, checkpoints, logger, show, reporter.say)
+    return run_local(job, dataset, checkpoints, logger, show, notice)
 
 
 def _conclude(
@@ -293,12 +301,6 @@ def _conclude(
         reporter.evaluation(outcome.evaluation, unigram)
         summary = {"perplexity": outcome.evaluation.perplexity(), "unigram_perplexity": unigram}
         log_dict(tracking, summary, "summary.json")
-        if outcome.evaluation.load_DLE is not None:
-            with tempfile.TemporaryDirectory() as scratch:
-                path = Path(scratch) / "expert_load.npz"
-                domains, load_DLE = np.array(outcome.evaluation.domains), np.array(outcome.evaluation.load_DLE)
-                np.savez(path, domains=domains, load_DLE=load_DLE)
-                log_file(tracking, path)
     if not outcome.finished:
         flags = " --local" if request.local else f" --address {request.address}" if request.address else ""
         flags += "" if job.train.pause_at_tokens is None else " --set train.pause_at_tokens=null"

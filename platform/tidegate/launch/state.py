@@ -124,15 +124,18 @@ class StateDir:
             except FileExistsError:
                 number += 1
 
+    def runs(self) -> list[str]:
+        """Names of the runs."""
+        return sorted(path.parent.name for path in self._runs.glob("*/job.json") if not path.parent.is_symlink())
+
     def run(self, name: str) -> RunFolder:
         """The folder of a run that exists.
 
         Raises:
             ConfigError: there is none; the message lists those there are.
         """
-        # Looked up among the names there are: `../x` and links would lead out of the state directory.
-        known = sorted(path.parent.name for path in self._runs.glob("*/job.json") if not path.parent.is_symlink())
-        if name not in known:
+        known = self.runs()
+        if name not in known:  # `../x` and links would lead out of the state directory
             raise ConfigError(f"{name}: no such run in {self._runs}; there are: {', '.join(known) or 'none'}")
         return RunFolder(self._runs / name)
 

@@ -19,3 +19,5 @@ class TrackConfig(Config):
     A password in it belongs in the variable: jobs are recorded."""
     flush_every_s: float = Field(2.0, gt=0)
     """Seconds between two deliveries of step metrics."""
+    page_every_s: float | None = Field(60.0, gt=0)
+    """Seconds, at least, between two writings of the run page; evaluations ask for one, and the end. None: never."""

@@ -288,7 +288,7 @@ def _evaluate(
     metrics = _evaluation_metrics(evaluation)
     if tokens >= job.train.tokens and job.train.oracle_sequences:
         metrics |= evaluate_oracle(engine, job, dataset).metrics()
-    _record(world, Record(step, tokens, metrics))
+    _record(world, Record(step, tokens, metrics, evaluation))
     checkpoints.evaluated(step, metrics)
     return evaluation
 

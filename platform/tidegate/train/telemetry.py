@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import chain, compress
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from scipy.special import entr
 from tidegate.model.balance import load_balancing_loss, max_violation
 from tidegate.model.decoder import DecoderOutput
 from tidegate.model.observations import AttentionObservations
+
+if TYPE_CHECKING:
+    from tidegate.train.evaluate import Evaluation
 
 __all__ = ["Observer", "Record", "summarise"]
 
@@ -39,6 +42,8 @@ class Record(NamedTuple):
     step: int
     tokens: int
     metrics: dict[str, float]
+    evaluation: Evaluation | None = None
+    """Whose metrics these are."""
 
 
 class Observer:

@@ -137,6 +137,7 @@ def run_trial(number: int, task: Task, judge: Callable[[dict[str, Any]], None] |
         },
         opened=opened,
         watch=watch,
+        page=False,  # megabytes a trial; `tidegate report` writes one for any of them
     )
     try:
         if phase is not None and phase.begin:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -54,6 +56,14 @@ class Tidegate:
             for step, value in store.execute(query, (record["run_id"],)):
                 found.setdefault(step, set()).add(value)
         return found
+
+    def page(self, run: str) -> dict[str, Any]:
+        """The values of the page that the run logged."""
+        run_id = json.loads((self.state / "runs" / run / "run.json").read_text())["run_id"]
+        (page,) = self.state.glob(f"mlflow/artifacts/{run_id}/artifacts/report.html")
+        found = re.search(r'type="application/json">(.*?)</script>', page.read_text())
+        assert found is not None
+        return json.loads(found[1])
 
     def checkpoints(self, run: str) -> list[Path]:
         return sorted(self.state.glob(f"checkpoints/{run}-*/step_*"))
@@ -101,6 +111,14 @@ def test_a_killed_and_resumed_run_has_the_losses_of_one_that_was_left_alone(
     # The kill may lose records of the last moments before it, never change one.
     assert set(range(7, STEPS + 1)) <= set(resumed)
     assert all(values == undisturbed[step] for step, values in resumed.items())
+
+    page = tidegate.page("tiny-2")
+    assert page["status"] == "FINISHED"
+    assert page["findings"][0]["level"] == "green"
+    assert [event["kind"] for event in page["events"]].count("resume") == 2
+    loads = next(section for section in page["sections"] if section["id"] == "load")["figures"][0]["groups"]
+    assert len(loads) > 1
+    assert all(group["x"]["steps"][-1] == STEPS for group in loads)
 
 
 @pytest.mark.slow

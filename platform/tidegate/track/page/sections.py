@@ -1,0 +1,215 @@
+"""The page's sections: which figures, of which metrics (docs/metrics.md)."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from tidegate.track.page.figures import Figure, by_layer, columns, frames, lines
+from tidegate.track.page.recording import Recording
+from tidegate.track.spool import TOKENS
+
+__all__ = ["Section", "sections"]
+
+GATE_BINS = 10
+
+
+class Section(NamedTuple):
+    """A heading, what to know, figures."""
+
+    id: str
+    title: str
+    note: str
+    figures: list[Figure]
+
+
+def sections(recording: Recording) -> list[Section]:
+    """Those that the run recorded something for."""
+    made = [
+        _loss(recording),
+        _load(recording),
+        _balance(recording),
+        _gates(recording),
+        _attention(recording),
+        _activations(recording),
+        _speed(recording),
+        _optimizer(recording),
+    ]
+    return [section for section in made if section.figures]
+
+
+def _section(id: str, title: str, note: str, *figures: Figure | None) -> Section:
+    return Section(id, title, note, [figure for figure in figures if figure is not None])
+
+
+def _loss(recording: Recording) -> Section:
+    history = recording.history
+    pooled = {"train/loss": "training", "val/loss": "held-out, mean of domains"}
+    bpb = columns(history, r"val/(.+)/bpb")
+    return _section(
+        "loss",
+        "Loss",
+        "Nats a token; held-out text of each domain at every evaluation.",
+        lines("Loss", "nats a token", history, pooled),
+        lines("Held-out loss by domain", "nats a token", history, columns(history, r"val/(.+)/loss")),
+        lines("Held-out perplexity by domain", "", history, columns(history, r"val/(.+)/ppl"), log=True),
+        lines("Held-out bits a byte by domain", "bits a byte", history, bpb),
+    )
+
+
+def _load(recording: Recording) -> Section:
+    """Load over its even share, so that 1 is balanced whatever the number of experts."""
+    history, tokens = recording.history, recording.history[TOKENS].to_dict()
+    groups: dict[str, list[tuple[int, np.ndarray]]] = {}
+    trained = _cube(history, r"moe/(\d+)/load/\d+", r"moe/{}/load/(\d+)")
+    if trained:
+        groups["training"] = [(step, matrix_LE * matrix_LE.shape[1]) for step, matrix_LE in trained]
+    if recording.loads is not None:
+        steps, domains, load_SDLE = recording.loads
+        for index, domain in enumerate(domains):
+            shown = [(step, load_SDLE[place, index] * load_SDLE.shape[-1]) for place, step in enumerate(steps)]
+            groups[f"held-out {domain}"] = shown
+    return _section(
+        "load",
+        "Expert load",
+        "Share of the assignments over the even share: 1 is balanced, 0 is a dead expert. One training step, or a "
+        "domain's held-out text.",
+        frames("Load of each expert", "times even", groups, tokens, ("MoE layer", "expert"), middle=1.0),
+    )
+
+
+def _balance(recording: Recording) -> Section:
+    history = recording.history
+    return _section(
+        "balance",
+        "Balance",
+        "MaxVio: busiest expert's load over the mean, minus 1. Information: how much an expert tells of the domain, "
+        "0 is nothing; experts that specialise raise it.",
+        by_layer("MaxVio", "", history, r"moe/(\d+)/maxvio", "layer"),
+        by_layer("Experts without a token", "share", history, r"moe/(\d+)/dead_experts", "layer"),
+        by_layer("Information of expert and domain", "nats", history, r"moe/(\d+)/domain_information", "layer"),
+        lines("Balance loss", "1 is balanced", history, {"balance/lbl": "balance loss"}),
+    )
+
+
+def _gates(recording: Recording) -> Section:
+    history, tokens = recording.history, recording.history[TOKENS].to_dict()
+    means = _cube(history, r"attention/(\d+)/head/\d+/gate_mean", r"attention/{}/head/(\d+)/gate_mean")
+    return _section(
+        "gates",
+        "Attention gates",
+        "Mean gate value of each head: sparse gates are near 0 (arXiv 2505.06708). Closed: values below 0.1.",
+        _gate_histogram(means, tokens),
+        frames("Gate of each head", "mean value", {"heads": means}, tokens, ("block", "head")),
+        by_layer("Mean gate", "", history, r"attention/(\d+)/gate_mean", "block"),
+        by_layer("Closed gates", "share", history, r"attention/(\d+)/gate_closed", "block"),
+    )
+
+
+def _gate_histogram(means: list[tuple[int, np.ndarray]], tokens: dict[int, float]) -> Figure | None:
+    """A row a block: how its heads' means are spread."""
+    if not means:
+        return None
+    largest = max(1.0, *(float(np.nanmax(matrix_AH, initial=0.0)) for _, matrix_AH in means))
+    edges = np.linspace(0.0, largest, GATE_BINS + 1)
+    counted = [
+        (step, np.stack([np.histogram(row_H[np.isfinite(row_H)], edges)[0] for row_H in matrix_AH]).astype(float))
+        for step, matrix_AH in means
+    ]
+    figure = frames("Histogram of the heads' gates", "heads", {"heads": counted}, tokens, ("block", "mean gate"))
+    assert figure is not None
+    return figure | {"x_labels": [f"{low:.2g}-{high:.2g}" for low, high in pairwise(edges)]}
+
+
+def _attention(recording: Recording) -> Section:
+    history = recording.history
+    uniform = columns(history, r"attention/(\d+)/first_token_uniform")
+    sink = {"attention/sink_heads": "heads that are sinks"}
+    if uniform:
+        sink |= {next(iter(uniform)): "first token's share if attention were uniform"}
+    return _section(
+        "attention",
+        "Attention",
+        "Attention to the first token. A head is a sink above 0.3 (arXiv 2410.10781).",
+        by_layer("Attention to the first token", "share", history, r"attention/(\d+)/first_token", "block"),
+        lines("Sinks", "share", history, sink),
+        by_layer("Entropy of attention", "nats", history, r"attention/(\d+)/entropy", "block"),
+        by_layer("Largest logit", "", history, r"attention/(\d+)/max_logit", "block"),
+    )
+
+
+def _activations(recording: Recording) -> Section:
+    history = recording.history
+    return _section(
+        "activations",
+        "Activations",
+        "Largest magnitude of the residual stream after each block, in the first micro-batch.",
+        by_layer("Largest activation", "", history, r"hidden/(\d+)/max", "block"),
+    )
+
+
+def _speed(recording: Recording) -> Section:
+    history = recording.history
+    return _section(
+        "speed",
+        "Speed",
+        "Tokens a second leave out evaluations. Time: since the run's first record, all that was repeated included.",
+        lines("Throughput", "tokens/s", history, {"speed/tokens_per_s": "all ranks"}),
+        lines("Model FLOPs used", "of the device's peak", history, {"speed/mfu": "MFU"}),
+        lines("Model FLOPs", "TFLOP/s a device", history, {"speed/model_tflops_per_device": "a device"}),
+        _time(recording.records),
+    )
+
+
+def _time(records: pd.DataFrame) -> Figure | None:
+    """Minutes since the first record, by what they went into."""
+    table = records[[TOKENS, "step"]].copy()
+    elapsed_s = records.index.to_series().diff().fillna(0.0) / 1000
+    stalled_s = records["checkpoint/stall_s"].fillna(0.0).clip(upper=elapsed_s)
+    trained_s = (table[TOKENS].diff().clip(lower=0.0) / records["speed/tokens_per_s"]).fillna(0.0)
+    steps_s = (trained_s.clip(upper=elapsed_s) - stalled_s).clip(lower=0.0)
+    table["steps"] = steps_s.cumsum() / 60
+    table["checkpoints"] = stalled_s.cumsum() / 60
+    table["rest"] = (elapsed_s - steps_s - stalled_s).cumsum() / 60
+    # A step that was repeated has its last time: the axis cannot go back.
+    table = table[table["step"] >= table["step"].cummax()].drop_duplicates("step", keep="last").set_index("step")
+    if len(table) < 2 or not table["steps"].iloc[-1]:
+        return None
+    named = {"steps": "steps", "checkpoints": "waiting for checkpoints", "rest": "evaluating, starting, interruptions"}
+    figure = lines("Where the time went", "minutes, cumulative", table, named)
+    return None if figure is None else figure | {"stacked": True}
+
+
+def _optimizer(recording: Recording) -> Section:
+    history = recording.history
+    tuned = columns(history, r"tuned/((?!.*_spread).+)")
+    return _section(
+        "optimizer",
+        "Optimizer",
+        "Gradient norm before clipping, over the global batch.",
+        lines("Gradient norm", "", history, {"train/gradient_norm": "gradient norm"}, log=True),
+        lines("Learning rate", "", history, {"train/learning_rate": "learning rate"}),
+        lines("Self-tuned", "", history, tuned),
+    )
+
+
+def _cube(history: pd.DataFrame, layer_pattern: str, member_pattern: str) -> list[tuple[int, np.ndarray]]:
+    """(step, (layers, members) matrix) of metrics with both numbers in their names; NaN where one is not recorded.
+
+    Args:
+        layer_pattern: its group is the layer's number.
+        member_pattern: with `{}` for that; its group is the member's number.
+    """
+    layers = sorted({*columns(history, layer_pattern).values()}, key=int)
+    members = {layer: columns(history, member_pattern.format(layer)) for layer in layers}
+    width = 1 + max((int(number) for found in members.values() for number in found.values()), default=-1)
+    names = [name for found in members.values() for name in found]
+    table = history[names].dropna(how="all")
+    cube_SLE = np.full((len(table), len(layers), width), np.nan)
+    for row, found in enumerate(members.values()):
+        for name, number in found.items():
+            cube_SLE[:, row, int(number)] = table[name]
+    return list(zip((int(step) for step in table.index), cube_SLE, strict=True))
