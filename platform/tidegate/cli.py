@@ -279,6 +279,20 @@ def ui(
 
 
 @app.command()
+def watch(
+    run: Annotated[str, typer.Argument(help="Name of a run, as train prints it, or its MLflow id", show_default=False)],
+    once: Annotated[bool, typer.Option("--once", help="Print it as it is now")] = False,
+    every: Annotated[float, typer.Option(help="Seconds between two looks", min=0.1)] = 5.0,
+    store: Annotated[str | None, typer.Option(help="URI of an MLflow store [default: as train would use]")] = None,
+    state_dir: StateOption = None,
+) -> None:
+    """Watch a run in the terminal: losses, balance by layer, speed, checkpoints, events."""
+    from tidegate.launch.watch import watch
+
+    watch(run, _state(state_dir), store, once=once, every_s=every)
+
+
+@app.command()
 def dash(
     port: Annotated[int, typer.Option(help="Of Prometheus", min=1, max=65535)] = 9090,
     grafana_port: Annotated[int, typer.Option(help="Of Grafana", min=1, max=65535)] = 3000,

@@ -14,9 +14,9 @@ from tidegate.train.evaluate import Evaluation
 from tidegate.train.job import Job
 from tidegate.train.telemetry import Record
 
-__all__ = ["Reporter"]
+__all__ = ["SHADES", "Reporter"]
 
-_SHADES = " ▁▂▃▄▅▆▇█"
+SHADES = " ▁▂▃▄▅▆▇█"
 
 
 class Reporter:
@@ -115,7 +115,7 @@ def _load_table(evaluation: Evaluation) -> Table:
     top = float(load_DLE.max())
     for layer, row_E in enumerate(pooled_LE):
         bars = [
-            "".join(_SHADES[round(8 * float(share) / top)] for share in load_DLE[d, layer]) for d in range(len(charts))
+            "".join(SHADES[round(8 * float(share) / top)] for share in load_DLE[d, layer]) for d in range(len(charts))
         ]
         low, high = 100 * row_E.min(), 100 * row_E.max()
         table.add_row(str(layer), *bars, f"{low:.1f}", f"{high:.1f}", f"{violation[layer]:.2f}")

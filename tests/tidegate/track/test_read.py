@@ -54,6 +54,8 @@ def test_a_run_comes_back_by_name_and_by_id(uri):
     assert table["tokens"].tolist() == [7000, 14000]
     assert table["train/loss"].tolist() == [2.5, 1.5]
     assert math.isnan(table.loc[7, "val/math/ppl"])
+    some = run.history({"train/loss", "never/logged"})
+    assert some.equals(table[["tokens", "train/loss"]])
 
 
 def test_nan_and_infinity_come_back(uri):
@@ -120,6 +122,7 @@ def test_a_server_gives_the_same_as_its_database(server, uri):
     log(handle, *((step, 10 * step, {f"m/{n}": step + n for n in range(21)} | {"nan": math.nan}) for step in (3, 5)))
     here, there = find_run(uri, "served-1"), find_run(server.uri, "served-1")
     assert there.history().equals(here.history())
+    assert there.history({"m/7"}).equals(here.history()[["tokens", "m/7"]])
     assert there.job() == here.job()
     assert there.artifact("nothing.txt") is None
 
