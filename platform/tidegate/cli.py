@@ -191,8 +191,26 @@ def export(
 ) -> None:
     """Write a run's weights as one model in safetensors files, from any layout; train --init-from reads them."""
     from tidegate.launch.export import export_run
+    from tidegate.launch.lineage import record_export
 
-    export_run(run, _state(state_dir), format, checkpoint, out)
+    state = _state(state_dir)
+    if not record_export(run, state, *export_run(run, state, format, checkpoint, out)):
+        print("not entered in MLflow, which does not answer")
+
+
+@app.command()
+def register(
+    run: Annotated[str, typer.Argument(help="Name of a run, as train prints it", show_default=False)],
+    name: Annotated[str, typer.Option(help="Of the model in MLflow's registry", show_default=False)],
+    alias: Annotated[
+        str | None, typer.Option(help="Such as champion: moved to this version", show_default=False)
+    ] = None,
+    state_dir: StateOption = None,
+) -> None:
+    """Make a run's newest export, or else its newest checkpoint, a version of a model in MLflow's registry."""
+    from tidegate.launch.lineage import register_run
+
+    register_run(run, _state(state_dir), name, alias)
 
 
 @app.command()

@@ -82,6 +82,8 @@ class LoadedJob(NamedTuple):
     overrides: dict[str, Any]
     """Flat `path -> value` of all that the later files and `--set` changed against the outermost base. A file without
     `extends:` is its own base, so only `--set` shows. What another `kind` threw out maps to None."""
+    base: str | None
+    """Name of the file that the job's own lies directly over; None without `extends:`."""
 
 
 def load(path: str | Path, schema: type[C], overrides: Sequence[str] = ()) -> LoadedJob:
@@ -114,6 +116,7 @@ class JobFile:
         folder = Path(path).parent
         chain = [(file, in_folder(mapping, file.parent, folder)) for file, mapping in _extends_chain(Path(path))]
         (file, self._base), *others = chain
+        self._parent = chain[-2][0].name if others else None
         self._merged = _overlay({}, self._base, str(file), self._sources)
         for file, mapping in others:
             self._merged = _overlay(self._merged, mapping, str(file), self._sources)
@@ -129,7 +132,7 @@ class JobFile:
         sources, merged = dict(self._sources), self._merged
         for path, value in (values or {}).items():
             merged = _overlay(merged, _at(path, value), f"--set {path}={json.dumps(value)}", sources)
-        return LoadedJob(_validate(merged, schema, self._path, sources), diff(self._base, merged))
+        return LoadedJob(_validate(merged, schema, self._path, sources), diff(self._base, merged), self._parent)
 
 
 def load_stored(document: str, schema: type[C], source: str) -> C:

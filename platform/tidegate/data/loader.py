@@ -11,6 +11,7 @@ T  sequence length
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -24,7 +25,15 @@ from tidegate.data.config import DataConfig
 from tidegate.data.packing import check_lengths, num_windows, read_windows
 from tidegate.data.shards import Split, TokenDataset
 
-__all__ = ["EvalBatch", "StepBatch", "TrainLoader", "check_tuning_windows", "eval_batches", "eval_windows"]
+__all__ = [
+    "EvalBatch",
+    "StepBatch",
+    "TrainLoader",
+    "check_tuning_windows",
+    "eval_batches",
+    "eval_windows",
+    "scored_fingerprint",
+]
 
 # Third word of the seed of the domain draws. NumPy pads seeds with zeros, so [seed, s] would be the stream of
 # [seed, s, 0], the permutation of domain s - 1 in epoch 0; permutations have 1 + domain in this place.
@@ -216,6 +225,15 @@ class TrainLoader:
 def eval_windows(dataset: TokenDataset, config: DataConfig, domain: int) -> int:
     """How many held-out windows of a domain evaluation scores: the first `eval_sequences`, or all it has."""
     return min(config.eval_sequences, num_windows(len(dataset.stream(domain, "held_out")), config.sequence_length))
+
+
+def scored_fingerprint(dataset: TokenDataset, config: DataConfig) -> str:
+    """Hash of what evaluation scores: equal where losses and perplexities are of the same tokens, on any machine."""
+    parts = [dataset.tokenizer_sha256, config.documents, str(config.sequence_length)]
+    for index, domain in enumerate(dataset.manifest.domains):
+        parts += [domain.name, str(eval_windows(dataset, config, index))]
+        parts += [shard.sha256 for shard in domain.held_out.shards]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def check_tuning_windows(dataset: TokenDataset, config: DataConfig) -> None:

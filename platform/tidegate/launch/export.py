@@ -24,12 +24,12 @@ from tidegate.train.export import ExportManifest, Format, Origin, write_export
 from tidegate.train.job import Job
 from tidegate.train.storage import Storage
 
-__all__ = ["OpenCheckpoint", "export_run", "open_checkpoint"]
+__all__ = ["Exported", "OpenCheckpoint", "chosen", "export_run", "open_checkpoint"]
 
 _FORMATS: dict[str, Format] = {"tidegate": "tidegate", "hf": "hf"}
 
 
-def export_run(run: str, state: StateDir, format: str, checkpoint: str | None, out: Path | None) -> None:
+def export_run(run: str, state: StateDir, format: str, checkpoint: str | None, out: Path | None) -> Exported:
     """Write a checkpoint's weights in use, all experts, to a new folder; check and print what is in it.
 
     Args:
@@ -62,6 +62,14 @@ def export_run(run: str, state: StateDir, format: str, checkpoint: str | None, o
         extra=tokenizer.files if tokenizer else {},
     )
     _show(out, manifest, model, tokenizer is not None)
+    return Exported(out, manifest)
+
+
+class Exported(NamedTuple):
+    """What was written."""
+
+    folder: Path
+    manifest: ExportManifest
 
 
 class OpenCheckpoint(NamedTuple):
@@ -85,7 +93,7 @@ def open_checkpoint(run: str, state: StateDir, checkpoint: str | None = None) ->
         ConfigError: there is no such run or checkpoint, or it is not whole.
     """
     store = CheckpointStore(Storage(state.run(run).read().checkpoints))
-    entry = _chosen(store, run, checkpoint)
+    entry = chosen(store, run, checkpoint)
     assert entry.manifest is not None
     model = ModelConfig.model_validate(entry.manifest.model)
     source = _Source(store, entry.name, entry.manifest)
@@ -93,7 +101,8 @@ def open_checkpoint(run: str, state: StateDir, checkpoint: str | None = None) ->
     return OpenCheckpoint(entry.name, entry.manifest, model, weights)
 
 
-def _chosen(store: CheckpointStore, run: str, name: str | None) -> Entry:
+def chosen(store: CheckpointStore, run: str, name: str | None) -> Entry:
+    """The checkpoint of this name, or the newest that is whole; raises ConfigError if there is none."""
     entries = store.entries()
     if name is None:
         valid = [entry for entry in entries if entry.problem is None]

@@ -15,6 +15,7 @@ from tidegate.train.checkpoint import Tracker
 from tidegate.train.job import Job
 from tidegate.train.loop import World, train
 from tidegate.train.telemetry import Record
+from tidegate.train.throughput import device_name
 
 __all__ = ["run_local"]
 
@@ -30,6 +31,7 @@ def run_local(
     """Train here until the end, a signal, or `show` says so; continues from the newest of the run's checkpoints."""
     made = collectives.start(alone=True)
     assert made
+    logger.tag("gpu", device_name(collectives.default_device()))
     stop = _StopOnSignal()
 
     def record(record: Record) -> None:

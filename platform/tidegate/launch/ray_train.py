@@ -41,6 +41,7 @@ from tidegate.train.checkpoint import Tracker
 from tidegate.train.job import Job
 from tidegate.train.loop import Outcome, World, train
 from tidegate.train.telemetry import Record
+from tidegate.train.throughput import device_name
 
 __all__ = ["connect", "run_on_ray", "storage_filesystem"]
 
@@ -177,6 +178,7 @@ def _worker(task: _WorkerJob) -> tuple[Outcome, Delivery] | None:
         logger = MetricLogger(
             task.tracking.uri, task.tracking.run_id, spool=task.spool, flush_every_s=job.track.flush_every_s
         )
+        logger.tag("gpu", device_name(collectives.default_device()))
     wishes = _Wishes(task.board if rank_zero else None, job.resources.workers)
 
     def record(record: Record) -> None:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from tidegate.config import ConfigError, LoadedJob, load
 from tidegate.data import TokenDataset, prepare, unigram_perplexity
 from tidegate.launch.ended import Ended
+from tidegate.launch.lineage import dataset_uses, job_tags
 from tidegate.launch.preflight import check_dataset, check_machine, check_space, hide_gpus
 from tidegate.launch.report import Reporter
 from tidegate.launch.run_page import RunPage
@@ -23,6 +24,7 @@ from tidegate.track import (
     RunHandle,
     RunStatus,
     finish_run,
+    log_datasets,
     log_dict,
     log_file,
     open_run,
@@ -100,7 +102,9 @@ def run(request: Request) -> Ran:
         storage_filesystem(storage)
         connect(request.address, job)
     dataset = prepare_data(job, request.state, plan.job_dir, reporter)
-    run_folder, tracking, checkpoints = _open(request, plan, storage, reporter)
+    run_folder, tracking, checkpoints = _open(
+        request, plan, storage, TokenDataset.open(dataset, verify=False), reporter
+    )
     request.opened(run_folder.name)
     status: RunStatus = "FAILED"
     with RunPage(tracking, run_folder, job.track, enabled=request.page) as page:
@@ -174,12 +178,13 @@ class _Opened(NamedTuple):
     """Folder or URI of this run's."""
 
 
-def _open(request: Request, plan: _Plan, storage: str, reporter: Reporter) -> _Opened:
+def _open(request: Request, plan: _Plan, storage: str, dataset: TokenDataset, reporter: Reporter) -> _Opened:
     """Create or re-open the run, here and in MLflow."""
     job, resumed = plan.job, plan.resumed
     record = resumed.read() if resumed else None
     run_folder = resumed or request.state.new_run(job.name)
     checkpoints = _resumed_from(plan, storage, record, run_folder.name, reporter) if record else None
+    cluster = "process" if request.local else "local_ray" if request.address is None else "ray"
     try:
         tracking = open_run(
             recorded_uri(record.tracking_uri) if record else resolve_tracking_uri(job.track, request.state.root),
@@ -190,13 +195,15 @@ def _open(request: Request, plan: _Plan, storage: str, reporter: Reporter) -> _O
             command=sys.argv,
             name=run_folder.name,
             run_id=record.run_id if record else None,
-            tags=request.tags,
+            tags=job_tags(job, dataset, plan.loaded.base, cluster) | dict(request.tags),
             notice=reporter.say,
         )
     except ConfigError:
         if resumed is None:
             run_folder.folder.rmdir()  # nothing half-written: the name is free again
         raise
+    if resumed is None:
+        log_datasets(tracking, [*dataset_uses(dataset)])
     checkpoints = checkpoints or _checkpoints(storage, run_folder.name, tracking.run_id)
     run_folder.write(job, plan.job_dir, tracking, record.command if record else sys.argv, checkpoints)
     return _Opened(run_folder, tracking, checkpoints)

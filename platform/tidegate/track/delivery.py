@@ -54,6 +54,10 @@ class Sender:
         """Store a file as an artifact."""
         self._client.log_artifact(self._run_id, str(path), folder)
 
+    def tag(self, key: str, value: str) -> None:
+        """Set a tag of the run."""
+        self._client.set_tag(self._run_id, key, value)
+
     @property
     def _client(self) -> MlflowClient:
         if self._connected is None:

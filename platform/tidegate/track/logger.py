@@ -26,7 +26,7 @@ __all__ = ["Delivery", "MetricLogger"]
 
 LONGEST_BACKOFF_S = 60.0
 CLOSING_RETRY_S = 0.5  # close() has little time, so it does not back off
-ARTIFACT_ATTEMPTS = 3
+ATTEMPTS = 3  # at an artifact or a tag
 
 _log = logging.getLogger(__name__)
 
@@ -42,10 +42,12 @@ class Delivery(NamedTuple):
     """Holds exactly the undelivered ones, for `replay_spool`; None without any, or when the disk refused it."""
 
 
-class _Artifact(NamedTuple):
-    path: Path
-    folder: str | None
-    attempt: int
+class _Errand(NamedTuple):
+    """Something to store beside metrics, best effort."""
+
+    what: str
+    act: Callable[[Sender], None]
+    attempt: int = 1
 
 
 class MetricLogger:
@@ -76,7 +78,7 @@ class MetricLogger:
         self._adopted: list[Record] = []
         self._pending = deque(self._spool.load())
         self._rejected: list[Record] = []
-        self._artifacts: deque[_Artifact] = deque()
+        self._errands: deque[_Errand] = deque()
         self._delivered = 0
         self._last_ms = self._pending[-1].timestamp_ms if self._pending else 0
         self._closing = False
@@ -140,7 +142,17 @@ class MetricLogger:
         """
         with self._lock:
             self._refuse_if_closed()
-            self._artifacts.append(_Artifact(Path(path), folder, 1))
+            self._errands.append(_Errand(f"artifact {path}", lambda sender: sender.upload(Path(path), folder)))
+
+    def tag(self, key: str, value: str) -> None:
+        """Set a tag of the run, best effort: a failure is logged as a warning.
+
+        Raises:
+            RuntimeError: the logger is closed.
+        """
+        with self._lock:
+            self._refuse_if_closed()
+            self._errands.append(_Errand(f"tag {key}", lambda sender: sender.tag(key, value)))
 
     def close(self, timeout_s: float = 30.0) -> Delivery:
         """Deliver what can be delivered, leave the rest in the spool file. Later calls return the same answer.
@@ -173,13 +185,13 @@ class MetricLogger:
         with self._lock:
             self._abandoned = True  # a request still under way is no longer counted; a replay finds out
             left = [*self._rejected, *self._adopted, *self._pending, *self._inbox]
-            artifacts = [str(artifact.path) for artifact in self._artifacts]
+            errands = [errand.what for errand in self._errands]
             delivered = self._delivered
         self._stop.set()
         with self._spool_lock:
             kept = self._write_spool(lambda: self._spool.replace(left))
-        if artifacts:
-            _log.warning("artifacts were not stored at %s: %s", self._where, ", ".join(artifacts))
+        if errands:
+            _log.warning("not stored at %s: %s", self._where, ", ".join(errands))
         if left:
             _log.warning("%s did not take %d metric records; spool: %s", self._where, len(left), self._spool.path)
         return Delivery(delivered, len(left), self._spool.path if left and kept else None)
@@ -202,7 +214,7 @@ class MetricLogger:
             if closing or time.monotonic() >= self._next_attempt:
                 self._deliver_pending()
             with self._lock:
-                if closing and not self._pending and not self._artifacts:
+                if closing and not self._pending and not self._errands:
                     return
 
     def _take_adopted(self) -> None:
@@ -225,7 +237,7 @@ class MetricLogger:
             return
         if self._failures or self._spooled_ms:
             self._recover()
-        self._upload_artifacts()
+        self._run_errands()
 
     def _next_batch(self) -> list[Record]:
         with self._lock:
@@ -274,23 +286,23 @@ class MetricLogger:
                 self._write_spool(lambda: self._spool.replace(self._rejected))
         self._spooled_ms = 0
 
-    def _upload_artifacts(self) -> None:
+    def _run_errands(self) -> None:
         with self._lock:
-            waiting = [] if self._abandoned else list(self._artifacts)
-        for artifact in waiting:
+            waiting = [] if self._abandoned else list(self._errands)
+        for errand in waiting:
             failure = None
             try:
-                self._sender.upload(artifact.path, artifact.folder)
+                errand.act(self._sender)
             except Exception as error:  # best effort, as promised
                 failure = one_line(error)
             with self._lock:
                 if self._abandoned:
                     return
-                self._artifacts.popleft()
-                if failure and artifact.attempt < ARTIFACT_ATTEMPTS:
-                    self._artifacts.append(artifact._replace(attempt=artifact.attempt + 1))
-            if failure and artifact.attempt >= ARTIFACT_ATTEMPTS:
-                _log.warning("artifact %s was not stored at %s: %s", artifact.path, self._where, failure)
+                self._errands.popleft()
+                if failure and errand.attempt < ATTEMPTS:
+                    self._errands.append(errand._replace(attempt=errand.attempt + 1))
+            if failure and errand.attempt >= ATTEMPTS:
+                _log.warning("%s was not stored at %s: %s", errand.what, self._where, failure)
 
     # --- the spool -------------------------------------------------------------------------------------------
 

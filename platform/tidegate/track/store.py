@@ -30,6 +30,7 @@ __all__ = [
     "RunHandle",
     "RunStatus",
     "artifact_root",
+    "best_effort",
     "embedded_uri",
     "finish_run",
     "log_dict",
@@ -166,22 +167,22 @@ def open_run(
 
 def finish_run(handle: RunHandle, status: RunStatus) -> bool:
     """Set the final status; False, with a warning logged, when the store does not answer."""
-    return _best_effort(handle, "its status", lambda client: client.set_terminated(handle.run_id, status))
+    return best_effort(handle, "its status", lambda client: client.set_terminated(handle.run_id, status))
 
 
 def tag_run(handle: RunHandle, key: str, value: str) -> bool:
     """Set a tag; False, with a warning logged, when the store does not answer."""
-    return _best_effort(handle, f"its tag {key}", lambda client: client.set_tag(handle.run_id, key, value))
+    return best_effort(handle, f"its tag {key}", lambda client: client.set_tag(handle.run_id, key, value))
 
 
 def log_file(handle: RunHandle, path: Path, folder: str | None = None) -> bool:
     """Store a file as an artifact under `folder`; False, with a warning logged, when that fails."""
-    return _best_effort(handle, str(path), lambda client: client.log_artifact(handle.run_id, str(path), folder))
+    return best_effort(handle, str(path), lambda client: client.log_artifact(handle.run_id, str(path), folder))
 
 
 def log_text(handle: RunHandle, text: str, path: str) -> bool:
     """Store text (HTML, Markdown, CSV) as the artifact `path`; False, with a warning logged, when that fails."""
-    return _best_effort(handle, path, lambda client: client.log_text(handle.run_id, text, path))
+    return best_effort(handle, path, lambda client: client.log_text(handle.run_id, text, path))
 
 
 def log_dict(handle: RunHandle, document: Mapping[str, Any], path: str) -> bool:
@@ -199,7 +200,8 @@ def run_url(handle: RunHandle) -> str:
     return f"mlflow ui --backend-store-uri {shlex.quote(redact(handle.uri))}  (then open {page})"
 
 
-def _best_effort(handle: RunHandle, what: str, act: Callable[[MlflowClient], object]) -> bool:
+def best_effort(handle: RunHandle, what: str, act: Callable[[MlflowClient], object]) -> bool:
+    """Do something to the run in its store; False, with a warning logged that names `what`, when that fails."""
     try:
         act(connect(handle.uri))
     except Exception as error:  # see the module docstring: a finished training stays finished

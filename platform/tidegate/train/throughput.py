@@ -9,7 +9,7 @@ import torch
 from tidegate.model.flops import PEAK_BF16_FLOPS, total
 from tidegate.train.job import Job
 
-__all__ = ["Throughput", "peak_flops"]
+__all__ = ["Throughput", "device_name", "peak_flops"]
 
 
 class Throughput:
@@ -47,9 +47,12 @@ class Throughput:
         self._since, self._tokens = time.monotonic(), 0
 
 
+def device_name(device: torch.device) -> str:
+    """The kind of GPU as its driver calls it, or `cpu`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 peak of this device by name, FLOP/s; None if it has no data sheet here."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
+    name = device_name(device)
     return next((flops for known, flops in PEAK_BF16_FLOPS.items() if name.startswith(known)), None)

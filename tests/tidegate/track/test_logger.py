@@ -389,9 +389,11 @@ def test_artifacts_arrive_and_missing_ones_only_warn(handle, spool, tmp_path, ca
     with MetricLogger(handle.uri, handle.run_id, spool=spool, flush_every_s=0.02) as logger:
         logger.log_artifact(tmp_path / "missing.npz")
         logger.log_artifact(tmp_path / "routing.npz", "routing")
+        logger.tag("gpu", "NVIDIA H200")
         log_steps(logger, range(2))
     files = connect(handle.uri).list_artifacts(handle.run_id, "routing")
     assert [(file.path, file.file_size) for file in files] == [("routing/routing.npz", 63)]
+    assert connect(handle.uri).get_run(handle.run_id).data.tags["gpu"] == "NVIDIA H200"
     warnings = [record.getMessage() for record in caplog.records if record.name.startswith("tidegate")]
     assert len(warnings) == 1
     assert "missing.npz" in warnings[0]
@@ -401,6 +403,6 @@ def test_artifacts_of_a_dead_server_are_named_at_close(handle, spool, tmp_path, 
     logger = MetricLogger(f"http://127.0.0.1:{unused_port}", handle.run_id, spool=spool, flush_every_s=0.02)
     logger.log({}, step=0, tokens=0)
     logger.log_artifact(tmp_path / "routing.npz")
+    logger.tag("gpu", "cpu")
     assert logger.close(timeout_s=0.2) == Delivery(0, 1, spool)
-    assert "artifacts were not stored" in caplog.text
-    assert "routing.npz" in caplog.text
+    assert f"artifact {tmp_path / 'routing.npz'}, tag gpu" in caplog.text
