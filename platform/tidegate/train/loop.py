@@ -31,6 +31,7 @@ from tidegate.train.init_from import starting_weights
 from tidegate.train.job import Job
 from tidegate.train.masks import held_masks
 from tidegate.train.memory import out_of_memory_explained
+from tidegate.train.metric_path import parse_metric
 from tidegate.train.replicas import compare_replicas
 from tidegate.train.step import StepLosses, outcome_share, train_step, tune_step, update_routers, update_units
 from tidegate.train.storage import Storage
@@ -147,6 +148,8 @@ def train(job: Job, world: World) -> Outcome:
                 metrics = _read(job, losses, torch.stack([engine.gradient_norm(), kept]), observer)
                 metrics |= _read_tuned(engine.model) | throughput.read() | checkpoints.read() | judge.metrics()
                 metrics["train/learning_rate"] = learning_rate
+                if not (last or step % job.train.eval_every < job.train.log_every):
+                    metrics = {name: value for name, value in metrics.items() if not parse_metric(name).is_detail}
                 _record(world, Record(step, tokens, metrics))
 
             if paranoid and (step % paranoid == 0 or saves):

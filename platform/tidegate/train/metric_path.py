@@ -30,6 +30,11 @@ class MetricPath(NamedTuple):
     place: dict[str, str]
     """Of what the metric is: `layer`, `expert`, `block`, `head` (numbers from 0), `domain`; as written in the name."""
 
+    @property
+    def is_detail(self) -> bool:
+        """Of one expert, head or domain of a layer: most names of a run, too many for every record."""
+        return len(self.place) > 1
+
 
 def _expression(path: str) -> re.Pattern[str]:
     path = re.sub(r"<(domain|name)>", r"(?P<\1>[^/]+)", path)

@@ -51,6 +51,7 @@ def test_a_server_takes_data_models_and_versions(server, tmp_path):
     newest = logged_model(handle)
     assert newest is not None
     assert client.get_logged_model(newest).model_type == "hf"
+    assert [file.path for file in client.list_logged_model_artifacts(newest)] == ["manifest.json"]
     assert register_model(handle, NAME, None, newest) == "1"
     assert register_model(handle, NAME, "champion", entry) == "2"
     champion = client.get_model_version_by_alias(NAME, "champion")

@@ -20,7 +20,7 @@ from tidegate.model.decoder import Decoder, DecoderOutput, ModelConfig, material
 from tidegate.model.observations import AttentionObservations
 from tidegate.model.routers import Observe
 from tidegate.train.metric_path import parse_metric
-from tidegate.train.telemetry import Observer, summarise
+from tidegate.train.telemetry import Observer, Record, summarise
 
 ROOT = Path(__file__).resolve().parents[3]
 X, L, E, K, B, T, V = 3, 2, 5, 2, 4, 17, 61
@@ -275,8 +275,8 @@ def test_a_step_shows_all_of_its_first_micro_batch_and_the_routing_of_the_others
     assert {"attention/1/entropy", "hidden/1/max", "moe/1/b/router_entropy"} <= metrics.keys()
 
 
-def names_of_a_run(path: str, scratch: str) -> set[str]:
-    """All metrics that a real run of a job records; in a process of its own, which DeepSpeed wants."""
+def records_of_a_run(path: str, scratch: str) -> list[Record]:
+    """All that a real run of a job records; in a process of its own, which DeepSpeed wants."""
     from tidegate.config import load
     from tidegate.data import prepare
     from tidegate.train.job import Job
@@ -284,10 +284,10 @@ def names_of_a_run(path: str, scratch: str) -> set[str]:
 
     job = load(path, Job).config
     folder = prepare(job.data, cache_dir=Path(scratch) / "data", job_dir=Path(path).parent)
-    names: set[str] = set()
+    records: list[Record] = []
     checkpoints = f"{scratch}/checkpoints-{len(os.listdir(scratch))}"  # a run of its own, not resumed
-    train(job, World(folder, checkpoints, lambda record: names.update(record.metrics), print, lambda: False))
-    return names
+    train(job, World(folder, checkpoints, records.append, print, lambda: False))
+    return records
 
 
 @pytest.fixture
@@ -295,9 +295,23 @@ def recorded(tiny_job: Any, on_ranks: Any, tmp_path: Path) -> Any:
     """`recorded(**sections)`: names of the metrics of the tiny job with these sections laid over it."""
 
     def run(**sections: dict[str, Any]) -> set[str]:
-        return on_ranks(1, names_of_a_run, str(tiny_job(**sections)), str(tmp_path))[0]
+        (records,) = on_ranks(1, records_of_a_run, str(tiny_job(**sections)), str(tmp_path))
+        return {name for record in records for name in record.metrics}
 
     return run
+
+
+def test_single_experts_heads_and_domains_come_with_evaluations(tiny_job: Any, on_ranks: Any, tmp_path: Path) -> None:
+    path = tiny_job(train={"tokens": 10 * 512, "log_every": 2, "eval_every": 5})
+    (records,) = on_ranks(1, records_of_a_run, str(path), str(tmp_path))
+    trained = {record.step: set(record.metrics) for record in records if "train/loss" in record.metrics}
+    assert list(trained) == [2, 4, 6, 8, 10]
+    detailed = [step for step, names in trained.items() if any(parse_metric(name).is_detail for name in names)]
+    assert detailed == [6, 10], "of the evaluations after steps 5 and 10"
+    for name in ("moe/1/load/3", "moe/1/digits/maxvio", "attention/0/head/3/gate_mean"):
+        assert parse_metric(name).is_detail
+        assert name in trained[10]
+    assert {"moe/1/maxvio", "attention/0/gate_mean", "hidden/1/max", "hidden/max_mean"} <= trained[2]
 
 
 def test_the_table_holds_every_metric_and_no_other(recorded: Any) -> None:
