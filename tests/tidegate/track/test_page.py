@@ -295,6 +295,8 @@ FALLING = [5 - step / 20 for step in range(20)]
         ("Loss", {"train/loss": FALLING}, "green"),
         ("Loss", {"train/loss": FALLING[::-1]}, "red"),
         ("Loss", {"train/loss": [3.0] * 20}, "amber"),
+        ("Loss", {"train/loss": [3.0 + (-1) ** step / 4 + step / 500 for step in range(20)]}, "amber"),  # noise
+        ("Loss", {"train/loss": [7.9, 7.0, 6.4, 5.85, 5.7, 5.4, 5.3, 5.5, 5.0, 5.05, 5.2, 5.4]}, "green"),
         ("Loss", {"train/loss": [*FALLING, math.inf]}, "red"),
         ("Loss", {"train/loss": [*FALLING, math.nan], "train/learning_rate": [0.1] * 21}, "red"),
         ("Loss", {"train/loss": [*FALLING, math.nan], "val/loss": [math.nan] * 20 + [1.0]}, "green"),  # an evaluation

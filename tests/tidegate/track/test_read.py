@@ -100,6 +100,29 @@ def test_metrics_of_the_machine_have_no_row_in_the_history(uri):
     assert set(run.points["key"]) == {"tokens", "train/loss", "system/cpu_utilization_percentage"}
 
 
+def test_a_sampled_run_has_all_of_the_run_and_some_of_its_layers(uri):
+    handle = start(uri, "long-1")
+    log(handle, *((step, 10 * step, {"train/loss": step / 7, "moe/0/maxvio": float(step)}) for step in range(1, 64)))
+    run = find_run(uri, "long-1")
+    whole, table = run.history(), run.sampled(10).history()
+    assert table["train/loss"].equals(whole["train/loss"])
+    kept = table["moe/0/maxvio"].dropna()
+    assert len(kept) == 9
+    assert kept.index[-1] == 63
+    assert kept.tolist() == kept.index.tolist()
+    assert run.sampled(63).history().equals(whole)
+
+
+def test_a_sampled_run_has_what_comes_with_evaluations_only(uri):
+    handle = start(uri, "evaluated-1")
+    records = [(step, 10 * step, {"train/loss": 1.0, "moe/0/maxvio": 0.5}) for step in range(1, 64)]
+    records[19][2]["moe/0/load/5"] = 0.25
+    log(handle, *records[:20], (20, 200, {"val/loss": 2.0}), *records[20:])
+    table = find_run(uri, "evaluated-1").sampled(10).history()
+    assert table["moe/0/load/5"].dropna().to_dict() == {20: 0.25}
+    assert len(table["moe/0/maxvio"].dropna()) == 10
+
+
 def test_a_run_that_crashed_before_its_first_record_has_an_empty_history(uri):
     finish_run(start(uri, "crashed-1"), "FAILED")
     run = find_run(uri, "crashed-1")

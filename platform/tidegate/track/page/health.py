@@ -88,13 +88,15 @@ def _loss(history: pd.DataFrame) -> Finding:
         return Finding("amber", "Loss", "No loss was recorded.", "loss")
     if not math.isfinite(logged.iloc[-1]):
         return Finding("red", "Loss", f"The last loss, at step {logged.index[-1]}, is not finite.", "loss")
-    fifth = max(len(finite) // 5, 2)
-    now, before = float(finite[-fifth:].median()), float(finite[-2 * fifth : -fifth].median())
-    change = f"from {before:.3f} to {now:.3f} over the last {2 * fifth} records"
-    if now > before * 1.02:
+    window = max(len(finite) // 5, RECENT)
+    now, before = float(finite[-window:].mean()), float(finite[-2 * window : -window].mean())
+    # Of the difference of two means, from successive differences, so that a trend is no noise.
+    noise = float(finite[-2 * window :].diff().std()) / math.sqrt(window)
+    change = f"from {before:.3f} to {now:.3f} over the last {2 * window} records"
+    if now - before > max(2 * noise, 0.01 * before):
         return Finding("red", "Loss", f"The training loss rises, {change}.", "loss")
-    if now > before * 0.999:
-        return Finding("amber", "Loss", f"The training loss stands still, {change}.", "loss")
+    if before - now <= 2 * noise:
+        return Finding("amber", "Loss", f"The training loss stands still within its noise, {change}.", "loss")
     return Finding("green", "Loss", f"The training loss falls, {change}.", "loss")
 
 

@@ -12,6 +12,7 @@ from zipfile import BadZipFile
 import numpy as np
 import pandas as pd
 
+from tidegate.track.page.figures import MAX_POINTS
 from tidegate.track.read import RunData
 
 __all__ = ["EVENTS_FILE", "LOADS_FILE", "Event", "Loads", "Recording", "read_loads", "record_of"]
@@ -68,6 +69,7 @@ def record_of(run: RunData) -> Recording:
     Raises:
         ConfigError: the store does not answer.
     """
+    run = run.sampled(MAX_POINTS)
     points = run.points
     points = points[points["key"].isin(["tokens", "speed/tokens_per_s", "checkpoint/stall_s", *_COUNTERS])]
     # A record has a time of its own, and `tokens` in it; foreign runs need not.
