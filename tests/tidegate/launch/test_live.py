@@ -118,6 +118,9 @@ def test_a_run_is_seen_at_rays_endpoint_and_a_lost_worker_is_missed(
             for child in psutil.Process(process.pid).children(recursive=True)
             if "RayTrainWorker" in " ".join(child.cmdline())
         ]
+        worker.suspend()  # a run that hangs stays in sight, or nobody could be told
+        time.sleep(4)
+        assert ("tidegate_step", "") in scraped.values(), "twice as long as Ray keeps what is not set again"
         worker.kill()
         scraped.wait_for(lambda seen: seen.get(("tidegate_workers_present", "")) == 0, "the lost worker")
         again = scraped.wait_for(lambda seen: seen.get(("tidegate_workers_present", "")) == 1, "the new worker")
