@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sqlite3
@@ -64,7 +65,7 @@ class Scraped:
         return found
 
     def wait_for(self, what: Callable[[dict[tuple[str, str], float]], bool], why: str) -> dict[tuple[str, str], float]:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not what(values := self.values()):
             assert time.monotonic() < deadline, (why, values)
             time.sleep(0.3)
@@ -128,5 +129,10 @@ def test_a_run_is_seen_at_rays_endpoint_and_a_lost_worker_is_missed(
     except AssertionError as error:
         raise AssertionError((tmp_path / "log").read_text()) from error
     finally:
+        family = psutil.Process(process.pid).children(recursive=True)
         process.terminate()
-        process.wait(timeout=60)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=30)
+        for left in (process, *(child for child in family if child.is_running())):  # where an assertion failed half-way
+            left.kill()
+        process.wait()
