@@ -140,7 +140,9 @@ class Comparison:
                 one.label += f" {one.run.id[:8]}"
         self.settings = [Setting(_letters(place), tuple(group)) for place, group in enumerate(groups.values())]
         self.warnings: list[str] = []
-        self._other_tokens, self._other_text = self._differ(_TOKENIZER), self._differ(_HELD_OUT)
+        self._other_tokens = self._differ("tokenizer", _TOKENIZER)
+        # Evaluations of the same text differ in the tag too where tokens do.
+        self._other_text = self._differ("" if self._other_tokens else "validation", _HELD_OUT)
         if self._other_tokens:
             self.warnings.append("tokenizers differ: loss and perplexity are of other tokens; bits per byte compare")
         if self._other_text:
@@ -267,7 +269,11 @@ class Comparison:
         of_tokens = name == "train/loss" or (name.startswith("val/") and name.endswith(("/loss", "/ppl")))
         return (self._other_tokens and of_tokens) or (self._other_text and name.startswith("val/"))
 
-    def _differ(self, prefixes: tuple[str, ...]) -> bool:
+    def _differ(self, tag: str, prefixes: tuple[str, ...]) -> bool:
+        """By a fingerprint that runs are tagged with, or by parameters where one has none."""
+        prints = [run.run.tags.get(tag) for run in self.runs]
+        if None not in prints:
+            return len(set(prints)) > 1
         parts = [
             {p: v for p, v in run.settings.items() if p.startswith(prefixes) and not p.endswith(_NOT_OF_TEXT)}
             for run in self.runs

@@ -40,12 +40,27 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.state, self.uri = StateDir(root), resolve_tracking_uri(TrackConfig(), root)
 
-    def plant(self, name: str, loss: Losses, *changes: str, steps: int = STEPS, every: int = 10) -> None:
+    def plant(
+        self,
+        name: str,
+        loss: Losses,
+        *changes: str,
+        steps: int = STEPS,
+        every: int = 10,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
         """A run that evaluates every so many steps."""
         from mlflow.entities import Metric
 
         handle = open_run(
-            self.uri, TrackConfig(), job="tiny", resolved=job_with(*changes), changes={}, command=["x"], name=name
+            self.uri,
+            TrackConfig(),
+            job="tiny",
+            resolved=job_with(*changes),
+            changes={},
+            command=["x"],
+            name=name,
+            tags=tags,
         )
         metrics = []
         for step in range(1, steps + 1):
@@ -148,6 +163,21 @@ def test_losses_on_other_text_are_compared_by_force_only(store: Store) -> None:
     assert not [name for name in found.metrics if name.startswith("val/")]
     assert "train/loss" in found.metrics
     assert store.compared("narrow-0", "heavier").warnings == [], "how often a domain is drawn is no other text"
+
+
+def test_fingerprints_say_more_than_parameters(store: Store) -> None:
+    """The same tokenizer by another path, and other text at the same one."""
+    tags = {"tokenizer": "a", "validation": "b"}
+    store.plant("tagged", lambda step: 1.0, tags=tags)
+    store.plant("same", lambda step: 1.0, "data.tokenizer={kind: file, path: t.json}", tags=tags)
+    store.plant("other text", lambda step: 1.0, tags={**tags, "validation": "c"})
+    store.plant("other tokens", lambda step: 1.0, tags={"tokenizer": "c", "validation": "d"})
+    assert store.compared("tagged", "same").warnings == []
+    assert store.compared("tagged", "other text").warnings[0].startswith("held-out text differs")
+    warnings = store.compared("tagged", "other tokens").warnings
+    assert warnings[0].startswith("tokenizers differ")
+    assert not any(text.startswith("held-out text") for text in warnings)
+    assert store.compared("narrow-0", "tagged").warnings == [], "the first has no tags"
 
 
 def test_a_run_that_diverged_has_no_value_afterwards(store: Store) -> None:
