@@ -23,6 +23,7 @@ from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
 from tidegate.config import ConfigError
 from tidegate.launch.dashboards import write_dashboards, write_rules
 from tidegate.launch.state import write_whole
+from tidegate.track import stop_server
 
 __all__ = ["serve_dashboards"]
 
@@ -31,7 +32,6 @@ _KEPT = "30d"
 _FRESH_S = 60.0
 """Ray writes where its metrics are every 5 s, for as long as it runs."""
 _START_S = 30.0
-_SHUTDOWN_S = 15.0
 _NO_PROMETHEUS = (
     "prometheus: not installed here (apt install prometheus, brew install prometheus, or "
     "https://prometheus.io/download). Where Prometheus runs elsewhere, give it the rules and dashboards in dashboards/"
@@ -171,12 +171,7 @@ def _running(command: list[str], log: Path, ready_url: str) -> Iterator[subproce
             time.sleep(0.1)
         yield child
     finally:
-        child.terminate()
-        try:
-            child.wait(_SHUTDOWN_S)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+        stop_server(child)
 
 
 def _answers(url: str) -> bool:

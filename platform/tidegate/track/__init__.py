@@ -30,7 +30,7 @@ from tidegate.track.store import (
     run_url,
     tag_run,
 )
-from tidegate.track.ui import check_tracking, serve_ui
+from tidegate.track.ui import check_tracking, serve_ui, stop_server
 
 __all__ = [
     "DatasetUse",
@@ -59,5 +59,6 @@ __all__ = [
     "resolve_tracking_uri",
     "run_url",
     "serve_ui",
+    "stop_server",
     "tag_run",
 ]

@@ -18,7 +18,7 @@ from tidegate.redact import redact
 from tidegate.track.client import connect, database_file, import_mlflow, one_line
 from tidegate.track.store import artifact_root, embedded_uri
 
-__all__ = ["check_tracking", "serve_ui"]
+__all__ = ["check_tracking", "serve_ui", "stop_server"]
 
 CHECK_TIMEOUT_S = 4.5
 _SHUTDOWN_S = 10.0
@@ -116,6 +116,16 @@ def _is_loopback(host: str, port: int) -> bool:
     return ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
 
 
+def stop_server(child: subprocess.Popen[bytes]) -> None:
+    """End a server that was started here, by force if it takes long."""
+    child.terminate()
+    try:
+        child.wait(_SHUTDOWN_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
 def _wait_for(child: subprocess.Popen[bytes]) -> int:
     """Wait for the server; SIGTERM and Ctrl-C end it too, so that no server is left behind."""
     previous = None
@@ -126,12 +136,6 @@ def _wait_for(child: subprocess.Popen[bytes]) -> int:
     except KeyboardInterrupt:
         return 130
     finally:
-        if child.poll() is None:
-            child.terminate()
-            try:
-                child.wait(_SHUTDOWN_S)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
+        stop_server(child)
         if previous is not None:
             signal.signal(signal.SIGTERM, previous)
