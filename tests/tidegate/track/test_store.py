@@ -123,6 +123,7 @@ def test_a_pydantic_config_is_flattened(uri):
         "experiment": "e",
         "tracking_uri": "null",
         "flush_every_s": "2.0",
+        "page_every_s": "60.0",
     }
     assert issubclass(TrackConfig, Config)
 
