@@ -14,6 +14,7 @@ from rich.table import Table
 
 from tidegate.config import ConfigError
 from tidegate.launch.comparison import Comparison, Setting
+from tidegate.launch.run_page import find_recorded
 from tidegate.launch.state import StateDir
 from tidegate.track import RunData, TrackConfig, find_run, find_runs, resolve_tracking_uri
 
@@ -37,7 +38,8 @@ def wanted_runs(
         ConfigError: there is no such run, or the store cannot be read.
     """
     uri = resolve_tracking_uri(TrackConfig(tracking_uri=store), state.root)
-    found = [find_run(uri, name, experiment=experiment if filter or not names else None) for name in names]
+    # Without another store a run of this state directory is found wherever it is tracked.
+    found = [find_recorded(name, state) if store is None else find_run(uri, name) for name in names]
     if filter or (experiment is not None and not names):
         known = {run.id for run in found}
         searched = find_runs(uri, experiment=experiment, filter=filter)

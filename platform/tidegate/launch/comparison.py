@@ -71,6 +71,7 @@ class Traced:
         self.settings = {path: value for path, value in run.params.items() if not path.startswith(_NO_SETTINGS)}
         self.seed = int(run.params.get("train.seed", 0))
         self.flops_per_token = _flops_per_token(run)
+        self._series: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     @cached_property
     def history(self) -> pd.DataFrame:
@@ -79,6 +80,11 @@ class Traced:
 
     def series(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and values of a metric, or of the mean of those that a pattern matches; empty if there are none."""
+        if metric not in self._series:
+            self._series[metric] = self._read(metric)
+        return self._series[metric]
+
+    def _read(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
         columns = [name for name in self.history.columns if PurePosixPath(name).match(metric)]
         if not columns:
             return np.empty(0), np.empty(0)
