@@ -100,6 +100,8 @@ class Watchdog:
             if self._rank == min(reports):
                 self._notice(self._verdict(reports))
                 time.sleep(1.0)  # notices travel by themselves
+            else:
+                time.sleep(_GRACE_S)  # the first process that ends can take the one that speaks with it
         finally:
             os._exit(EXIT_STATUS)
 

@@ -29,6 +29,7 @@ def stand_still(folder: str, culprit: int, frozen: bool) -> None:
 
     with Watchdog(1.0, Storage(folder), "a1", rank, collectives.world_size(), notice) as watchdog:
         for step in (1, 2):
+            time.sleep(0.5 * (rank == 0))  # the one that will speak is the last to notice
             watchdog.beat(f"step {step}")
             if step == 2 and rank == culprit:
                 read_forever(frozen)
