@@ -24,7 +24,7 @@ __all__ = ["OF_THE_RUN", "LiveMetrics", "gauge_of"]
 
 REFRESH_S = 1.0
 """Ray reports as often at most, by default every 10 s."""
-_PLACES = ("layer", "block", "domain")
+_PLACES = ("layer", "block", "domain", "node")
 """Labels of every gauge; Prometheus takes an empty one for none."""
 
 OF_THE_RUN: Mapping[str, str] = {

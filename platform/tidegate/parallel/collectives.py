@@ -16,6 +16,7 @@ __all__ = [
     "default_device",
     "free_port",
     "gather",
+    "local_rank",
     "local_world_size",
     "rank",
     "start",
@@ -72,6 +73,11 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size()
+
+
+def local_rank() -> int:
+    """This rank among those of its machine, as the launcher says; its rank if it does not."""
+    return int(os.environ.get("LOCAL_RANK", dist.get_rank()))
 
 
 def local_world_size() -> int:

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["RunData", "find_run", "find_runs"]
 
 SYSTEM = "system/"
-"""Metrics of the machine begin so; MLflow counts their samples, not steps."""
-_OF_LAYERS = ("moe/", "attention/", "hidden/")
+"""Metrics of machines begin so; MLflow's own monitor counts its samples, not steps."""
+_OF_LAYERS = ("moe/", "attention/", "hidden/", SYSTEM)
 _PAGE = 1000
 _REQUESTS_AT_A_TIME = 16  # a server answers one metric's history a request
 _LARGEST = float(np.finfo(np.float64).max)  # as which MLflow stores an infinity
@@ -127,7 +127,7 @@ class RunData:
         """The run as it stands: a row a step, the column `tokens`, then a column a metric; NaN where none was logged.
 
         Steps that were taken again after a resume or a rollback have their last values, and what was left behind for
-        good is not there. Metrics of the machine (`system/`) are not either: their steps are another count.
+        good is not there. What MLflow's own monitor logged (`system/`) is not either: its steps are another count.
 
         Args:
             only: reads these metrics alone, as far as the run has them; None: all.
@@ -136,8 +136,8 @@ class RunData:
             ConfigError: the store does not answer.
         """
         points = self.points if only is None else self.points_of({TOKENS, *only} & self.metrics.keys())
-        points = points[~points["key"].str.startswith(SYSTEM)]
         records = points[points["key"] == TOKENS]
+        points = points[~points["key"].str.startswith(SYSTEM) | points["time_ms"].isin(records["time_ms"])]
         # A record is left behind if a later one is of an earlier step. The values of a record share its time.
         earliest_from_here = records["step"][::-1].cummin()[::-1]
         left_behind = records["time_ms"][records["step"] > earliest_from_here]

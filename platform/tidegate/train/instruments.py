@@ -6,7 +6,6 @@ have nothing to read.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import statistics
 import tempfile
@@ -21,6 +20,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from tidegate.config import Config
+from tidegate.train.nvml import Gpu
 
 __all__ = [
     "EnergyMeter",
@@ -258,7 +258,7 @@ class Memory(Config):
 
 
 class EnergyMeter:
-    """The device's own count of the energy that it took, through the driver's management library (NVML).
+    """The device's own count of the energy that it took.
 
     Args:
         device: of this process.
@@ -267,28 +267,15 @@ class EnergyMeter:
     def __init__(self, device: torch.device) -> None:
         self.missing: str | None = None
         """Why there is no count, or None."""
-        self._handle = ctypes.c_void_p()
         if device.type != "cuda":
             self.missing = "a CPU has no counter"
             return
         try:
-            self._nvml = ctypes.CDLL("libnvidia-ml.so.1")
-            uuid = str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
-            self._call("nvmlInit_v2")
-            self._call("nvmlDeviceGetHandleByUUID", f"GPU-{uuid}".encode(), ctypes.byref(self._handle))
+            self._gpu = Gpu(str(torch.cuda.get_device_properties(device).uuid))
             self.read_j()
-        except (OSError, AttributeError, RuntimeError) as error:
+        except (OSError, RuntimeError) as error:
             self.missing = f"NVML: {error}"
 
     def read_j(self) -> float:
         """Joules since the driver was loaded; NaN where there is no count."""
-        if self.missing is not None:
-            return float("nan")
-        millijoules = ctypes.c_ulonglong()
-        self._call("nvmlDeviceGetTotalEnergyConsumption", self._handle, ctypes.byref(millijoules))
-        return millijoules.value / 1e3
-
-    def _call(self, function: str, *args: Any) -> None:
-        status = getattr(self._nvml, function)(*args)
-        if status != 0:
-            raise RuntimeError(f"{function} returned {status}")
+        return self._gpu.energy_j() if self.missing is None else float("nan")

@@ -18,7 +18,6 @@ from tidegate.data.loader import TrainLoader
 from tidegate.data.shards import TokenDataset
 from tidegate.model.balance import Balancer
 from tidegate.model.clock import Clock
-from tidegate.model.decoder import Decoder
 from tidegate.model.moe import MoEConfig
 from tidegate.model.weights import Weights
 from tidegate.parallel import collectives
@@ -29,11 +28,13 @@ from tidegate.train.evaluate import Evaluation, evaluate, evaluate_oracle
 from tidegate.train.guards import GuardsState, Judge, Pending, Verdict
 from tidegate.train.init_from import starting_weights
 from tidegate.train.job import Job
+from tidegate.train.machines import Machines
 from tidegate.train.masks import held_masks
 from tidegate.train.memory import out_of_memory_explained
 from tidegate.train.metric_path import parse_metric
+from tidegate.train.record import read_evaluation, read_step, read_tuned
 from tidegate.train.replicas import compare_replicas
-from tidegate.train.step import StepLosses, outcome_share, train_step, tune_step, update_routers, update_units
+from tidegate.train.step import outcome_share, train_step, tune_step, update_routers, update_units
 from tidegate.train.storage import Storage
 from tidegate.train.telemetry import Observer, Record
 from tidegate.train.throughput import Throughput, peak_flops
@@ -92,6 +93,7 @@ def train(job: Job, world: World) -> Outcome:
         out_of_memory_explained(job),
         Checkpoints(world.checkpoints, job, engine, world.tracker, world.notice) as checkpoints,
         build_watchdog(job, world, checkpoints.attempt) as watchdog,
+        Machines(engine.device) as machines,
     ):
         step, tokens = _begin(job, checkpoints, engine, dataset, loader, judge, weights)
         if step and _evaluates(job, step, tokens):  # the run may have ended before it did, or while
@@ -145,8 +147,8 @@ def train(job: Job, world: World) -> Outcome:
                 kept = torch.full((), torch.nan, device=engine.device)  # not made on the host: a copy would wait
                 if engine.model.units is not None:
                     kept = engine.model.units.expected_cost(clock).detach() / engine.model.units.units.total_cost
-                metrics = _read(job, losses, torch.stack([engine.gradient_norm(), kept]), observer)
-                metrics |= _read_tuned(engine.model) | throughput.read() | checkpoints.read() | judge.metrics()
+                metrics = read_step(job, losses, torch.stack([engine.gradient_norm(), kept]), machines, observer)
+                metrics |= read_tuned(engine.model) | throughput.read() | checkpoints.read() | judge.metrics()
                 metrics["train/learning_rate"] = learning_rate
                 if not (last or step % job.train.eval_every < job.train.log_every):
                     metrics = {name: value for name, value in metrics.items() if not parse_metric(name).is_detail}
@@ -288,7 +290,7 @@ def _evaluate(
     world: World, job: Job, checkpoints: Checkpoints, engine: Engine, dataset: TokenDataset, step: int, tokens: int
 ) -> Evaluation:
     evaluation = evaluate(engine, job, dataset)
-    metrics = _evaluation_metrics(evaluation)
+    metrics = read_evaluation(evaluation)
     if tokens >= job.train.tokens and job.train.oracle_sequences:
         metrics |= evaluate_oracle(engine, job, dataset).metrics()
     _record(world, Record(step, tokens, metrics, evaluation))
@@ -299,58 +301,3 @@ def _evaluate(
 def _record(world: World, record: Record) -> None:
     if collectives.rank() == 0:
         world.record(record)
-
-
-def _read(job: Job, losses: StepLosses, alike: torch.Tensor, observer: Observer | None) -> dict[str, float]:
-    """Sum the step over ranks and read it: the one collective and the one host sync of a record.
-
-    Args:
-        alike: (2,) gradient norm, kept share of unit gates: the same on every rank.
-    """
-    parts = [torch.stack([*losses]), alike / collectives.world_size()]
-    if observer is not None:
-        parts.append(observer.vector())
-    vector = torch.cat(parts)
-    collectives.all_reduce(vector)
-    host = vector.cpu()
-    num_losses = len(StepLosses._fields)
-    read = dict(zip(StepLosses._fields, host[:num_losses].tolist(), strict=True))
-    metrics = {"train/loss": read["nll"]}
-    metrics["train/gradient_norm"], kept = host[num_losses : num_losses + 2].tolist()
-    if job.model.units is not None:
-        metrics |= {"units/penalty": read["units"], "units/expected_share": kept}
-    if isinstance(job.model.ffn, MoEConfig):
-        capabilities = job.model.ffn.capabilities
-        if capabilities.learned and (job.balance.loss_weight > 0 or capabilities.own_balance_weight):
-            metrics["balance/lbl"] = read["lbl"]
-        if job.balance.z_loss_weight > 0 and capabilities.z_loss:
-            metrics["balance/z"] = read["z"] / (job.balance.z_loss_weight * job.model.num_layers)
-        if job.balance.budget is not None:
-            metrics["balance/budget"] = read["budget"] / job.balance.budget.weight
-        if read["router"]:
-            metrics["balance/router"] = read["router"]
-    if observer is not None:
-        metrics |= observer.metrics(host[num_losses + 2 :])
-    return metrics
-
-
-def _read_tuned(model: Decoder) -> dict[str, float]:
-    """Where the model's own hyperparameters are, and how far they are perturbed; one host sync if there are any."""
-    config, tuning = model.config.self_tune, model.self_tuning
-    if config is None or tuning is None:
-        return {}
-    values = {name: value for name, value in config.values(tuning.location)._asdict().items() if value is not None}
-    read = torch.stack([*values.values(), *tuning.log_spread.exp()]).tolist()
-    spreads = dict(zip((f"tuned/{name}_spread" for name in config.tuned), read[len(values) :], strict=True))
-    return dict(zip((f"tuned/{name}" for name in values), read, strict=False)) | spreads
-
-
-def _evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
-    """Of each domain, and the mean over domains."""
-    of_domain = {"loss": evaluation.nll_D, "bpb": evaluation.bpb_D}
-    metrics = {f"val/{domain}/ppl": ppl for domain, ppl in evaluation.perplexity().items()}
-    for name, values_D in of_domain.items():
-        if values_D is not None:
-            metrics |= {f"val/{d}/{name}": value for d, value in zip(evaluation.domains, values_D, strict=True)}
-            metrics[f"val/{name}"] = sum(values_D) / len(values_D)
-    return metrics

@@ -19,6 +19,7 @@ _PATHS = (
     "attention/<block>/<name>",
     "hidden/<block>/<name>",
     "val/<domain>/<name>",
+    "system/<node>/<name>",
 )
 
 
@@ -28,7 +29,8 @@ class MetricPath(NamedTuple):
     pattern: str
     """As docs/metrics.md writes it."""
     place: dict[str, str]
-    """Of what the metric is: `layer`, `expert`, `block`, `head` (numbers from 0), `domain`; as written in the name."""
+    """Of what the metric is: `layer`, `expert`, `block`, `head`, `node` (numbers from 0), `domain`; as written in the
+    name."""
 
     @property
     def is_detail(self) -> bool:

@@ -60,7 +60,7 @@ class Scraped:
                         if sample.name.startswith("ray_tidegate_"):
                             assert sample.labels["run"] == "tiny-1"
                             assert sample.labels["sweep"] == ""
-                            place = "".join(sample.labels[key] for key in ("layer", "block", "domain"))
+                            place = "".join(sample.labels[key] for key in ("layer", "block", "domain", "node"))
                             found[sample.name.removeprefix("ray_"), place] = sample.value
         return found
 

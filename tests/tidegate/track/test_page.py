@@ -78,6 +78,8 @@ def metrics_of(step: int) -> dict[str, float]:
             "attention/{}/first_token": 0.6,
             "attention/{}/entropy": 0.7,
             "hidden/{}/max": 70.0,
+            "system/{}/gpu_power_w": 400.0,
+            "system/{}/cpu_busy": 0.1,
         }.items()
     }
     speed = {
@@ -139,6 +141,8 @@ def test_every_sections_numbers_are_those_that_were_logged(uri, tmp_path):
         ("attention", "Attention to the first token", "block"): 0.6,
         ("attention", "Entropy of attention", "block"): 0.7,
         ("activations", "Largest activation", "block"): 70.0,
+        ("machines", "GPU power", "node"): 400.0,
+        ("machines", "CPU busy", "node"): 0.1,
     }
     for (section, title, what), value in of_layers.items():
         seen = series(values, section, title)

@@ -91,13 +91,14 @@ def test_what_a_rollback_left_behind_is_in_the_points_and_not_in_the_history(uri
     assert run.points.query("key == 'train/loss'")["value"].tolist() == [5.0, 4.0, 90.0, 91.0, 3.0, 2.0]
 
 
-def test_metrics_of_the_machine_have_no_row_in_the_history(uri):
+def test_a_records_metrics_of_machines_are_in_the_history_and_those_of_mlflows_monitor_are_not(uri):
     handle = start(uri, "machine-1")
-    log(handle, (100, 1000, {"train/loss": 1.0}))
+    log(handle, (100, 1000, {"train/loss": 1.0, "system/1/cpu_busy": 0.5}))
     connect(uri).log_metric(handle.run_id, "system/cpu_utilization_percentage", 50.0, step=1)
     run = find_run(uri, "machine-1")
-    assert run.history().index.tolist() == [100]
-    assert set(run.points["key"]) == {"tokens", "train/loss", "system/cpu_utilization_percentage"}
+    assert run.history().to_dict("index") == {100: {"tokens": 1000, "train/loss": 1.0, "system/1/cpu_busy": 0.5}}
+    logged = {"tokens", "train/loss", "system/1/cpu_busy", "system/cpu_utilization_percentage"}
+    assert set(run.points["key"]) == logged
 
 
 def test_a_sampled_run_has_all_of_the_run_and_some_of_its_layers(uri):

@@ -36,6 +36,7 @@ def sections(recording: Recording) -> list[Section]:
         _attention(recording),
         _activations(recording),
         _speed(recording),
+        _machines(recording),
         _optimizer(recording),
     ]
     return [section for section in made if section.figures]
@@ -181,6 +182,28 @@ def _time(records: pd.DataFrame) -> Figure | None:
     named = {"steps": "steps", "checkpoints": "waiting for checkpoints", "rest": "evaluating, starting, interruptions"}
     figure = lines("Where the time went", "minutes, cumulative", table, named)
     return None if figure is None else figure | {"stacked": True}
+
+
+def _machines(recording: Recording) -> Section:
+    history = recording.history
+    shown = (
+        ("GPUs busy", "share of time, mean", "gpu_busy"),
+        ("GPU memory", "GiB in use, fullest", "gpu_memory_gib"),
+        ("GPU power", "W, all of the node", "gpu_power_w"),
+        ("GPU temperature", "degrees C, hottest", "gpu_temperature_c"),
+        ("CPU busy", "share of all cores", "cpu_busy"),
+        ("Memory", "GiB in use", "memory_gib"),
+        ("Read from disk", "MB/s", "disk_read_mb_per_s"),
+        ("Written to disk", "MB/s", "disk_write_mb_per_s"),
+        ("Received", "MB/s", "network_received_mb_per_s"),
+        ("Sent", "MB/s", "network_sent_mb_per_s"),
+    )
+    return _section(
+        "machines",
+        "Machines",
+        "Each node of the run, the whole machine: what others do on it counts too. Means since the record before.",
+        *(by_layer(title, unit, history, rf"system/(\d+)/{name}", "node") for title, unit, name in shown),
+    )
 
 
 def _optimizer(recording: Recording) -> Section:
