@@ -18,6 +18,9 @@ app = typer.Typer(
 kernels = typer.Typer(no_args_is_help=True, help="Show or measure the block sizes that the Triton kernels take.")
 app.add_typer(kernels, name="kernels")
 
+cluster = typer.Typer(no_args_is_help=True, help="Start a Ray cluster in a cloud, on hosts, on Kubernetes or in Slurm.")
+app.add_typer(cluster, name="cluster")
+
 JobFile = Annotated[Path, typer.Argument(help="YAML job file", show_default=False)]
 Overrides = Annotated[
     list[str], typer.Option("--set", help="Override one field, as a.b=value; repeatable", show_default=False)
@@ -344,6 +347,63 @@ def show_kernels() -> None:
     from tidegate.launch.kernels import show_kernels
 
     show_kernels()
+
+
+ClusterFile = Annotated[str, typer.Argument(help="A file of cluster/, without .yaml, or a path", show_default=False)]
+ClusterName = Annotated[str, typer.Argument(help="Of a cluster that was started from here", show_default=False)]
+Nodes = Annotated[int | None, typer.Option(help="Worker nodes to begin with [default: none until jobs ask]")]
+ClusterJob = Annotated[Path | None, typer.Option(help="A job that must fit; on Kubernetes, a RayJob of it")]
+Minutes = Annotated[float, typer.Option(help="Give up after so many minutes", min=0.1)]
+
+
+@cluster.command()
+def render(
+    name: ClusterFile,
+    overrides: Overrides = [],  # noqa: B006
+    nodes: Nodes = None,
+    job: ClusterJob = None,
+    out: Annotated[Path | None, typer.Option(help="File to write [default: standard output]")] = None,
+    state_dir: StateOption = None,
+) -> None:
+    """Print what Ray's launcher, kubectl or sbatch reads for a cluster."""
+    from tidegate.launch.cluster import render_cluster
+    from tidegate.launch.state import default_state_dir
+
+    render_cluster(name, overrides, nodes, job, out, (state_dir or default_state_dir()).absolute())
+
+
+@cluster.command()
+def up(
+    name: ClusterFile,
+    overrides: Overrides = [],  # noqa: B006
+    nodes: Nodes = None,
+    job: ClusterJob = None,
+    minutes: Minutes = 30,
+    state_dir: StateOption = None,
+) -> None:
+    """Start a cluster, or change one that runs; one that does not start is taken down again."""
+    from tidegate.launch.cluster import cluster_up
+
+    if not cluster_up(name, overrides, nodes, job, _state(state_dir), minutes * 60):
+        raise typer.Exit(1)
+
+
+@cluster.command()
+def down(name: ClusterName, minutes: Minutes = 30, state_dir: StateOption = None) -> None:
+    """Take a cluster down, with all its nodes."""
+    from tidegate.launch.cluster import cluster_down
+
+    if not cluster_down(name, _state(state_dir), minutes * 60):
+        raise typer.Exit(1)
+
+
+@cluster.command()
+def status(name: ClusterName, state_dir: StateOption = None) -> None:
+    """Show the nodes of a cluster."""
+    from tidegate.launch.cluster import cluster_status
+
+    if not cluster_status(name, _state(state_dir)):
+        raise typer.Exit(1)
 
 
 def _state(state_dir: Path | None):  # type: ignore[no-untyped-def]
