@@ -53,6 +53,11 @@ class AttentionGate(Config):
         return values.mean(dim=-2, keepdim=True) if self.heads == "shared" else values
 
     @property
+    def shown_values(self) -> tuple[float, float]:
+        """Between which values telemetry's histogram of the gate tells them apart: all of a sigmoid's."""
+        return (0.0, 1.0) if self.activation in ("sigmoid", "ns_sigmoid") else (-2.0, 2.0)
+
+    @property
     def multiplies_output(self) -> bool:
         """Whether every head of the attention output is multiplied by its own gate: what is fused with attention."""
         return (self.kind, self.heads, self.form) == ("sdpa_output", "specific", "multiplicative")

@@ -5,7 +5,7 @@ so are gate values (docs/measurements.md has what it costs). It costs nothing un
 tensors; the rest is done for many layers at once, since on a GPU operations of this size cost their launch.
 
 Letters: A layers, B sequences, b observed sequences, T tokens, D width, H query heads (of a gate: heads of the gated
-tensor), G key/value heads, d head width, S sampled queries.
+tensor), G key/value heads, d head width, S sampled queries, V gate values, N bins.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from tidegate.model.gates import AttentionGate, GateConfig
 from tidegate_kernels.gated_attention import Documents
 
-__all__ = ["AttentionObservations", "AttentionSample", "AttentionWatch", "sampled_positions"]
+__all__ = ["GATE_BINS", "AttentionObservations", "AttentionSample", "AttentionWatch", "sampled_positions"]
 
 MAX_SEQUENCES, MAX_QUERIES = 2, 32
 MAX_LOGIT_BYTES = 64 * 2**20
@@ -28,6 +28,8 @@ MAX_LOGIT_BYTES = 64 * 2**20
 held for a moment: probabilities and their entropies are of the same size."""
 CLOSED = 0.1
 """A gate value below it counts as closed."""
+GATE_BINS = 20
+"""Of equal width, between the gate's `shown_values`; the first and the last hold what is beyond too."""
 _ALL = slice(None)
 
 
@@ -55,6 +57,8 @@ class AttentionObservations(NamedTuple):
     """Mean value of a multiplicative gate; H of the gated tensor (1 if it is shared or has no heads)."""
     gate_closed_AH: torch.Tensor | None
     """Share of the gate's values below 0.1."""
+    gate_bins_AN: torch.Tensor | None
+    """Share of the gate's values in each bin."""
 
     @property
     def first_token_AH(self) -> torch.Tensor:
@@ -193,13 +197,14 @@ def _queries(tokens_bT: torch.Tensor, documents: Documents | None) -> _Queries:
 
 
 class _OfLayers(NamedTuple):
-    """The fields (A, H) of `AttentionObservations`."""
+    """The fields (A, ...) of `AttentionObservations`."""
 
     entropy_AH: torch.Tensor
     own_AH: torch.Tensor
     later_AH: torch.Tensor
     gate_mean_AH: torch.Tensor | None
     gate_closed_AH: torch.Tensor | None
+    gate_bins_AN: torch.Tensor | None
 
 
 def _observe(samples: Sequence[AttentionSample], queries: _Queries, gate: AttentionGate | None) -> _OfLayers:
@@ -219,12 +224,30 @@ def _observe(samples: Sequence[AttentionSample], queries: _Queries, gate: Attent
     first_AbHS = p_AbHST[..., 0]
     entropy_AH = torch.special.entr(p_AbHST).sum(dim=-1).mean(dim=(1, 3))
     later_AH = (first_AbHS * queries.later_bS[:, None]).sum(dim=(1, 3))
-    gate_mean_AH = gate_closed_AH = None
+    gate_mean_AH = gate_closed_AH = gate_bins_AN = None
     if gate is not None:
         values = gate.values(torch.stack([s.scores_BTHd for s in samples if s.scores_BTHd is not None]))
         gate_mean_AH = values.mean(dim=(1, 2, 4))
         gate_closed_AH = (values < CLOSED).mean(dim=(1, 2, 4), dtype=torch.float32)
-    return _OfLayers(entropy_AH, first_AbHS[..., 0].mean(dim=1), later_AH, gate_mean_AH, gate_closed_AH)
+        gate_bins_AN = _shares_of_bins(values.flatten(1), *gate.shown_values)
+    own_AH = first_AbHS[..., 0].mean(dim=1)
+    return _OfLayers(entropy_AH, own_AH, later_AH, gate_mean_AH, gate_closed_AH, gate_bins_AN)
+
+
+def _shares_of_bins(values_AV: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """(A, N); on a GPU `histc` and `bincount` would wait."""
+    # NaN is in the last one, not outside.
+    bin_AV = torch.bucketize(values_AV, _edges(low, high, values_AV.device), right=True)
+    ones_AV = values_AV.new_ones(1, 1).expand_as(bin_AV)
+    counts_AN = values_AV.new_zeros(len(values_AV), GATE_BINS).scatter_add_(1, bin_AV, ones_AV)
+    return counts_AN / values_AV.shape[1]
+
+
+@lru_cache(maxsize=8)
+def _edges(low: float, high: float, device: torch.device) -> torch.Tensor:
+    """(N - 1,) between bins."""
+    width = (high - low) / GATE_BINS
+    return torch.arange(1, GATE_BINS, device=device) * width + low  # `linspace` would miss 0 by a little
 
 
 def _shapes(sample: AttentionSample) -> list[torch.Size | None]:
@@ -232,7 +255,7 @@ def _shapes(sample: AttentionSample) -> list[torch.Size | None]:
 
 
 def _joined(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """(A, H) from the chunks."""
+    """(A, H) or (A, N) from the chunks."""
     known = [part for part in parts if part is not None]
     if len(known) < 2:
         return parts[0]

@@ -16,6 +16,7 @@ _PATHS = (
     "moe/<layer>/<domain>/<name>",
     "moe/<layer>/<name>",
     "attention/<block>/head/<head>/<name>",
+    "attention/<block>/gate/<bin>",
     "attention/<block>/<name>",
     "hidden/<block>/<name>",
     "val/<domain>/<name>",
@@ -29,12 +30,12 @@ class MetricPath(NamedTuple):
     pattern: str
     """As docs/metrics.md writes it."""
     place: dict[str, str]
-    """Of what the metric is: `layer`, `expert`, `block`, `head`, `node` (numbers from 0), `domain`; as written in the
-    name."""
+    """Of what the metric is: `layer`, `expert`, `block`, `head`, `bin`, `node` (numbers from 0), `domain`; as
+    written in the name."""
 
     @property
     def is_detail(self) -> bool:
-        """Of one expert, head or domain of a layer: most names of a run, too many for every record."""
+        """Of one expert, head, bin or domain of a layer: most names of a run, too many for every record."""
         return len(self.place) > 1
 
 

@@ -163,9 +163,10 @@ def _attention(seen: AttentionObservations) -> Iterable[tuple[str, float]]:
     of_block["first_token"] = _mean_of_known(seen.first_token_AH.numpy())
     of_block["first_token_uniform"] = np.full_like(of_block["first_token"], float(seen.first_token_uniform))
     of_block["entropy"] = _mean_of_known(seen.entropy_AH.numpy())
-    values_AM = np.concatenate([np.stack([*of_block.values()], axis=1), *of_head.values()], axis=1)
-    num_heads = (values_AM.shape[1] - len(of_block)) // max(len(of_head), 1)
-    names = _attention_names(len(values_AM), tuple(of_block), tuple(of_head), num_heads)
+    bins = [] if seen.gate_bins_AN is None else [seen.gate_bins_AN.numpy()]
+    values_AM = np.concatenate([np.stack([*of_block.values()], axis=1), *of_head.values(), *bins], axis=1)
+    num_heads, num_bins = (parts[0].shape[1] if parts else 0 for parts in ([*of_head.values()], bins))
+    names = _attention_names(len(values_AM), tuple(of_block), tuple(of_head), num_heads, num_bins)
     values_N = np.append(values_AM.ravel(), sink_heads)
     pairs = zip([*names, "attention/sink_heads"], values_N.tolist(), strict=True)
     # Short documents may leave no later query in the sample, and export layers with fewer heads than others.
@@ -183,8 +184,11 @@ def _routing_names(
 
 
 @lru_cache(maxsize=8)
-def _attention_names(num_blocks: int, of_block: tuple[str, ...], of_head: tuple[str, ...], num_heads: int) -> list[str]:
+def _attention_names(
+    num_blocks: int, of_block: tuple[str, ...], of_head: tuple[str, ...], num_heads: int, num_bins: int
+) -> list[str]:
     names = [*of_block, *(f"head/{head}/{name}" for name in of_head for head in range(num_heads))]
+    names += [f"gate/{bin}" for bin in range(num_bins)]
     return [f"attention/{block}/{name}" for block in range(num_blocks) for name in names]
 
 

@@ -24,6 +24,7 @@ from tidegate.track.page.recording import Recording
 JOB = {
     "name": "gate",
     "train": {"tokens": 9000},
+    "model": {"attention": {"gate": {"kind": "sdpa_output"}}},
     "checkpoint": {"every": 2},
     "resources": {"workers": 3, "gpu": False},
 }
@@ -66,6 +67,7 @@ def metrics_of(step: int) -> dict[str, float]:
     """Of 2 layers of 3 experts and 2 blocks of 5 heads, all different."""
     loads = {f"moe/{layer}/load/{expert}": (layer + expert * step) / 100 for layer in range(2) for expert in range(3)}
     gates = {f"attention/{a}/head/{h}/gate_mean": (5 * a + h) / 10 + step / 1000 for a in range(2) for h in range(5)}
+    gates |= {f"attention/{a}/gate/{b}": (a + b * step) / 100 for a in range(2) for b in range(4)}
     layers = {
         f"{name.format(layer)}": value + layer + step / 100
         for layer in range(2)
@@ -154,9 +156,9 @@ def test_every_sections_numbers_are_those_that_were_logged(uri, tmp_path):
 
     (heads,) = figure(values, "gates", "Gate of each head")["groups"]
     assert heads["z"][1][1] == pytest.approx([0.502, 0.602, 0.702, 0.802, 0.902])
-    histogram = figure(values, "gates", "Histogram of the heads' gates")
-    assert histogram["groups"][0]["z"][1] == [[1, 1, 1, 1, 1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1, 1, 1, 1, 1]]
-    assert histogram["x_labels"][-1] == "0.9-1"
+    histogram = figure(values, "gates", "Histogram of gate values")
+    assert histogram["groups"][0]["z"][1] == [[0.0, 0.02, 0.04, 0.06], [0.01, 0.03, 0.05, 0.07]]
+    assert histogram["x_labels"] == ["0 to 0.25", "0.25 to 0.5", "0.5 to 0.75", "0.75 to 1"]
 
     assert series(values, "speed", "Throughput") == {"all ranks": [1001, 1002, 1003]}
     assert series(values, "speed", "Model FLOPs used") == {"MFU": [0.401, 0.402, 0.403]}

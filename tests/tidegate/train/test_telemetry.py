@@ -165,6 +165,8 @@ def test_attention_and_hidden_metrics_are_those_of_the_micro_batch_that_shows_th
     output, seen = first[0], first[0].attention
     for block in range(L):
         assert metrics[f"attention/{block}/gate_mean"] == pytest.approx(float(seen.gate_mean_AH[block].mean()))
+        for bin in range(20):
+            assert metrics[f"attention/{block}/gate/{bin}"] == pytest.approx(float(seen.gate_bins_AN[block, bin]))
         for head in range(4):
             for name, values in (("gate_mean", seen.gate_mean_AH), ("gate_closed", seen.gate_closed_AH)):
                 assert metrics[f"attention/{block}/head/{head}/{name}"] == pytest.approx(float(values[block, head]))
@@ -202,7 +204,7 @@ def test_what_no_head_of_a_block_has_is_not_recorded() -> None:
     assert "attention/1/head/1/gate_mean" in metrics
     assert "attention/1/head/2/gate_mean" not in metrics
     assert not any("first_token" in name or "sink" in name for name in metrics)
-    none = seen._replace(gate_mean_AH=None, gate_closed_AH=None)
+    none = seen._replace(gate_mean_AH=None, gate_closed_AH=None, gate_bins_AN=None)
     metrics = observed([(batch[0]._replace(attention=none), *batch[1:])])
     assert not any("gate" in name for name in metrics)
     assert "attention/1/entropy" in metrics
@@ -308,7 +310,7 @@ def test_single_experts_heads_and_domains_come_with_evaluations(tiny_job: Any, o
     assert list(trained) == [2, 4, 6, 8, 10]
     detailed = [step for step, names in trained.items() if any(parse_metric(name).is_detail for name in names)]
     assert detailed == [6, 10], "of the evaluations after steps 5 and 10"
-    for name in ("moe/1/load/3", "moe/1/digits/maxvio", "attention/0/head/3/gate_mean"):
+    for name in ("moe/1/load/3", "moe/1/digits/maxvio", "attention/0/head/3/gate_mean", "attention/1/gate/19"):
         assert parse_metric(name).is_detail
         assert name in trained[10]
     assert {"moe/1/maxvio", "attention/0/gate_mean", "hidden/1/max", "hidden/max_mean"} <= trained[2]

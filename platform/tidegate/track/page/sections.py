@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -12,9 +12,10 @@ from tidegate.track.page.figures import Figure, by_layer, columns, frames, lines
 from tidegate.track.page.recording import Recording
 from tidegate.track.spool import TOKENS
 
-__all__ = ["Section", "sections"]
+if TYPE_CHECKING:
+    from tidegate.model.gates import AttentionGate
 
-GATE_BINS = 10
+__all__ = ["Section", "sections"]
 
 
 class Section(NamedTuple):
@@ -102,27 +103,38 @@ def _gates(recording: Recording) -> Section:
     return _section(
         "gates",
         "Attention gates",
-        "Mean gate value of each head: sparse gates are near 0 (arXiv 2505.06708). Closed: values below 0.1.",
-        _gate_histogram(means, tokens),
+        "Sparse gates are near 0 (arXiv 2505.06708). Closed: values below 0.1. The histogram is of single gate values.",
+        _gate_histogram(recording),
         frames("Gate of each head", "mean value", {"heads": means}, tokens, ("block", "head")),
         by_layer("Mean gate", "", history, r"attention/(\d+)/gate_mean", "block"),
         by_layer("Closed gates", "share", history, r"attention/(\d+)/gate_closed", "block"),
     )
 
 
-def _gate_histogram(means: list[tuple[int, np.ndarray]], tokens: dict[int, float]) -> Figure | None:
-    """A row a block: how its heads' means are spread."""
-    if not means:
+def _gate_histogram(recording: Recording) -> Figure | None:
+    """A row a block: how its gate values are spread."""
+    history, tokens = recording.history, recording.history[TOKENS].to_dict()
+    shares = _cube(history, r"attention/(\d+)/gate/\d+", r"attention/{}/gate/(\d+)")
+    figure = frames("Histogram of gate values", "share", {"values": shares}, tokens, ("block", "gate value"))
+    gate = _gate(recording.job)
+    if figure is None or gate is None:
+        return figure
+    edges = np.linspace(*gate.shown_values, shares[0][1].shape[1] + 1)
+    labels = [f"{low:.2g} to {high:.2g}" for low, high in pairwise(edges)]
+    if gate.shown_values != (0.0, 1.0):  # whose outer bins have no end
+        labels[0], labels[-1] = f"below {edges[1]:.2g}", f"from {edges[-2]:.2g}"
+    return figure | {"x_labels": labels}
+
+
+def _gate(job: dict[str, Any] | None) -> AttentionGate | None:
+    """None where the job is of a version that this one does not read, or has none."""
+    from tidegate.model.gates import AttentionGate
+
+    try:
+        assert job is not None
+        return AttentionGate.model_validate(job["model"]["attention"]["gate"])
+    except (AssertionError, KeyError, TypeError, ValueError):
         return None
-    largest = max(1.0, *(float(np.nanmax(matrix_AH, initial=0.0)) for _, matrix_AH in means))
-    edges = np.linspace(0.0, largest, GATE_BINS + 1)
-    counted = [
-        (step, np.stack([np.histogram(row_H[np.isfinite(row_H)], edges)[0] for row_H in matrix_AH]).astype(float))
-        for step, matrix_AH in means
-    ]
-    figure = frames("Histogram of the heads' gates", "heads", {"heads": counted}, tokens, ("block", "mean gate"))
-    assert figure is not None
-    return figure | {"x_labels": [f"{low:.2g}-{high:.2g}" for low, high in pairwise(edges)]}
 
 
 def _attention(recording: Recording) -> Section:
