@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,10 @@ from pydantic import Field, ValidationError, model_validator
 
 from tidegate.config import Config, ConfigError
 from tidegate.data.config import DataConfig, TokenizerConfig, TokenizerFile
-from tidegate.data.tokenizer import token_bytes, tokenizer_file
+from tidegate.data.tokenizer import load_tokenizer, token_bytes, tokenizer_file
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 __all__ = [
     "FORMAT_VERSION",
@@ -224,6 +227,12 @@ class TokenDataset:
     def token_bytes(self) -> npt.NDArray[np.int64] | None:
         """(V,) bytes of UTF-8 text that each token stands for; None where the tokenizer is not byte-level."""
         return token_bytes((self.folder / TOKENIZER_FILE).read_bytes(), self.vocab_size)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """That encoded the tokens."""
+        path = self.folder / TOKENIZER_FILE
+        return load_tokenizer(path.read_bytes(), str(path)).tokenizer
 
     def stream(self, domain: int, split: Split) -> TokenStream:
         """The tokens of the domain with this index."""

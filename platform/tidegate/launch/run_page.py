@@ -2,7 +2,7 @@
 
 A thread of the driver writes it from the tracking store, so that training waits for nothing, and whatever goes wrong
 with it is a warning. What metrics do not tell, the driver keeps in the run's folder and logs with the page: what the
-run said, and which experts held-out text used.
+run said, which experts held-out text used, and what the model wrote.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = ["RunPage", "find_recorded", "write_report"]
 
 PAGE_FILE = "report.html"
 MAX_LOADS = 64
-"""Evaluations whose expert loads are kept; every second one goes when there are more."""
+"""Evaluations whose expert loads and samples are kept; every second one goes when there are more."""
 LAST_PAGE_S = 30.0
 """For which the end of a run waits for its last page."""
 
@@ -82,6 +82,7 @@ class RunPage:
         self._step = record.step
         if self._enabled and record.evaluation is not None:
             self._attempt(self._keep_loads, record.step, record.evaluation)
+            self._attempt(self._keep_samples, record)
             self._wanted.set()
 
     def notice(self, line: str) -> None:
@@ -103,11 +104,11 @@ class RunPage:
             next_s = time.monotonic() + every_s
 
     def _write(self) -> None:
-        from tidegate.track.page import EVENTS_FILE, LOADS_FILE, run_page
+        from tidegate.track.page import EVENTS_FILE, LOADS_FILE, SAMPLES_FILE, run_page
 
         run = find_run(self._tracking.uri, self._tracking.run_id)
         with self._lock:
-            for name in (EVENTS_FILE, LOADS_FILE):
+            for name in (EVENTS_FILE, LOADS_FILE, SAMPLES_FILE):
                 if (path := self._folder.folder / name).exists():
                     log_file(self._tracking, path)
         log_text(self._tracking, run_page(run), PAGE_FILE)
@@ -138,6 +139,22 @@ class RunPage:
         np.savez_compressed(partial, steps=steps, domains=np.array(evaluation.domains), load_SDLE=load_SDLE)
         with self._lock:
             partial.replace(path)
+
+    def _keep_samples(self, record: Record) -> None:
+        from tidegate.track.page import SAMPLES_FILE, read_samples
+
+        if record.evaluation is None or not record.evaluation.samples:
+            return
+        path = self._folder.folder / SAMPLES_FILE
+        kept = read_samples(path.read_bytes()) if path.exists() else []
+        lines = [line for line in kept if line["step"] < record.step]  # a rollback comes here again
+        at = {"step": record.step, "tokens": record.tokens}
+        lines += [at | sample._asdict() for sample in record.evaluation.samples]
+        steps = sorted({line["step"] for line in lines})
+        if len(steps) > MAX_LOADS:
+            lines = [line for line in lines if line["step"] in steps[1::2]]
+        with self._lock:
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def _attempt(self, act: Any, *arguments: Any) -> None:
         try:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from tidegate.data.loader import eval_batches
+from tidegate.data.loader import EvalBatch, eval_batches
 from tidegate.data.shards import TokenDataset
 from tidegate.model.decoder import DecoderOutput
 from tidegate.model.moe import MoEConfig
@@ -21,8 +21,9 @@ from tidegate.train.oracle import OracleLosses, oracle_losses
 
 if TYPE_CHECKING:  # the driver, which reads evaluations, need not import DeepSpeed
     from tidegate.parallel.engine import Engine
+    from tidegate.train.generate import Sample
 
-__all__ = ["Evaluation", "evaluate", "evaluate_oracle"]
+__all__ = ["Evaluation", "evaluate", "evaluate_oracle", "held_out"]
 
 
 class Evaluation(NamedTuple):
@@ -33,24 +34,30 @@ class Evaluation(NamedTuple):
     """The same text's bits a byte of UTF-8. None if its tokens have no length (see `token_bytes`)."""
     load_DLE: list[list[list[float]]] | None
     """Share of each domain's assignments that went to each expert, per layer; rows sum to 1. None if dense."""
+    samples: tuple[Sample, ...] = ()
+    """What the model writes, with `train.samples`."""
 
     def perplexity(self) -> dict[str, float]:
         return {domain: math.exp(min(nll, 700.0)) for domain, nll in zip(self.domains, self.nll_D, strict=True)}
+
+
+def held_out(dataset: TokenDataset, job: Job, number: int) -> EvalBatch:
+    """The first held-out sequences of all domains in turn; fewer if there are no more."""
+    seen, windows = [0] * len(dataset.domains), []
+    for batch in eval_batches(dataset, job.data, micro_batch=1, rank=0, world_size=1):
+        domain = int(batch.domains_B)
+        windows.append((seen[domain], domain, batch))
+        seen[domain] += 1
+    chosen = [batch for _, _, batch in sorted(windows, key=lambda window: window[:2])[:number]]
+    return EvalBatch(*(torch.cat(parts) for parts in zip(*chosen, strict=True)))
 
 
 def evaluate_oracle(engine: Engine, job: Job, dataset: TokenDataset) -> OracleLosses:
     """Try every path on held-out sequences of all domains in turn; every rank runs the same: experts are spread."""
     ffn = job.model.ffn
     assert isinstance(ffn, MoEConfig)
-    wanted, seen = job.train.oracle_sequences, [0] * len(dataset.domains)
-    windows = []
-    for batch in eval_batches(dataset, job.data, micro_batch=1, rank=0, world_size=1):
-        domain = int(batch.domains_B)
-        windows.append((seen[domain], domain, batch))
-        seen[domain] += 1
-    chosen = [batch for _, _, batch in sorted(windows, key=lambda window: window[:2])[:wanted]]
-    fields = (torch.cat(parts).to(engine.device) for parts in zip(*chosen, strict=True))
-    tokens, documents, counted, _, sequences = fields
+    batch = held_out(dataset, job, job.train.oracle_sequences)
+    tokens, documents, counted, _, sequences = (field.to(engine.device) for field in batch)
     isolated = documents if job.data.documents == "isolate" else None
 
     def forward() -> DecoderOutput:

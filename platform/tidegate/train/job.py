@@ -71,6 +71,9 @@ class TrainConfig(Config):
     log_every: int = Field(default=10, ge=1)
     """Steps between two records; each costs one host sync and the observation of its step (docs/measurements.md)."""
     eval_every: int = Field(default=100, ge=1)
+    samples: int = Field(default=0, ge=0)
+    """At every evaluation the model continues the beginnings of so many held-out sequences of each domain, for people
+    to read: `tidegate report` shows them."""
     oracle_sequences: int = Field(default=0, ge=0)
     """Held-out sequences on which the last evaluation tries every path through the experts; 0: none. For one expert a
     token and few layers, see `train/oracle.py`."""

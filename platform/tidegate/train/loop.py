@@ -25,6 +25,7 @@ from tidegate.parallel.engine import Engine
 from tidegate.train.checkpoint import Checkpoints, Position, Tracker
 from tidegate.train.checkpoint_store import CheckpointStore
 from tidegate.train.evaluate import Evaluation, evaluate, evaluate_oracle
+from tidegate.train.generate import generate_samples
 from tidegate.train.guards import GuardsState, Judge, Pending, Verdict
 from tidegate.train.init_from import starting_weights
 from tidegate.train.job import Job
@@ -290,6 +291,9 @@ def _evaluate(
     world: World, job: Job, checkpoints: Checkpoints, engine: Engine, dataset: TokenDataset, step: int, tokens: int
 ) -> Evaluation:
     evaluation = evaluate(engine, job, dataset)
+    if job.train.samples:
+        samples = generate_samples(engine, job, dataset, Clock(step, tokens, job.train.seed))
+        evaluation = evaluation._replace(samples=samples)
     metrics = read_evaluation(evaluation)
     if tokens >= job.train.tokens and job.train.oracle_sequences:
         metrics |= evaluate_oracle(engine, job, dataset).metrics()

@@ -12,9 +12,10 @@ from tidegate.config import ConfigError
 from tidegate.launch.run_page import MAX_LOADS, RunPage, write_report
 from tidegate.launch.state import StateDir, write_whole
 from tidegate.track import RunHandle, TrackConfig, finish_run, open_run, resolve_tracking_uri
-from tidegate.track.page import EVENTS_FILE, LOADS_FILE, read_loads
+from tidegate.track.page import EVENTS_FILE, LOADS_FILE, SAMPLES_FILE, read_loads, read_samples
 from tidegate.track.read import find_run
 from tidegate.train.evaluate import Evaluation
+from tidegate.train.generate import Sample
 from tidegate.train.telemetry import Record
 
 
@@ -26,6 +27,11 @@ def state(tmp_path, monkeypatch) -> StateDir:
 
 def evaluated(step: int, load: float = 0.5) -> Record:
     return Record(step, 10 * step, {"val/loss": 1.0}, Evaluation(("a",), [1.0], [1.0], [[[load, 1 - load]]]))
+
+
+def written(step: int, text: str) -> Record:
+    sample = Sample("a", "beginning", "its end", text, "drawn")
+    return Record(step, 10 * step, {"val/loss": 1.0}, Evaluation(("a",), [1.0], [1.0], None, (sample,)))
 
 
 def opened(state: StateDir, name: str) -> RunHandle:
@@ -94,6 +100,25 @@ def test_what_the_driver_keeps_goes_on_where_a_resumed_run_does(state):
     steps = read_loads((folder.folder / LOADS_FILE).read_bytes()).steps
     assert len(steps) <= MAX_LOADS
     assert steps[-1] == 6 + MAX_LOADS
+
+
+def test_what_the_model_wrote_is_kept_as_it_came_out_last(state):
+    folder = state.new_run("gate")
+    page = RunPage(RunHandle("", "", "", "gate-1"), folder, TrackConfig())
+    for record in (written(3, "one"), written(6, "two\nlines"), written(6, "again"), evaluated(9)):
+        page.record(record)
+    first, last = read_samples((folder.folder / SAMPLES_FILE).read_bytes())
+    assert first == {
+        "step": 3, "tokens": 30, "domain": "a", "prompt": "beginning", "text": "its end", "greedy": "one",
+        "drawn": "drawn",
+    }  # fmt: skip
+    assert (last["step"], last["greedy"]) == (6, "again")
+    for step in range(7, 7 + MAX_LOADS):
+        page.record(written(step, "more"))
+    steps = [line["step"] for line in read_samples((folder.folder / SAMPLES_FILE).read_bytes())]
+    assert len(steps) <= MAX_LOADS
+    assert steps[-1] == 6 + MAX_LOADS
+    assert steps == sorted(steps)
 
 
 def test_a_run_without_a_page_leaves_nothing(state):

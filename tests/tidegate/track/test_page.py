@@ -111,6 +111,8 @@ def test_every_sections_numbers_are_those_that_were_logged(uri, tmp_path):
     np.savez(tmp_path / "expert_load.npz", steps=[3], domains=np.array(["math", "prose"]), load_SDLE=load_SDLE)
     log_file(handle, tmp_path / "expert_load.npz")
     log_text(handle, json.dumps({"time_ms": 1, "step": 2, "text": "a worker was lost"}) + '\n{"torn', "events.jsonl")
+    samples = [{"step": step, "domain": "math", "prompt": "1 +", "greedy": f"{step}", "drawn": "x"} for step in (1, 3)]
+    log_text(handle, "\n".join(map(json.dumps, samples)) + '\n{"step": 9, "torn', "samples.jsonl")
     log_dict(handle, {"time": "2020-01-01T00:00:00Z", "differs": {"train.tokens": "7"}}, "job/resumed-1.json")
     finish_run(handle, "FINISHED")
     values = values_of(page(handle))
@@ -168,6 +170,8 @@ def test_every_sections_numbers_are_those_that_were_logged(uri, tmp_path):
     assert sum(row[-1] for row in spent.values()) == pytest.approx(3 / 60, rel=1e-3)
     assert series(values, "optimizer", "Gradient norm") == {"gradient norm": [1.5, 2.5, 3.5]}
 
+    assert values["samples"] == [[3, "math", "1 +", "3", "x", ""], [1, "math", "1 +", "1", "x", ""]]
+
     events = {(event["kind"], event["step"], event["tokens"]): event["text"] for event in values["events"]}
     assert set(events) == {
         ("resume", 1, 1000),
@@ -206,6 +210,7 @@ def hostile(uri):
     job = {**JOB, "name": HOSTILE, "data": {HOSTILE: [HOSTILE]}}
     handle = planted(uri, name=HOSTILE, job=job, changes={HOSTILE: HOSTILE}, records=[(1, 5, {"train/loss": 1.0})])
     log_text(handle, json.dumps({"step": 1, "text": HOSTILE}), "events.jsonl")
+    log_text(handle, json.dumps({"step": 1, "domain": HOSTILE, "drawn": HOSTILE}), "samples.jsonl")
     return handle
 
 
@@ -285,7 +290,7 @@ def recording(metrics: dict[str, list[float]], *, status="RUNNING", saved=None, 
     )
     run = Run()
     run.status = status
-    return Recording(run, history, records, list(events), None, job, None, saved)
+    return Recording(run, history, records, list(events), None, [], job, None, saved)
 
 
 def level(subject: str, made: Recording, now_s: float = 60.0) -> str | None:

@@ -15,12 +15,25 @@ import pandas as pd
 from tidegate.track.page.figures import MAX_POINTS
 from tidegate.track.read import RunData
 
-__all__ = ["EVENTS_FILE", "LOADS_FILE", "Event", "Loads", "Recording", "read_loads", "record_of"]
+__all__ = [
+    "EVENTS_FILE",
+    "LOADS_FILE",
+    "SAMPLES_FILE",
+    "Event",
+    "Loads",
+    "Recording",
+    "read_loads",
+    "read_samples",
+    "record_of",
+]
 
 EVENTS_FILE = "events.jsonl"
 """Artifact: a line of JSON a notice of the run, with `time_ms`, `step` (the last recorded one) and `text`."""
 LOADS_FILE = "expert_load.npz"
 """Artifact: `steps` (S,), `domains` (D,), `load_SDLE` shares of each domain's held-out assignments."""
+
+SAMPLES_FILE = "samples.jsonl"
+"""Artifact: a line of JSON a continuation of held-out text, with `step`, `tokens`, and the fields of `Sample`."""
 
 EventKind = Literal["checkpoint", "resume", "spike", "nonfinite", "rollback", "notice"]
 
@@ -57,6 +70,8 @@ class Recording(NamedTuple):
     """All records, those left behind included, in the order of time: index `time_ms`, columns `step` and metrics."""
     events: list[Event]
     loads: Loads | None
+    samples: list[dict[str, Any]]
+    """As `SAMPLES_FILE` has them."""
     job: dict[str, Any] | None
     changes: dict[str, Any] | None
     last_checkpoint: int | None
@@ -88,6 +103,7 @@ def record_of(run: RunData) -> Recording:
         records,
         events,
         _loads(run),
+        read_samples(run.artifact(SAMPLES_FILE) or b""),
         run.job(),
         run.changes(),
         max(saved, default=None),
@@ -126,8 +142,7 @@ def _resumes(run: RunData, records: pd.DataFrame) -> Iterator[Event]:
 
 
 def _notices(run: RunData) -> Iterator[Event]:
-    for line in (run.artifact(EVENTS_FILE) or b"").decode(errors="replace").splitlines():
-        entry = _json(line.encode())
+    for entry in _lines(run.artifact(EVENTS_FILE) or b""):
         if isinstance(entry.get("step"), int):
             yield Event(entry["step"], "notice", str(entry.get("text", "")))
 
@@ -145,6 +160,15 @@ def read_loads(data: bytes) -> Loads | None:
     except (OSError, ValueError, KeyError, BadZipFile):
         return None
     return loads if loads.load_SDLE.ndim == 4 else None
+
+
+def read_samples(data: bytes) -> list[dict[str, Any]]:
+    """What such a file holds, without lines that are torn."""
+    return [entry for entry in _lines(data) if isinstance(entry.get("step"), int)]
+
+
+def _lines(data: bytes) -> list[dict[str, Any]]:
+    return [_json(line) for line in data.splitlines()]
 
 
 def _json(text: bytes | None) -> dict[str, Any]:

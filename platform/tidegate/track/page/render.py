@@ -26,6 +26,7 @@ from tidegate.track.read import RunData
 __all__ = ["page_values", "run_page"]
 
 MAX_EVENTS = 300
+MAX_SAMPLES = 200
 
 
 def run_page(run: RunData) -> str:
@@ -57,10 +58,18 @@ def page_values(recording: Recording) -> dict[str, Any]:
         "findings": [finding._asdict() for finding in findings],
         "advice": _advice(findings),
         "sections": [section._asdict() for section in sections(recording)],
+        "samples": _samples(recording.samples),
         "events": [event._asdict() | {"tokens": _tokens_at(tokens, event.step)} for event in events],
         "job": "" if recording.job is None else yaml.safe_dump(recording.job, sort_keys=False),
         "changes": [[path, json.dumps(value)] for path, value in sorted((recording.changes or {}).items())],
     }
+
+
+def _samples(samples: list[dict[str, Any]]) -> list[list[Any]]:
+    """Rows of the page's table, the newest evaluation first."""
+    newest = sorted(samples, key=lambda sample: -sample["step"])[:MAX_SAMPLES]
+    fields = ("step", "domain", "prompt", "greedy", "drawn", "text")
+    return [[sample.get(field, "") for field in fields] for sample in newest]
 
 
 def _facts(recording: Recording) -> Iterator[tuple[str, str]]:
