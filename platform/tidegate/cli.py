@@ -243,6 +243,30 @@ def show(job: JobFile, overrides: Overrides = []) -> None:  # noqa: B006
     show_job(job, overrides)
 
 
+@app.command()
+def plan(
+    job: JobFile,
+    gpus: Annotated[str, typer.Option(help="Such as 256xH100", show_default=False)],
+    tokens: Annotated[
+        str | None, typer.Option(help="Such as 1T [default: as many as the job says]", show_default=False)
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006
+    hardware: Annotated[
+        Path | None, typer.Option(help="YAML of GPUs, links and prices over the shipped ones", show_default=False)
+    ] = None,
+    scaling: Annotated[
+        Path | None, typer.Option(help="Draw 1 to 4,096 GPUs: FILE.html or FILE.png", show_default=False)
+    ] = None,
+) -> None:
+    """Predict on GPUs that nobody has rented yet: the fastest layout that fits, its speed, time, money and energy."""
+    from tidegate.plan import parse_gpus
+    from tidegate.plan.report import plan_job
+    from tidegate.quantities import parse_count
+
+    count = None if tokens is None else parse_count(tokens, "--tokens")
+    plan_job(job, overrides, parse_gpus(gpus, hardware), count, scaling)
+
+
 @app.command(name="list")
 def list_(what: Annotated[str, typer.Argument(help="routers, gates or balance", show_default=False)]) -> None:
     """List what a job can choose from, with one line and the paper of each."""

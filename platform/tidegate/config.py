@@ -86,18 +86,19 @@ class LoadedJob(NamedTuple):
     """Name of the file that the job's own lies directly over; None without `extends:`."""
 
 
-def load(path: str | Path, schema: type[C], overrides: Sequence[str] = ()) -> LoadedJob:
+def load(path: str | Path, schema: type[C], overrides: Sequence[str] = (), *, below: Path | None = None) -> LoadedJob:
     """Read a job file, lay it over what it extends, apply `--set` overrides and validate.
 
     Args:
         path: the YAML file.
         schema: the config class of the whole job.
         overrides: `a.b=c` strings; the value is read as YAML.
+        below: a file that this one is laid over whatever it extends.
 
     Raises:
         ConfigError: with every problem found, one a line, each naming file, field and value.
     """
-    return JobFile(path, overrides).load(schema)
+    return JobFile(path, overrides, below=below).load(schema)
 
 
 class JobFile:
@@ -106,15 +107,17 @@ class JobFile:
     Args:
         path: the YAML file.
         overrides: `a.b=c` strings; the value is read as YAML.
+        below: a file that this one is laid over whatever it extends.
 
     Raises:
         ConfigError: a file or an override cannot be read.
     """
 
-    def __init__(self, path: str | Path, overrides: Sequence[str] = ()) -> None:
+    def __init__(self, path: str | Path, overrides: Sequence[str] = (), *, below: Path | None = None) -> None:
         self._path, self._sources = str(path), dict[str, str]()
         folder = Path(path).parent
-        chain = [(file, in_folder(mapping, file.parent, folder)) for file, mapping in _extends_chain(Path(path))]
+        files = [*(_extends_chain(below) if below else ()), *_extends_chain(Path(path))]
+        chain = [(file, in_folder(mapping, file.parent, folder)) for file, mapping in files]
         (file, self._base), *others = chain
         self._parent = chain[-2][0].name if others else None
         self._merged = _overlay({}, self._base, str(file), self._sources)

@@ -12,7 +12,6 @@ from rich.table import Column, Table
 
 from tidegate.config import load
 from tidegate.launch.preflight import BYTES_PER_PARAMETER
-from tidegate.model.balance import Balancer
 from tidegate.model.decoder import ModelConfig, unit_gates_on_meta
 from tidegate.model.flops import Cost, costs, total
 from tidegate.model.moe import MoEConfig
@@ -188,7 +187,7 @@ def _summary(job: Job) -> Iterator[str]:
     )
     if job.model.units is not None:
         yield _unit_gates(job.model, job.model.units)
-    if job.num_experts is not None and _counts_first(job):
+    if job.num_experts is not None and job.counts_first:
         yield (
             f"balance: scope=global_batch counts=exact with M={job.accumulation} runs one more forward pass a step to "
             f"count, about a third of the model FLOPs ({cost.flops_per_token * tokens / 3:.3e}); "
@@ -238,12 +237,6 @@ def notes(job: Job) -> Iterator[str]:
             f"router: {kind} decides over the tokens that a rank holds: results depend on resources.workers and "
             "train.micro_batch"
         )
-
-
-def _counts_first(job: Job) -> bool:
-    moe = job.model.ffn if isinstance(job.model.ffn, MoEConfig) else None
-    balancer = Balancer(job.balance, lambda _: None, job.resources.workers, job.accumulation, moe)
-    return balancer.needs_counting_pass
 
 
 def _domain_table(manifest: Manifest) -> Table:

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from tidegate.config import Config
 from tidegate.data.config import DataConfig, TrainedTokenizer
-from tidegate.model.balance import BalanceConfig, balance_problem
+from tidegate.model.balance import BalanceConfig, Balancer, balance_problem
 from tidegate.model.decoder import ModelConfig
 from tidegate.model.masks import prunable
 from tidegate.model.moe import MoEConfig
@@ -173,6 +173,14 @@ class Job(Config):
             f"EP {self.parallel.expert} x DP {replicas}, ZeRO {self.parallel.zero_stage}{offload}, "
             f"{self.train.precision}, {kernels} kernels"
         )
+
+    @property
+    def counts_first(self) -> bool:
+        """Whether a step begins with a forward pass over all of its micro-batches that counts choices."""
+        moe = self.model.ffn if isinstance(self.model.ffn, MoEConfig) else None
+        return Balancer(
+            self.balance, lambda _: None, self.resources.workers, self.accumulation, moe
+        ).needs_counting_pass
 
     @property
     def num_experts(self) -> int | None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import NamedTuple
+from functools import lru_cache, partial
+from typing import Literal, NamedTuple
 
 import torch
 
 from tidegate.config import ConfigError
-from tidegate.model.memory import model_on_meta, pass_memory
-from tidegate.parallel.memory import MoEShare, state_memory
+from tidegate.model.decoder import Decoder, ModelConfig
+from tidegate.model.memory import PassMemory, model_on_meta, pass_memory
+from tidegate.parallel.memory import LOAD_SKEW, MoEShare, state_memory
 from tidegate.train.job import Job
+from tidegate_kernels.choice import Kernels
 
 __all__ = ["MemoryPrediction", "out_of_memory_explained", "predict"]
 
@@ -60,20 +62,43 @@ class MemoryPrediction(NamedTuple):
         return sum(self.parts.values())
 
 
-def predict(job: Job) -> MemoryPrediction:
-    """Predict from the job alone; nothing is allocated."""
-    train, parallel = job.train, job.parallel
-    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
-    moe = partial(MoEShare, expert_size=parallel.expert, keep_rows=train.keep_rows)
-    model = model_on_meta(job.model, dtype, moe=moe, recompute=train.recompute)
-    state = state_memory(model, parallel, job.resources.workers, train.precision, job.optimizer.state)
-    passes = pass_memory(
-        model,
-        micro_batch=train.micro_batch,
-        sequence_length=job.data.sequence_length,
-        isolate=job.data.documents == "isolate",
-        kernels="auto" if job.runs_triton else "reference",
+class _Build(NamedTuple):
+    """What a rank's share of a model hangs on."""
+
+    config: ModelConfig
+    precision: Literal["fp32", "bf16"]
+    expert_size: int
+    load_skew: float
+    keep_rows: bool
+    recompute: bool
+
+    def model(self) -> Decoder:
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        moe = partial(MoEShare, expert_size=self.expert_size, skew=self.load_skew, keep_rows=self.keep_rows)
+        return model_on_meta(self.config, dtype, moe=moe, recompute=self.recompute)
+
+
+@lru_cache(maxsize=1024)
+def _passes(build: _Build, micro_batch: int, sequence_length: int, isolate: bool, kernels: Kernels) -> PassMemory:
+    """Layouts that differ in what the optimizer holds alone share it."""
+    return pass_memory(
+        build.model(), micro_batch=micro_batch, sequence_length=sequence_length, isolate=isolate, kernels=kernels
     )
+
+
+def predict(job: Job, load_skew: float = LOAD_SKEW) -> MemoryPrediction:
+    """Predict from the job alone; nothing is allocated.
+
+    Args:
+        job: what is trained, and where.
+        load_skew: with expert parallelism, assignments that a rank's experts get, over the mean of the ranks.
+    """
+    train, parallel = job.train, job.parallel
+    build = _Build(job.model, train.precision, parallel.expert, load_skew, train.keep_rows, train.recompute)
+    state = state_memory(build.model(), parallel, job.resources.workers, train.precision, job.optimizer.state)
+    isolate = job.data.documents == "isolate"
+    kernels: Kernels = "auto" if job.runs_triton else "reference"
+    passes = _passes(build, train.micro_batch, job.data.sequence_length, isolate, kernels)
     batch = _TOKEN_BYTES * train.batch_tokens // job.resources.workers
     kept_bucket = state.bucket if parallel.zero_stage == 1 else 0  # from one micro-batch to the next
     largest = max(passes.forward + kept_bucket, passes.backward + state.bucket)

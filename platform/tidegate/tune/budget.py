@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 from tidegate.config import ConfigError
 from tidegate.model.decoder import unit_gates_on_meta
 from tidegate.model.flops import Cost, total
+from tidegate.quantities import PREFIXES, count_shown
 from tidegate.train.job import Job
 from tidegate.train.memory import predict
 from tidegate.train.search import SolveConfig
@@ -61,13 +62,11 @@ QUANTITIES: dict[str, Quantity] = {
     "kv_cache": Quantity(_kv_cache, "B", "of keys and values a token of context at inference, in bf16"),
 }
 
-_PREFIXES = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 _BYTES = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
-_UNITS = {"": _PREFIXES, "FLOP": _PREFIXES, "B": _BYTES, "s": _SECONDS}
-_SHOWN = {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
+_UNITS = {"": PREFIXES, "FLOP": PREFIXES, "B": _BYTES, "s": _SECONDS}
 _SHOWN_BYTES = {"GiB": 2.0**30, "MiB": 2.0**20, "KiB": 2.0**10, "B": 1.0}
-_SCALES = {"": _SHOWN, "FLOP": _SHOWN, "B": _SHOWN_BYTES, "s": {"s": 1.0, "ms": 1e-3, "us": 1e-6}}
+_SCALES = {"B": _SHOWN_BYTES, "s": {"s": 1.0, "ms": 1e-3, "us": 1e-6}}
 _BUDGET = re.compile(r"\s*(\w+)\s*(<=|==)\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z%]*)\s*")
 
 
@@ -165,6 +164,8 @@ def solve(jobs: Callable[[int], Job], budgets: Sequence[Budget], config: SolveCo
 
 def shown(quantity: str, value: float) -> str:
     """For people, three digits."""
-    scales = _SCALES[QUANTITIES[quantity].unit]
+    scales = _SCALES.get(QUANTITIES[quantity].unit)
+    if scales is None:
+        return count_shown(value)
     unit, size = next(((unit, size) for unit, size in scales.items() if value >= size), ("", 1.0))
     return f"{value / size:.3g}{unit}"
