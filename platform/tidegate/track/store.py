@@ -20,6 +20,7 @@ from tidegate.config import Config, ConfigError, flatten
 from tidegate.redact import HIDDEN, redact, redact_values
 from tidegate.track.client import connect, database_file, one_line
 from tidegate.track.config import TrackConfig
+from tidegate.track.preset import view_tags
 from tidegate.track.provenance import provenance_tags
 
 if TYPE_CHECKING:
@@ -217,7 +218,7 @@ def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return client.create_experiment(name, artifact_location=artifacts)
+            return client.create_experiment(name, artifact_location=artifacts, tags=view_tags())
         except MlflowException:
             found = client.get_experiment_by_name(name)  # another driver may have been first
             if found is None:

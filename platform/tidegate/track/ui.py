@@ -16,6 +16,7 @@ from pathlib import Path
 from tidegate.config import ConfigError
 from tidegate.redact import redact
 from tidegate.track.client import connect, database_file, import_mlflow, one_line
+from tidegate.track.preset import experiment_pages
 from tidegate.track.store import artifact_root, embedded_uri
 
 __all__ = ["check_tracking", "serve_ui", "stop_server"]
@@ -28,7 +29,7 @@ MLflow's patterns for an address in brackets."""
 
 
 def serve_ui(state_dir: Path, host: str = "127.0.0.1", port: int = 5000) -> int:
-    """Serve the MLflow UI over the store of `state_dir` until interrupted.
+    """Serve the MLflow UI over the store of `state_dir` until interrupted; print where each experiment is shown.
 
     Args:
         state_dir: the directory that runs were started with.
@@ -39,7 +40,8 @@ def serve_ui(state_dir: Path, host: str = "127.0.0.1", port: int = 5000) -> int:
         The exit status of the server.
 
     Raises:
-        ConfigError: nothing has been recorded in `state_dir`, or the address cannot or should not be used.
+        ConfigError: nothing has been recorded in `state_dir`, its store cannot be opened, or the address cannot or
+            should not be used.
     """
     uri = embedded_uri(state_dir)
     database, artifacts = database_file(uri), artifact_root(uri)
@@ -53,6 +55,12 @@ def serve_ui(state_dir: Path, host: str = "127.0.0.1", port: int = 5000) -> int:
             f"host: whoever reaches {host} could read and change every run, as this server asks for no password; use "
             f"ssh -L {port}:localhost:{port}, or set MLFLOW_SERVER_ALLOWED_HOSTS to the names that it may be called by"
         )
+    try:
+        pages = experiment_pages(uri)
+    except Exception as error:  # MLflow lets errors of SQLAlchemy and the file system through
+        raise ConfigError(f"state_dir: {database} cannot be opened: {one_line(error)}") from error
+    for page in pages:
+        print(f"{page.name}: http://{f'[{host}]' if ':' in host else host}:{port}{page.path}", flush=True)
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", uri, "--default-artifact-root", artifacts]
     command += ["--allowed-hosts", allowed or _LOOPBACK_NAMES]

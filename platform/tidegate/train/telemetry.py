@@ -150,8 +150,9 @@ class Observer:
         values_LM = np.concatenate([*of_each.values(), np.stack([*of_all.values()], axis=1), share_LE], axis=1)
         groups = ("", *(f"{self._domains[domain]}/" for domain in present))
         names = _routing_names(num_layers, groups, tuple(of_each), tuple(of_all), num_experts)
-        floor = ("moe/top_k_share_floor", self._top_k / num_experts)
-        return chain([floor], zip(names, values_LM.ravel().tolist(), strict=True))
+        of_layers = [(f"moe/{name}_mean", float(of_each[name][:, 0].mean())) for name in ("maxvio", "dead_experts")]
+        of_layers.append(("moe/top_k_share_floor", self._top_k / num_experts))
+        return chain(of_layers, zip(names, values_LM.ravel().tolist(), strict=True))
 
 
 def _attention(seen: AttentionObservations) -> Iterable[tuple[str, float]]:

@@ -105,6 +105,12 @@ def wait_until_fixture() -> Callable[[Callable[[], bool], float, str], None]:
     return wait_until
 
 
+@pytest.fixture(name="answers")
+def answers_fixture() -> Callable[[int], bool]:
+    """Whether a server of MLflow on this port is ready."""
+    return answers
+
+
 class Server:
     """A real `mlflow server` on one port over one store, which can be killed and started again."""
 

@@ -14,7 +14,9 @@ import urllib.request
 import pytest
 
 from tidegate.config import ConfigError
-from tidegate.track import check_tracking, run_url, serve_ui, ui
+from tidegate.track import TrackConfig, check_tracking, run_url, serve_ui, ui
+from tidegate.track.client import connect
+from tidegate.track.preset import experiment_pages, view_tags
 
 
 def test_no_store_is_refused_by_its_path(tmp_path):
@@ -36,6 +38,26 @@ def test_a_taken_port_and_a_foreign_host_are_refused(state_dir):
     for port in (0, 70000):
         with pytest.raises(ConfigError, match=rf"^port: {port} is not between"):
             serve_ui(state_dir, port=port)
+
+
+def test_experiments_with_a_run_have_our_view_from_their_first_run_on(handle, uri):
+    client = connect(uri)
+    (tag, view), *others = view_tags().items()
+    assert not others
+    assert client.get_experiment(handle.experiment_id).tags[tag] == view
+    client.set_experiment_tag(handle.experiment_id, tag, "of another version")
+    client.create_experiment("empty")
+    paths = {page.name: page.path for page in experiment_pages(uri)}
+    assert paths.keys() == {TrackConfig().experiment, "template"}
+    start = f"/#/experiments/{handle.experiment_id}/runs?viewStateShareKey={tag.split('.')[-1]}&"
+    assert paths[TrackConfig().experiment].startswith(start)
+    assert client.get_experiment(handle.experiment_id).tags[tag] == view
+
+
+def test_a_store_that_cannot_be_opened_is_named(state_dir):
+    (state_dir / "mlflow" / "mlflow.db").write_bytes(b"no database")
+    with pytest.raises(ConfigError, match=r"^state_dir: .*mlflow\.db cannot be opened: .*not a database"):
+        serve_ui(state_dir)
 
 
 @pytest.mark.slow

@@ -122,6 +122,9 @@ def test_routing_metrics_are_those_of_every_token_of_the_step() -> None:
         weight = (weight / weight.sum())[:, None]
         covariance = E * ((weight * f * p).sum(0) - (weight * f).sum(0) * (weight * p).sum(0)).sum()
         assert metrics[f"moe/{layer}/lbl_covariance"] == pytest.approx(float(covariance), abs=1e-5)
+    for name in ("maxvio", "dead_experts"):
+        mean = sum(metrics[f"moe/{layer}/{name}"] for layer in range(L)) / L
+        assert metrics[f"moe/{name}_mean"] == pytest.approx(mean)
     assert metrics["moe/top_k_share_floor"] == K / E
     assert not any("absent" in name for name in metrics), "a domain without tokens has no numbers"
 
