@@ -18,7 +18,8 @@ export RAY_AUTH_TOKEN_PATH=$folder/%%{name}-$SLURM_JOB_ID.auth
 od -An -v -N32 -tx1 /dev/urandom | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH"
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-address=${nodes[0]}:$((20000 + SLURM_JOB_ID % 12000)) # another job on the node has another port
+port=$((20000 + 2 * (SLURM_JOB_ID % 6000))) # and the next; another job on the node has others
+address=${nodes[0]}:$port
 run=0
 started=()
 
@@ -38,10 +39,11 @@ warned() { # the time limit is near, or the job is preempted or cancelled: the r
 trap finish EXIT
 trap warned TERM INT
 
-step() { srun --overlap --ntasks-per-node=1 %%{container}"$@"; }
+step() { exec srun --overlap --ntasks-per-node=1 %%{container}"$@"; } # for the background: signals to $! reach srun
 
 step --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" \
-  ray start --head --block --node-ip-address="${nodes[0]}" --port="${address##*:}" --dashboard-host=127.0.0.1 \
+  ray start --head --block --node-ip-address="${nodes[0]}" --port="$port" \
+  --dashboard-host=127.0.0.1 --dashboard-port=$((port + 1)) \
   --num-cpus=%%{cpus} --num-gpus=%%{gpus} --temp-dir="/tmp/tidegate-$SLURM_JOB_ID" &
 started+=($!)
 for ((second = 0; ; second++)); do

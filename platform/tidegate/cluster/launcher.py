@@ -185,7 +185,7 @@ def _start_worker(cluster: Cluster) -> str:
 
 def _start(cluster: Cluster, command: str) -> str:
     exports = [f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()]
-    return _with_setup(cluster, " && ".join([*exports, "ulimit -n 65536", command]))
+    return _with_setup(cluster, " && ".join([*exports, "ulimit -n $(ulimit -Hn)", command]))
 
 
 def _port(cluster: Cluster) -> int:
