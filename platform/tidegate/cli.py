@@ -42,6 +42,10 @@ def train(
     local: Annotated[bool, typer.Option("--local", help="Run the loop in this process, without Ray")] = False,
     address: Annotated[str | None, typer.Option(help="Ray cluster to use instead of a local one")] = None,
     resume: Annotated[str | None, typer.Option(help="Continue this run from its last checkpoint")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the run; if one of this name has begun, it goes on")] = None,
+    job_dir: Annotated[
+        Path | None, typer.Option(help="What {job} stands for [default: the job file's folder]", show_default=False)
+    ] = None,
     init_from: Annotated[
         Path | None, typer.Option(help="Short for --set train.init_from=FOLDER: begin with its weights")
     ] = None,
@@ -57,12 +61,88 @@ def train(
         raise ConfigError(f"--local and --address {address} exclude each other")
     if job and resume:
         raise ConfigError(f"{job} and --resume {resume} exclude each other; change a resumed run with --set")
+    if name and resume:
+        raise ConfigError(f"--name {name} and --resume {resume} exclude each other")
     extra = [f"resources.workers={workers}"] if workers is not None else []
     extra += [f"guards.compare_replicas_every={paranoid}"] if paranoid is not None else []
     extra += [f"train.init_from={json.dumps(str(init_from.absolute()))}"] if init_from else []
-    ran = run(Request(job, [*overrides, *extra], _state(state_dir), resume, local, address))
+    ran = run(Request(job, [*overrides, *extra], _state(state_dir), resume, name, job_dir, local, address))
     if ran.outcome.stopped:
         raise typer.Exit(143)  # as a process that SIGTERM ended
+
+
+Dashboard = Annotated[
+    str | None,
+    typer.Option(
+        "--address", help="Ray's dashboard, http://HOST:8265 [default: $RAY_API_SERVER_ADDRESS]", show_default=False
+    ),
+]
+Wait = Annotated[bool, typer.Option("--wait", help="Follow its output until it ends; exit status is the job's")]
+Submitted = Annotated[str, typer.Argument(help="Name that it was submitted by", show_default=False)]
+StateThere = Annotated[
+    str | None,
+    typer.Option(
+        "--state-dir", help="On the cluster, seen by all nodes [default: $TIDEGATE_STATE there]", show_default=False
+    ),
+]
+
+
+@app.command()
+def submit(
+    job: JobFile,
+    overrides: Overrides = [],  # noqa: B006
+    address: Dashboard = None,
+    name: Annotated[
+        str | None, typer.Option(help="Of the run; if it stopped or failed it goes on [default: the job's]")
+    ] = None,
+    job_dir: Annotated[
+        str | None, typer.Option(help="What {job} stands for there [default: the job file's folder]")
+    ] = None,
+    wait: Wait = False,
+    state_dir: StateThere = None,
+) -> None:
+    """Submit a job to a Ray cluster: once, however often this is called."""
+    from tidegate.launch.submit import Submit, submit
+
+    raise typer.Exit(submit(job, Submit(address, overrides, name, state_dir, job_dir, wait)))
+
+
+@app.command()
+def resume(
+    name: Submitted,
+    overrides: Overrides = [],  # noqa: B006
+    address: Dashboard = None,
+    wait: Wait = False,
+    state_dir: StateThere = None,
+) -> None:
+    """Submit a run again that stopped or failed on a cluster: it goes on from its last checkpoint."""
+    from tidegate.launch.submit import Submit, resume
+
+    raise typer.Exit(resume(name, Submit(address, overrides, state_dir=state_dir, wait=wait)))
+
+
+@app.command()
+def jobs(address: Dashboard = None) -> None:
+    """List what was submitted to a Ray cluster."""
+    from tidegate.launch.submissions import list_jobs
+
+    list_jobs(address)
+
+
+@app.command()
+def logs(name: Submitted, address: Dashboard = None, wait: Wait = False) -> None:
+    """Print what a submitted job has printed."""
+    from tidegate.launch.submissions import show_logs
+
+    raise typer.Exit(show_logs(address, name, wait=wait))
+
+
+@app.command()
+def stop(name: Submitted, address: Dashboard = None) -> None:
+    """Have a submitted job save and end."""
+    from tidegate.launch.submissions import stop_job
+
+    raise typer.Exit(stop_job(address, name))
 
 
 @app.command()

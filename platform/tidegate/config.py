@@ -118,6 +118,8 @@ class JobFile:
         folder = Path(path).parent
         files = [*(_extends_chain(below) if below else ()), *_extends_chain(Path(path))]
         chain = [(file, in_folder(mapping, file.parent, folder)) for file, mapping in files]
+        self.paths = [file for file, _ in chain]
+        """Of all that was read, the job's own last."""
         (file, self._base), *others = chain
         self._parent = chain[-2][0].name if others else None
         self._merged = _overlay({}, self._base, str(file), self._sources)

@@ -22,6 +22,7 @@ import pyarrow.fs
 import ray
 import ray.train
 from ray._private import ray_constants
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.train.torch import TorchConfig
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -43,7 +44,10 @@ from tidegate.train.loop import Outcome, World, train
 from tidegate.train.telemetry import Record
 from tidegate.train.throughput import device_name
 
-__all__ = ["connect", "run_on_ray", "storage_filesystem"]
+__all__ = ["SHIPPED", "connect", "forwarded_environment", "run_on_ray", "storage_filesystem"]
+
+SHIPPED = tuple(str(Path(str(module.__file__)).parent) for module in (tidegate, tidegate_kernels))
+"""Folders of the packages that a cluster gets with a job."""
 
 
 RESIZE_INTERVAL_S = 60.0
@@ -87,8 +91,9 @@ def connect(address: str | None, job: Job) -> None:
 def _start(address: str | None) -> None:
     if address is None:
         _keep_to_this_machine()
-    packages = [str(Path(str(module.__file__)).parent) for module in (tidegate, tidegate_kernels)]
-    runtime_env = {"py_modules": packages, "env_vars": _forwarded_environment()} if address else None
+    # A submitted job's processes have its packages already, and Ray refuses a second word on them.
+    packages = {} if RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ else {"py_modules": list(SHIPPED)}
+    runtime_env = {**packages, "env_vars": forwarded_environment(devices=True)} if address else None
     try:
         ray.init(address=address or "local", runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -342,8 +347,12 @@ def _keep_to_this_machine() -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
-def _forwarded_environment() -> dict[str, str]:
-    """Settings that workers elsewhere need and Ray does not forward. No secrets: Ray shows them to its users."""
-    wanted = ("MLFLOW_TRACKING_URI", "NCCL_", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")
+def forwarded_environment(*, devices: bool) -> dict[str, str]:
+    """Settings that workers elsewhere need and Ray does not forward. No secrets: Ray shows them to its users.
+
+    Args:
+        devices: also which of them there are, as a driver on the cluster knows.
+    """
+    wanted = ("MLFLOW_TRACKING_URI", "NCCL_", *(("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR") if devices else ()))
     settings = {name: value for name, value in os.environ.items() if name.startswith(wanted)}
     return {name: value for name, value in settings.items() if redact(value) == value}

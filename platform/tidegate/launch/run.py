@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from rich.progress import BarColumn, Progress, TextColumn
 
-from tidegate.config import ConfigError, LoadedJob, load
+from tidegate.config import ConfigError, LoadedJob, diff, flatten, load, load_stored
 from tidegate.data import TokenDataset, prepare, unigram_perplexity
 from tidegate.launch.ended import Ended
 from tidegate.launch.lineage import dataset_uses, job_tags
@@ -18,7 +18,7 @@ from tidegate.launch.preflight import check_dataset, check_machine, check_space,
 from tidegate.launch.report import Reporter
 from tidegate.launch.run_page import RunPage
 from tidegate.launch.show import notes
-from tidegate.launch.state import RunFolder, RunRecord, StateDir
+from tidegate.launch.state import RunFolder, RunRecord, StateDir, check_name
 from tidegate.track import (
     MetricLogger,
     RunHandle,
@@ -54,6 +54,10 @@ class Request(NamedTuple):
     overrides: Sequence[str]
     state: StateDir
     resume: str | None = None
+    name: str | None = None
+    """Of the run; one of this name that began, here or with the job's storage elsewhere, goes on."""
+    job_dir: Path | None = None
+    """What `{job}` stands for; the folder of `job_file` by default."""
     local: bool = False
     address: str | None = None
     tags: Mapping[str, str] = MappingProxyType({})
@@ -156,8 +160,39 @@ def _plan(request: Request) -> _Plan:
     if request.job_file is None:
         raise ConfigError("name a job file, or --resume RUN")
     loaded = load(request.job_file, Job, request.overrides)
-    job_dir = request.job_file.absolute().parent
-    return _Plan(loaded, _with_whole_paths(loaded.config, job_dir), job_dir, None)
+    job_dir = request.job_dir or request.job_file.absolute().parent
+    job = _with_whole_paths(loaded.config, job_dir)
+    return _Plan(loaded, job, job_dir, None if request.name is None else _begun(request, request.name, job, job_dir))
+
+
+_WHERE = ("resources", "parallel", "checkpoint", "track", "guards", "kernels", "train.pause_at_tokens")
+"""What says where and how a run goes on, and not what it learns."""
+
+
+def _begun(request: Request, name: str, job: Job, job_dir: Path) -> RunFolder | None:
+    """The run of that name, if there is one.
+
+    Raises:
+        ConfigError: it is of another job.
+    """
+    check_name(name)
+    if name in request.state.runs():
+        run = request.state.run(name)
+    else:
+        adopted = request.state.adopt(name, job.checkpoint.storage or str(request.state.checkpoints), job_dir)
+        if adopted is None:
+            return None
+        run = adopted
+    stored = load_stored(run.job_file.read_text(encoding="utf-8"), Job, str(run.job_file))
+    differs = {field: value for field, value in diff(stored, job).items() if not field.startswith(_WHERE)}
+    if differs:
+        was, (field, value) = flatten(stored), next(iter(differs.items()))
+        raise ConfigError(
+            f"{request.job_file}: {field}={value}, but the run {name} has begun with {was.get(field)}"
+            + (f" ({len(differs) - 1} more fields differ)" if len(differs) > 1 else "")
+            + f"; take another --name, or change that run with --resume {name} --set {field}=..."
+        )
+    return run
 
 
 def _with_whole_paths(job: Job, job_dir: Path) -> Job:
@@ -182,7 +217,7 @@ def _open(request: Request, plan: _Plan, storage: str, dataset: TokenDataset, re
     """Create or re-open the run, here and in MLflow."""
     job, resumed = plan.job, plan.resumed
     record = resumed.read() if resumed else None
-    run_folder = resumed or request.state.new_run(job.name)
+    run_folder = resumed or (request.state.named_run(request.name) if request.name else request.state.new_run(job.name))
     checkpoints = _resumed_from(plan, storage, record, run_folder.name, reporter) if record else None
     cluster = "process" if request.local else "local_ray" if request.address is None else "ray"
     try:

@@ -5,12 +5,14 @@
   data/                            token shards (tidegate.data)
   mlflow/                          the embedded store (tidegate.track)
   runs/<run>/                      job.json (resolved), run.json (what `resume` needs), undelivered metrics
-  checkpoints/<run>-<MLflow run>/   unless checkpoint.storage says elsewhere
+  checkpoints/<run>-<MLflow run>/   unless checkpoint.storage says elsewhere; job.json and run.json stand there again,
+                                    so that a run can go on where there is only its storage
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,10 +20,13 @@ from tidegate.config import Config, ConfigError, load_stored
 from tidegate.redact import redact, redact_command
 from tidegate.track import RunHandle, recorded_uri
 from tidegate.train.job import Job
+from tidegate.train.storage import Storage
 
-__all__ = ["LAYOUT_VERSION", "RunFolder", "RunRecord", "StateDir", "default_state_dir", "write_whole"]
+__all__ = ["LAYOUT_VERSION", "RunFolder", "RunRecord", "StateDir", "check_name", "default_state_dir", "write_whole"]
 
 LAYOUT_VERSION = "1"
+_JOB_FILE, _RECORD_FILE = "job.json", "run.json"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 
 
 def default_state_dir() -> Path:
@@ -49,9 +54,9 @@ class RunFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.name = folder.name
-        self.job_file = folder / "job.json"
+        self.job_file = folder / _JOB_FILE
         self.spool = folder / "undelivered_metrics.jsonl"
-        self._record_file = folder / "run.json"
+        self._record_file = folder / _RECORD_FILE
 
     def write(self, job: Job, job_dir: Path, handle: RunHandle, command: Sequence[str], checkpoints: str) -> None:
         """Store what `resume` needs."""
@@ -62,12 +67,10 @@ class RunFolder:
             run_id=handle.run_id,
             command=redact_command(command),
         )
-        self.write_job(job)
-        write_whole(self._record_file, record.model_dump_json(indent=2))
-
-    def write_job(self, job: Job) -> None:
-        """Store the job as it runs now: the next resume starts from it."""
         write_whole(self.job_file, job.model_dump_json(indent=2))
+        write_whole(self._record_file, record.model_dump_json(indent=2))
+        for file in (self.job_file, self._record_file):
+            Storage(checkpoints).replace(file.name, file.read_bytes())
 
     def handle(self) -> RunHandle:
         """The run in MLflow, to mark it from outside of it.
@@ -124,6 +127,52 @@ class StateDir:
             except FileExistsError:
                 number += 1
 
+    def named_run(self, name: str) -> RunFolder:
+        """A folder for a new run of this name.
+
+        Raises:
+            ConfigError: it is no name of a folder, or there is such a folder.
+        """
+        check_name(name)
+        try:
+            (self._runs / name).mkdir(parents=True)
+        except FileExistsError:
+            raise ConfigError(f"{self._runs / name} is there without a run in it; remove it or take another") from None
+        return RunFolder(self._runs / name)
+
+    def adopt(self, name: str, storage: str, job_dir: Path) -> RunFolder | None:
+        """The folder of a run that another state directory began, from what stands beside its checkpoints.
+
+        Args:
+            name: of the run.
+            storage: folder or URI with the checkpoints of runs.
+            job_dir: that `{job}` stands for here.
+
+        Returns:
+            None if the storage has no such run.
+
+        Raises:
+            ConfigError: it has several.
+        """
+        check_name(name)
+        pattern = re.compile(re.escape(name) + "-[0-9a-f]{8}")
+        found = {}
+        for folder in filter(pattern.fullmatch, Storage(storage).folders()):
+            try:
+                found[folder] = [(Storage(storage) / folder).read(file) for file in (_JOB_FILE, _RECORD_FILE)]
+            except FileNotFoundError:
+                continue
+        if len(found) > 1:
+            raise ConfigError(f"{storage} has several runs of the name {name}: {', '.join(found)}; take another name")
+        for folder, (job, record) in found.items():
+            there = load_stored(record.decode(), RunRecord, f"{storage}/{folder}/{_RECORD_FILE}")
+            here = there.model_copy(update={"job_dir": str(job_dir), "checkpoints": f"{storage}/{folder}"})
+            run = self.named_run(name)
+            write_whole(run.folder / _RECORD_FILE, here.model_dump_json(indent=2))
+            write_whole(run.job_file, job.decode())
+            return run
+        return None
+
     def runs(self) -> list[str]:
         """Names of the runs."""
         return sorted(path.parent.name for path in self._runs.glob("*/job.json") if not path.parent.is_symlink())
@@ -138,6 +187,12 @@ class StateDir:
         if name not in known:  # `../x` and links would lead out of the state directory
             raise ConfigError(f"{name}: no such run in {self._runs}; there are: {', '.join(known) or 'none'}")
         return RunFolder(self._runs / name)
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigError unless `name` can be that of a run, a folder and a submission to Ray."""
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"--name {name!r}: a name has letters, digits, '.', '_' and '-', at most 80")
 
 
 def write_whole(path: Path, text: str) -> None:

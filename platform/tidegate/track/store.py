@@ -145,6 +145,11 @@ def open_run(
     shown = redact(uri)
     database = database_file(uri)
     if database and not database.exists():
+        if run_id is not None:
+            raise ConfigError(
+                f"{shown}: the run {name or run_id} is recorded there, and there is no such file on this machine; copy "
+                "it here, or record runs that move with a server (MLFLOW_TRACKING_URI)"
+            )
         notice(f"creating the MLflow store {database} (the first use takes up to 15 s)")
     try:
         if database:

@@ -1,0 +1,233 @@
+"""Jobs on a Ray cluster by the name of their run: a name has one submission at a time, and as many as it takes.
+
+Ray keeps what was submitted for as long as its head lives; the run itself is in the state directory and in MLflow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+from ray.dashboard.modules.job.common import JobStatus
+from ray.dashboard.modules.job.sdk import JobSubmissionClient
+from ray.exceptions import AuthenticationError
+from rich.console import Console
+from rich.table import Table
+
+from tidegate.config import ConfigError
+from tidegate.launch.doctor import why_no_ray
+from tidegate.redact import redact
+
+__all__ = ["Cluster", "Submission", "exit_status", "follow", "list_jobs", "show_logs", "stop_job"]
+
+STOP_WAIT_S = 600
+"""How long a job that is stopped may take for its last step and checkpoint before Ray kills it."""
+_NAME, _STATE = "tidegate.name", "tidegate.state"
+_EXIT_STATUS = {JobStatus.SUCCEEDED: 0, JobStatus.STOPPED: 143}
+
+
+class Submission(NamedTuple):
+    """One submission of a run."""
+
+    id: str
+    """Ray's: the name, a dot and the number of the attempt."""
+    name: str
+    state: str
+    """The state directory there."""
+    status: JobStatus
+    message: str
+    begun: float
+    """Seconds since the epoch."""
+    ended: float | None
+
+    @property
+    def running(self) -> bool:
+        return not self.status.is_terminal()
+
+
+class Cluster:
+    """The Jobs API of a Ray cluster.
+
+    Args:
+        address: of its dashboard, `http(s)://host:port`; None takes RAY_API_SERVER_ADDRESS.
+
+    Raises:
+        ConfigError: none is given, none answers, or it wants a token.
+    """
+
+    def __init__(self, address: str | None) -> None:
+        address = address or os.environ.get("RAY_API_SERVER_ADDRESS")
+        if not address or not re.match(r"https?://", address):
+            raise ConfigError(
+                f"--address {address}: name the cluster's dashboard, as http://HOST:8265, or set RAY_API_SERVER_ADDRESS"
+            )
+        self.address = address
+        problem = why_no_ray(address)
+        if problem:
+            raise ConfigError(f"--address {address}: no Ray cluster answers ({problem})")
+        with self._explained():
+            self.client = JobSubmissionClient(address)
+
+    def submissions(self) -> list[Submission]:
+        """All of Tidegate's, the oldest first."""
+        with self._explained():
+            jobs = self.client.list_jobs()
+        found = [self._submission(job) for job in jobs if job.submission_id and _NAME in (job.metadata or {})]
+        return sorted(found, key=lambda submission: submission.begun)
+
+    def latest(self, name: str) -> Submission | None:
+        """The newest of a run."""
+        return next((found for found in reversed(self.submissions()) if found.name == name), None)
+
+    def known(self, name: str) -> Submission:
+        """`latest`, or an error that lists what there is."""
+        found = self.latest(name)
+        if found is None:
+            names = sorted({submission.name for submission in self.submissions()})
+            raise ConfigError(
+                f"{name}: nothing of that name at {self.address}; there are: {', '.join(names) or 'none'}"
+            )
+        return found
+
+    def status(self, submission_id: str) -> Any:
+        """Ray's record of one submission."""
+        with self._explained():
+            return self.client.get_job_info(submission_id)
+
+    def submit(self, name: str, state: str, entrypoint: str, runtime_env: dict[str, Any]) -> str:
+        """Hand a job to Ray; returns the submission's id.
+
+        Raises:
+            ConfigError: Ray refuses, or another submission of that name was faster.
+        """
+        attempt = 1 + sum(submission.name == name for submission in self.submissions())
+        with self._explained():
+            return self.client.submit_job(
+                entrypoint=entrypoint,
+                submission_id=f"{name}.{attempt}",  # Ray refuses one that it has seen: two cannot both be the next
+                runtime_env=runtime_env,
+                metadata={_NAME: name, _STATE: state},
+            )
+
+    def ask(self, entrypoint: str, timeout_s: float) -> str:
+        """Run a command on the head and return what it prints.
+
+        Raises:
+            ConfigError: it fails, or does not end in time.
+        """
+        with self._explained():
+            probe = self.client.submit_job(entrypoint=entrypoint)
+        until = time.monotonic() + timeout_s
+        while not (info := self.status(probe)).status.is_terminal():
+            if time.monotonic() > until:
+                self.client.stop_job(probe)
+                raise ConfigError(
+                    f"--address {self.address}: the head has not run a small command within {timeout_s:.0f} s "
+                    f"({info.status.lower()}: {info.message}); it may have no room, or no worker process starts"
+                )
+            time.sleep(0.5)
+        with self._explained():
+            printed = self.client.get_job_logs(probe)
+            self.client.delete_job(probe)
+        if info.status != JobStatus.SUCCEEDED:
+            raise ConfigError(
+                f"--address {self.address}: a command fails on the head: {printed[-500:] or info.message}"
+            )
+        return printed
+
+    def _submission(self, job: Any) -> Submission:
+        return Submission(
+            id=job.submission_id,
+            name=job.metadata[_NAME],
+            state=job.metadata.get(_STATE, ""),
+            status=job.status,
+            message=job.message or "",
+            begun=(job.start_time or 0) / 1000,
+            ended=job.end_time / 1000 if job.end_time else None,
+        )
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (AuthenticationError, RuntimeError, ConnectionError, ValueError) as error:  # all that the client raises
+            said = str(error)
+            if isinstance(error, AuthenticationError):
+                said = "it does not know you; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the cluster's"
+            raise ConfigError(f"--address {self.address}: {said.strip().splitlines()[-1][:500]}") from error
+
+
+def list_jobs(address: str | None) -> None:
+    """Print the newest submission of every name."""
+    table = Table("name", "status", "attempts", "begun", "took", "state directory", "")
+    submissions = Cluster(address).submissions()
+    newest = {submission.name: submission for submission in submissions}
+    for name, last in newest.items():
+        took = timedelta(seconds=round((last.ended or time.time()) - last.begun))
+        attempts = sum(submission.name == name for submission in submissions)
+        begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(last.begun))
+        message = "" if last.status in (JobStatus.RUNNING, JobStatus.SUCCEEDED) else redact(last.message)
+        table.add_row(name, last.status.lower(), str(attempts), begun, str(took), last.state, message)
+    Console(highlight=False).print(table)
+
+
+def show_logs(address: str | None, name: str, *, wait: bool) -> int:
+    """Print what a run's newest submission printed; with `wait`, until it ends. Returns an exit status."""
+    cluster = Cluster(address)
+    submission = cluster.known(name)
+    if wait and submission.running:
+        return follow(cluster, submission.id)
+    with cluster._explained():
+        print(cluster.client.get_job_logs(submission.id), end="")
+    return 0 if submission.running else exit_status(submission.status)
+
+
+def follow(cluster: Cluster, submission_id: str) -> int:
+    """Print a submission's output until it ends, and return its exit status; Ctrl-C leaves it alone."""
+
+    async def tail() -> None:
+        async for lines in cluster.client.tail_job_logs(submission_id):
+            print(lines, end="", flush=True)
+
+    name = submission_id.rpartition(".")[0]
+    try:
+        with cluster._explained():
+            asyncio.run(tail())
+        while not (info := cluster.status(submission_id)).status.is_terminal():
+            time.sleep(0.5)  # its output ends before it does
+    except KeyboardInterrupt:
+        print(f"\n{name} goes on; see it with: tidegate logs {name} --wait; stop it with: tidegate stop {name}")
+        return 130
+    if info.status != JobStatus.SUCCEEDED:
+        print(f"{name}: {info.status.lower()}: {redact(info.message or '')}", file=sys.stderr)
+    return exit_status(info.status)
+
+
+def stop_job(address: str | None, name: str) -> int:
+    """Ask a run to save and end, and wait until it has. Returns an exit status."""
+    cluster = Cluster(address)
+    submission = cluster.known(name)
+    if not submission.running:
+        print(f"{name} has ended already: {submission.status.lower()}")
+        return 0
+    with cluster._explained():
+        cluster.client.stop_job(submission.id)
+    print(f"{name} ends its step and saves")
+    until = time.monotonic() + STOP_WAIT_S + 30
+    while not (info := cluster.status(submission.id)).status.is_terminal():
+        if time.monotonic() > until:
+            raise ConfigError(f"{name} has not ended within {STOP_WAIT_S} s; see tidegate logs {name}")
+        time.sleep(0.5)
+    print(f"{name}: {info.status.lower()}; go on with: tidegate resume {name}")
+    return 0
+
+
+def exit_status(status: JobStatus) -> int:
+    return _EXIT_STATUS.get(status, 1)
