@@ -21,7 +21,7 @@ from tidegate.data.loader import TrainLoader
 from tidegate.data.shards import TokenDataset
 from tidegate.model.clock import Clock
 from tidegate.parallel import collectives
-from tidegate.train.instruments import EnergyMeter, Memory, Split, StepTimer, Trace, record_trace, synchronize
+from tidegate.train.instruments import EnergyMeter, Memory, Split, Trace, record_trace, synchronize, time_phases
 from tidegate.train.job import Job
 from tidegate.train.loop import build_balancer, build_engine, build_loader, build_observer, fit_routers
 from tidegate.train.step import outcome_share, train_step, update_routers, update_units
@@ -103,7 +103,7 @@ def measure(job: Job, tokens: Path, steps: int) -> Measured:
     dataset = TokenDataset.open(tokens, verify=False)
     training = _Training(job, dataset)
     device = training.engine.device
-    timer = _timer(training)
+    timer = time_phases(training.engine)
     for _ in range(WARM_UP):
         training.step()
 
@@ -143,27 +143,6 @@ def measure(job: Job, tokens: Path, steps: int) -> Measured:
         energy_missing=meter.missing,
         losses=tuple(losses.tolist()),
     )
-
-
-def _timer(training: _Training) -> StepTimer:
-    """A timer that sees the engine's calls as phases."""
-    engine, timer = training.engine, StepTimer(training.engine.device)
-
-    def forward_or_counting() -> str:
-        return "forward" if torch.is_grad_enabled() else "counting"
-
-    phases = {
-        "forward": forward_or_counting,
-        "backward": lambda: "backward",
-        "step": lambda: "optimizer",
-    }
-    for method, phase in phases.items():
-        setattr(engine, method, timer.during(phase, getattr(engine, method)))
-    if engine.store is not None:
-        arrivals = engine.store.arrivals
-        for method in ("wait",) if engine.device.type == "cuda" else ("copy",):
-            setattr(arrivals, method, timer.during(lambda: "experts", getattr(arrivals, method)))
-    return timer
 
 
 def _observed_over_plain(training: _Training, dataset: TokenDataset, steps: int) -> float:

@@ -10,17 +10,20 @@ import json
 import statistics
 import tempfile
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from tidegate.config import Config
 from tidegate.train.nvml import Gpu
+
+if TYPE_CHECKING:
+    from tidegate.parallel.engine import Engine
 
 __all__ = [
     "EnergyMeter",
@@ -32,6 +35,7 @@ __all__ = [
     "read_trace",
     "record_trace",
     "synchronize",
+    "time_phases",
 ]
 
 OTHER = "other"
@@ -49,19 +53,34 @@ def synchronize(device: torch.device) -> None:
 class StepTimer:
     """Says how long each phase of each step took, without waiting for the device in between.
 
-    The phases of a step are the spans between its marks, so they add up to it. On a GPU a mark is an event on the
-    current stream: a span is when the device went through the phase's work, waiting for the host included.
+    The phases of a step are the spans between its marks, so they add up to it; between steps nothing is timed. On a GPU
+    a mark is an event on the current stream: a span is when the device went through the phase's work, waiting for the
+    host included.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._steps: list[list[tuple[str, _Moment]]] = []
+        self._steps: deque[list[tuple[str, _Moment]]] = deque()
+        self._running = False
 
     def begin_step(self) -> None:
-        """The last step, if there was one, ends here and the next begins."""
-        self._mark_end()
+        """The next step begins here, and the last one ends if it has not."""
+        self.end_step()
         self._steps.append([])
+        self._running = True
         self.begin(OTHER)
+
+    def end_step(self) -> None:
+        """The step ends here, if there is one."""
+        if self._running:
+            self.begin("end")
+            self._running = False
+
+    def drop_step(self) -> None:
+        """The step does not count: it was undone."""
+        if self._running:
+            self._steps.pop()
+            self._running = False
 
     def begin(self, phase: str) -> None:
         """The last phase ends here and another begins."""
@@ -71,7 +90,7 @@ class StepTimer:
         """The function, timed as a phase that is named at each call and interrupts the one around it."""
 
         def timed(*args: Any, **keywords: Any) -> R:
-            if not self._steps:
+            if not self._running:
                 return function(*args, **keywords)
             around = self._steps[-1][-1][0]
             self.begin(phase())
@@ -83,14 +102,16 @@ class StepTimer:
 
     def read(self) -> list[dict[str, float]]:
         """End the last step; seconds of each phase of every step. Waits for the device."""
-        self._mark_end()
+        self.end_step()
         synchronize(self._device)
-        steps, self._steps = self._steps, []
-        return [_phases(marks) for marks in steps]
+        return self.finished()
 
-    def _mark_end(self) -> None:
-        if self._steps:
-            self.begin("end")
+    def finished(self) -> list[dict[str, float]]:
+        """The same of the steps whose end the device has reached, each once. Waits for nothing."""
+        steps = []
+        while len(self._steps) > self._running and _is_reached(self._steps[0][-1][1]):
+            steps.append(_phases(self._steps.popleft()))
+        return steps
 
     def _now(self) -> _Moment:
         if self._device.type != "cuda":
@@ -103,6 +124,10 @@ class StepTimer:
 _Moment = float | torch.cuda.Event
 
 
+def _is_reached(moment: _Moment) -> bool:
+    return isinstance(moment, float) or moment.query()
+
+
 def _phases(marks: Sequence[tuple[str, _Moment]]) -> dict[str, float]:
     seconds: dict[str, float] = defaultdict(float)
     for (phase, begins), (_, ends) in pairwise(marks):
@@ -113,6 +138,27 @@ def _phases(marks: Sequence[tuple[str, _Moment]]) -> dict[str, float]:
             assert isinstance(ends, torch.cuda.Event)
             seconds[phase] += begins.elapsed_time(ends) / 1e3
     return dict(seconds)
+
+
+def time_phases(engine: Engine) -> StepTimer:
+    """A timer that sees the engine's calls as phases of the step; each engine has one at most."""
+    timer = StepTimer(engine.device)
+
+    def forward_or_counting() -> str:
+        return "forward" if torch.is_grad_enabled() else "counting"
+
+    phases = {
+        "forward": forward_or_counting,
+        "backward": lambda: "backward",
+        "step": lambda: "optimizer",
+    }
+    for method, phase in phases.items():
+        setattr(engine, method, timer.during(phase, getattr(engine, method)))
+    if engine.store is not None:
+        arrivals = engine.store.arrivals
+        for method in ("wait",) if engine.device.type == "cuda" else ("copy",):
+            setattr(arrivals, method, timer.during(lambda: "experts", getattr(arrivals, method)))
+    return timer
 
 
 class Split(Config):

@@ -28,12 +28,13 @@ from tidegate.train.evaluate import Evaluation, evaluate, evaluate_oracle
 from tidegate.train.generate import generate_samples
 from tidegate.train.guards import GuardsState, Judge, Pending, Verdict
 from tidegate.train.init_from import starting_weights
+from tidegate.train.instruments import time_phases
 from tidegate.train.job import Job
 from tidegate.train.machines import Machines
 from tidegate.train.masks import held_masks
 from tidegate.train.memory import out_of_memory_explained
 from tidegate.train.metric_path import parse_metric
-from tidegate.train.record import read_evaluation, read_step, read_tuned
+from tidegate.train.record import read_evaluation, read_step, read_times, read_tuned
 from tidegate.train.replicas import compare_replicas
 from tidegate.train.step import outcome_share, train_step, tune_step, update_routers, update_units
 from tidegate.train.storage import Storage
@@ -89,6 +90,7 @@ def train(job: Job, world: World) -> Outcome:
     judge = Judge(job.guards, partial(_notice, world))
     isolate, paranoid = job.data.documents == "isolate", job.guards.compare_replicas_every
     evaluation, stopping = None, False
+    times: list[dict[str, float]] = []  # of the steps since the last record
 
     with (
         out_of_memory_explained(job),
@@ -99,11 +101,15 @@ def train(job: Job, world: World) -> Outcome:
         step, tokens = _begin(job, checkpoints, engine, dataset, loader, judge, weights)
         if step and _evaluates(job, step, tokens):  # the run may have ended before it did, or while
             evaluation = _evaluate(world, job, checkpoints, engine, dataset, step, tokens)
+        timer = time_phases(engine)
         throughput, pending = Throughput(job, peak_flops(engine.device)), Pending(judge, checkpoints.keep_batch)
         while tokens < job.train.end_tokens and not stopping:
             step += 1
             watchdog.beat(f"step {step}")
+            timer.begin_step()
+            timer.begin("data")
             batch = next(loader)
+            timer.begin("other")
             tokens += job.train.batch_tokens
             learning_rate = job.optimizer.schedule.at(tokens, job.train.tokens)
             engine.set_learning_rate(learning_rate)
@@ -141,7 +147,10 @@ def train(job: Job, world: World) -> Outcome:
                 step, tokens = _go_back(verdict, checkpoints, loader, world)
                 pending.share = None
                 throughput.restart()
+                timer.drop_step()
                 continue
+            timer.end_step()
+            times += timer.finished()
 
             metrics: dict[str, float] = {}
             if logged or stopping:
@@ -149,6 +158,9 @@ def train(job: Job, world: World) -> Outcome:
                 if engine.model.units is not None:
                     kept = engine.model.units.expected_cost(clock).detach() / engine.model.units.units.total_cost
                 metrics = read_step(job, losses, torch.stack([engine.gradient_norm(), kept]), machines, observer)
+                times += timer.finished()  # the device has reached the end of this step: `read_step` waited for it
+                metrics |= read_times(times)
+                times.clear()
                 metrics |= read_tuned(engine.model) | throughput.read() | checkpoints.read() | judge.metrics()
                 metrics["train/learning_rate"] = learning_rate
                 if not (last or step % job.train.eval_every < job.train.log_every):

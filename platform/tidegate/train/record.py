@@ -5,6 +5,8 @@ Letters: D domains.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 
 from tidegate.model.decoder import Decoder
@@ -16,7 +18,7 @@ from tidegate.train.machines import Machines
 from tidegate.train.step import StepLosses
 from tidegate.train.telemetry import Observer
 
-__all__ = ["read_evaluation", "read_step", "read_tuned"]
+__all__ = ["read_evaluation", "read_step", "read_times", "read_tuned"]
 
 
 def read_step(
@@ -65,6 +67,13 @@ def _to(device: torch.device, host: torch.Tensor) -> torch.Tensor:
     if device.type == "cuda":
         host = host.pin_memory()  # or the copy would wait for the device
     return host.to(device, non_blocking=True)
+
+
+def read_times(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean time of each phase of some steps, which `StepTimer` gave in seconds; they add up to the mean step."""
+    phases = {phase for step in steps for phase in step}
+    means = {phase: sum(step.get(phase, 0.0) for step in steps) / len(steps) for phase in sorted(phases)}
+    return {f"time/{phase}_ms": 1e3 * mean for phase, mean in means.items()}
 
 
 def read_tuned(model: Decoder) -> dict[str, float]:

@@ -87,6 +87,8 @@ def metrics_of(step: int) -> dict[str, float]:
     speed = {
         "speed/tokens_per_s": 1000.0 + step,
         "speed/mfu": 0.4 + step / 1000,
+        "time/forward_ms": 30.0 + step,
+        "time/backward_ms": 60.0,
         "checkpoint/stall_s": 0.25 * (step == 3),
     }
     train = {"train/loss": 9.0 - step, "train/gradient_norm": 0.5 + step, "train/learning_rate": 1e-3}
@@ -160,10 +162,11 @@ def test_every_sections_numbers_are_those_that_were_logged(uri, tmp_path):
     assert heads["z"][1][1] == pytest.approx([0.502, 0.602, 0.702, 0.802, 0.902])
     histogram = figure(values, "gates", "Histogram of gate values")
     assert histogram["groups"][0]["z"][1] == [[0.0, 0.02, 0.04, 0.06], [0.01, 0.03, 0.05, 0.07]]
-    assert histogram["x_labels"] == ["0 to 0.25", "0.25 to 0.5", "0.5 to 0.75", "0.75 to 1"]
+    assert histogram["x_labels"] == ["0", "0.25", "0.5", "0.75"]
 
     assert series(values, "speed", "Throughput") == {"all ranks": [1001, 1002, 1003]}
     assert series(values, "speed", "Model FLOPs used") == {"MFU": [0.401, 0.402, 0.403]}
+    assert series(values, "speed", "A step") == {"backward": [60.0] * 3, "forward": [31.0, 32.0, 33.0]}
     spent = series(values, "speed", "Where the time went")  # 3 s; each record's 1000 tokens take a little less than 1 s
     assert spent["waiting for checkpoints"][-1] == pytest.approx(0.25 / 60, rel=1e-3)
     assert spent["steps"][-1] == pytest.approx((1000 / 1002 + 1000 / 1003 - 0.25) / 60, rel=1e-3)

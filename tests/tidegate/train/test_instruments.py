@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tidegate.train.instruments import EnergyMeter, Memory, Split, StepTimer, read_trace, record_trace
+from tidegate.train.record import read_times
 
 CPU = torch.device("cpu")
 
@@ -124,3 +125,66 @@ def test_a_phase_interrupts_the_one_around_it() -> None:
     assert step["inner"] == pytest.approx(0.02, rel=0.5)
     assert step["outer"] == pytest.approx(0.02, rel=0.5)
     assert step["other"] < 0.01
+
+
+def test_between_steps_nothing_is_timed_and_an_undone_step_is_dropped() -> None:
+    timer = StepTimer(CPU)
+    sleep = timer.during(lambda: "forward", time.sleep)
+    timer.begin_step()
+    sleep(0.01)
+    timer.end_step()
+    sleep(0.1)  # an evaluation
+    timer.begin_step()
+    sleep(0.1)
+    timer.drop_step()
+    timer.begin_step()
+    sleep(0.02)
+    (first,) = timer.finished()
+    assert first["forward"] == pytest.approx(0.01, rel=0.9)
+    timer.end_step()
+    (second,) = timer.finished()
+    assert second["forward"] == pytest.approx(0.02, rel=0.9)
+    assert timer.finished() == []
+
+
+class DeviceEvent:
+    """A CUDA event of a device that has come as far as `reached`, a second of work before each."""
+
+    made = 0
+    reached = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        DeviceEvent.made += 1
+        self.place = DeviceEvent.made
+
+    def record(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return self.place <= DeviceEvent.reached
+
+    def elapsed_time(self, end: DeviceEvent) -> float:
+        assert end.query(), "reading it would raise"
+        return 1e3 * (end.place - self.place)
+
+
+def test_steps_are_read_when_the_device_has_passed_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step here is three events: its beginning, its forward pass, its end."""
+    monkeypatch.setattr(torch.cuda, "Event", DeviceEvent)
+    timer = StepTimer(torch.device("cuda"))
+    for _ in range(3):
+        timer.begin_step()
+        timer.begin("forward")
+        timer.end_step()
+    assert timer.finished() == []
+    DeviceEvent.reached = 7  # two steps, and the beginning of the third
+    assert timer.finished() == [{"other": 1.0, "forward": 1.0}] * 2
+    assert timer.finished() == []
+    DeviceEvent.reached = 9
+    assert len(timer.finished()) == 1
+
+
+def test_means_of_phases_add_up_to_the_mean_step() -> None:
+    times = read_times([{"forward": 0.002, "other": 0.001}, {"forward": 0.004, "other": 0.001, "counting": 0.002}])
+    assert times == pytest.approx({"time/forward_ms": 3.0, "time/other_ms": 1.0, "time/counting_ms": 1.0})

@@ -311,6 +311,12 @@ def test_single_experts_heads_and_domains_come_with_evaluations(tiny_job: Any, o
     (records,) = on_ranks(1, records_of_a_run, str(path), str(tmp_path))
     trained = {record.step: set(record.metrics) for record in records if "train/loss" in record.metrics}
     assert list(trained) == [2, 4, 6, 8, 10]
+    for record in records:
+        if record.step in (2, 4, 8, 10) and "train/loss" in record.metrics:  # an evaluation came between 4 and 6
+            spent_ms = {name: value for name, value in record.metrics.items() if name.startswith("time/")}
+            assert min(spent_ms[f"time/{phase}_ms"] for phase in ("forward", "backward", "optimizer")) > 0
+            interval_ms = 512 / record.metrics["speed/tokens_per_s"] * 1e3  # of a step, with saves and records
+            assert 0.1 * interval_ms < sum(spent_ms.values()) < 1.01 * interval_ms
     detailed = [step for step, names in trained.items() if any(parse_metric(name).is_detail for name in names)]
     assert detailed == [6, 10], "of the evaluations after steps 5 and 10"
     for name in ("moe/1/load/3", "moe/1/digits/maxvio", "attention/0/head/3/gate_mean", "attention/1/gate/19"):
@@ -347,8 +353,10 @@ def test_the_table_holds_every_metric_and_no_other(recorded: Any) -> None:
     tuned = {"balance_scale": 1.0, "temperature": 1.0, "noise": 0.1, "dropout": 0.1}
     names |= recorded(model={"ffn": {**experts, "router": top_k}, "units": None, "self_tune": {"tuned": tuned}})
     found = {parse_metric(name).pattern for name in names}
-    # On a CPU there is no peak to compare with, and no driver to ask.
-    of_gpus = {f"system/<node>/gpu_{name}" for name in ("busy", "memory_gib", "power_w", "temperature_c")}
+    # On a CPU there is no peak to compare with, no driver to ask, and nothing that waits for the host.
+    of_gpus = {"time/experts_ms"} | {
+        f"system/<node>/gpu_{name}" for name in ("busy", "memory_gib", "power_w", "temperature_c")
+    }
     assert found | {"speed/mfu", "speed/peak_tflops_per_device"} | of_gpus == table
 
 

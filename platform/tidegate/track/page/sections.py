@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -115,14 +114,14 @@ def _gate_histogram(recording: Recording) -> Figure | None:
     """A row a block: how its gate values are spread."""
     history, tokens = recording.history, recording.history[TOKENS].to_dict()
     shares = _cube(history, r"attention/(\d+)/gate/\d+", r"attention/{}/gate/(\d+)")
-    figure = frames("Histogram of gate values", "share", {"values": shares}, tokens, ("block", "gate value"))
+    figure = frames("Histogram of gate values", "share", {"values": shares}, tokens, ("block", "gate value from"))
     gate = _gate(recording.job)
     if figure is None or gate is None:
         return figure
     edges = np.linspace(*gate.shown_values, shares[0][1].shape[1] + 1)
-    labels = [f"{low:.2g} to {high:.2g}" for low, high in pairwise(edges)]
+    labels = [f"{low:.2g}" for low in edges[:-1]]
     if gate.shown_values != (0.0, 1.0):  # whose outer bins have no end
-        labels[0], labels[-1] = f"below {edges[1]:.2g}", f"from {edges[-2]:.2g}"
+        labels[0] = "less"
     return figure | {"x_labels": labels}
 
 
@@ -166,6 +165,7 @@ def _activations(recording: Recording) -> Section:
 
 def _speed(recording: Recording) -> Section:
     history = recording.history
+    phases = lines("A step", "ms, first rank", history, columns(history, r"time/(.+)_ms"))
     return _section(
         "speed",
         "Speed",
@@ -173,6 +173,7 @@ def _speed(recording: Recording) -> Section:
         lines("Throughput", "tokens/s", history, {"speed/tokens_per_s": "all ranks"}),
         lines("Model FLOPs used", "of the device's peak", history, {"speed/mfu": "MFU"}),
         lines("Model FLOPs", "TFLOP/s a device", history, {"speed/model_tflops_per_device": "a device"}),
+        None if phases is None else phases | {"stacked": True},
         _time(recording.records),
     )
 
