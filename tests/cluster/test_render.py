@@ -325,6 +325,20 @@ def test_a_job_is_not_larger_than_all_nodes(tmp_path):
     document("aws-h100", "pools.gpu.gpus=1", "pools.gpu.max_nodes=2", job=job)
 
 
+def test_the_readmes_own_file_is_complete(tmp_path):
+    (example,) = re.findall(r"^# mine\.yaml.*?(?=^```)", (ROOT / "cluster/README.md").read_text(), re.M | re.S)
+    file = tmp_path / "mine.yaml"
+    file.write_text(example.replace("cluster/", f"{ROOT}/cluster/"))
+    cluster = load_cluster(str(file))
+    assert (cluster.name, cluster.to_fill_in) == ("mine", [])
+    assert cluster.pools["gpu"].spot
+
+
+def test_the_readme_knows_every_file():
+    named = set(re.findall(r"`([a-z0-9-]+)`", (ROOT / "cluster/README.md").read_text().split("```")[0]))
+    assert named == set(NAMES)
+
+
 def test_what_only_the_owner_knows_is_listed():
     assert load_cluster("slurm").to_fill_in == ["provider.partition"]
     assert load_cluster("slurm", ["provider.partition=gpu"]).to_fill_in == []

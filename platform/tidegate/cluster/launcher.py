@@ -15,6 +15,10 @@ from tidegate.cluster.versions import ray_version
 __all__ = ["launcher_config"]
 
 _AUTH_FOLDER = "~/.ray"  # where Ray looks for the file auth_token; Docker follows changes in folders, not in files
+_CHECK_TOKEN = (
+    f"test -r {_AUTH_FOLDER}/auth_token || "
+    "(echo 'the token cannot be read: the SSH user needs the id 1000, as in the image' >&2; exit 1)"
+)
 _PORT = 6379
 _HEAD = "head"
 
@@ -74,7 +78,7 @@ def launcher_config(cluster: Cluster, auth_folder: str) -> dict[str, Any]:
         "idle_timeout_minutes": cluster.idle_timeout_minutes,
         "file_mounts": {_AUTH_FOLDER: auth_folder},
         "initialization_commands": _mount(cluster),
-        "setup_commands": [_with_setup(cluster, _check_version())],
+        "setup_commands": [_with_setup(cluster, _check_version()), _CHECK_TOKEN],
         "worker_setup_commands": [],
         "head_start_ray_commands": [_with_setup(cluster, "ray stop"), _start_head(cluster)],
         "worker_start_ray_commands": [_with_setup(cluster, "ray stop"), _start_worker(cluster)],

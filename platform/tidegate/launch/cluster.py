@@ -274,10 +274,11 @@ def _next(cluster: Cluster, folder: _Folder) -> str:
         return f"look at it: tidegate cluster status {cluster.name}; end it: {_down(cluster.name)}"
     if isinstance(cluster.provider, Slurm):
         return f"the job waits or runs: tidegate cluster status {cluster.name}; end it: {_down(cluster.name)}"
-    token = f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={folder.auth / 'auth_token'}"
     return (
-        f"dashboard and jobs on http://127.0.0.1:8265 while this runs: ray dashboard {file}\n"
-        f"what asks there needs: export {token}\nend it: {_down(cluster.name)}"
+        f"reach its dashboard on http://127.0.0.1:8265, while this runs: ray dashboard {file}\n"
+        f"there: export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={folder.auth / 'auth_token'}\n"
+        f"train: tidegate submit JOB --address http://127.0.0.1:8265\n"
+        f"end it: {_down(cluster.name)}"
     )
 
 
