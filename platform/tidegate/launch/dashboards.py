@@ -72,6 +72,7 @@ def _panel(title: str, metric: str, *by: str, where: str = _RUN, **settings: Any
     return Panel(title, (Query(_of(metric, *by, where=where), legend),), **settings)
 
 
+_PHASES = ("data", "counting", "forward", "backward", "optimizer", "experts", "other")
 _WORKERS = Panel("Workers", (Query(_of("workers_present")), Query(_of("workers_wanted"), "{{run}} wanted")))
 _HOURS = f"sum by (run) (sum_over_time(({_of('workers_present')})[$__range:1m])) / 60"
 _GPU = "{{ip}} GPU {{GpuIndex}}"
@@ -111,6 +112,11 @@ _TRAINING = Dashboard(
                 "percentunit",
             ),
             _panel("Model TFLOP/s a device", "speed_model_tflops_per_device"),
+            Panel(
+                "Where a step's time goes",
+                tuple(Query(_of(f"time_{phase}_ms"), f"{{{{run}}}} {phase}") for phase in _PHASES),
+                "ms",
+            ),
             _panel("Stood still for checkpoints", "checkpoint_stall_s", unit="s"),
             _panel("The last save took", "checkpoint_write_s", unit="s"),
             _WORKERS,
