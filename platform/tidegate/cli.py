@@ -326,7 +326,10 @@ def show(job: JobFile, overrides: Overrides = []) -> None:  # noqa: B006
 @app.command()
 def plan(
     job: JobFile,
-    gpus: Annotated[str, typer.Option(help="Such as 256xH100", show_default=False)],
+    gpus: Annotated[str | None, typer.Option(help="Such as 256xH100", show_default=False)] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="All nodes of a file of cluster/ instead", show_default=False)
+    ] = None,
     tokens: Annotated[
         str | None, typer.Option(help="Such as 1T [default: as many as the job says]", show_default=False)
     ] = None,
@@ -339,10 +342,16 @@ def plan(
     ] = None,
 ) -> None:
     """Predict on GPUs that nobody has rented yet: the fastest layout that fits, its speed, time, money and energy."""
+    from tidegate.cluster import load_cluster
+    from tidegate.config import ConfigError
     from tidegate.plan import parse_gpus
     from tidegate.plan.report import plan_job
     from tidegate.quantities import parse_count
 
+    if cluster is not None and gpus is None:
+        gpus = load_cluster(cluster).gpus
+    elif gpus is None or cluster is not None:
+        raise ConfigError("name --gpus 256xH100 or --cluster NAME")
     count = None if tokens is None else parse_count(tokens, "--tokens")
     plan_job(job, overrides, parse_gpus(gpus, hardware), count, scaling)
 

@@ -325,6 +325,24 @@ def test_a_job_is_not_larger_than_all_nodes(tmp_path):
     document("aws-h100", "pools.gpu.gpus=1", "pools.gpu.max_nodes=2", job=job)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_plan_knows_the_gpus_of_every_file(name):
+    from tidegate.plan import parse_gpus
+
+    cluster = load_cluster(name)
+    hardware = parse_gpus(cluster.gpus)
+    assert str(hardware) == cluster.gpus == f"{cluster.max_gpus}x{cluster.pools['gpu'].gpu}"
+    assert hardware.gpu.gpus_per_node == cluster.pools["gpu"].gpus
+
+
+def test_plan_takes_gpus_of_one_kind():
+    a100 = "pools.old={gpu: A100, gpus: 8, cpus: 96, memory_gib: 1152, instance: p4de.24xlarge, max_nodes: 1}"
+    with pytest.raises(ConfigError, match="cluster aws-h100 has GPUs of A100 and H100; plan takes one"):
+        _ = load_cluster("aws-h100", [a100]).gpus
+    with pytest.raises(ConfigError, match="of no kind"):
+        _ = load_cluster("slurm", ["pools.gpu.gpu=null", "pools.gpu.gpus=0"]).gpus
+
+
 def test_the_readmes_own_file_is_complete(tmp_path):
     (example,) = re.findall(r"^# mine\.yaml.*?(?=^```)", (ROOT / "cluster/README.md").read_text(), re.M | re.S)
     file = tmp_path / "mine.yaml"

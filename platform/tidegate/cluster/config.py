@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tidegate.config import Config, flatten
+from tidegate.config import Config, ConfigError, flatten
 
 __all__ = [
     "Aws",
@@ -289,6 +289,18 @@ class Cluster(Config):
     @property
     def max_gpus(self) -> int:
         return sum(pool.max_nodes * pool.gpus for pool in self.pools.values())
+
+    @property
+    def gpus(self) -> str:
+        """With all nodes, as `tidegate plan` takes it: 64xH100.
+
+        Raises:
+            ConfigError: there are none, or of several kinds, between which a job is not split.
+        """
+        kinds = sorted({pool.gpu for pool in self.pools.values() if pool.gpu})
+        if len(kinds) != 1:
+            raise ConfigError(f"cluster {self.name} has GPUs of {' and '.join(kinds) or 'no kind'}; plan takes one")
+        return f"{self.max_gpus}x{kinds[0]}"
 
     @property
     def autoscales(self) -> bool:
