@@ -166,6 +166,7 @@ class _Imagined(AllToAll):
     def agree(self, sizes_RQ: torch.Tensor) -> list[Way]:
         R = len(sizes_RQ)
         pairs = self._rows * (1 - (1 - 1 / R) ** (self._assignments / self._rows))
-        sizes = [round(pairs), self._assignments // R]
-        coming = [min(self._rows, round(self._skew * sizes[0])), round(self._skew * sizes[1])]
-        return [Way([size] * R, [came] * R, None) for size, came in zip(sizes, coming, strict=True)]
+        each, left = divmod(self._assignments, R)
+        going = [[round(pairs)] * R, [each + (rank < left) for rank in range(R)]]
+        coming = [min(self._rows, round(self._skew * pairs)), round(self._skew * each)]
+        return [Way(sent, [came] * R, None) for sent, came in zip(going, coming, strict=True)]

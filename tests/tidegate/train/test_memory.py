@@ -94,6 +94,17 @@ def test_layouts_shift_what_a_rank_holds():
     assert (one.host, host.host) == (0, 18 * weights)
 
 
+def test_ranks_that_do_not_divide_the_assignments_are_predicted() -> None:
+    """16,384 rows of 8 experts on 3 ranks, next to 2 and 4."""
+
+    def peak(expert: int) -> int:
+        sets = [f"parallel.expert={expert}", f"resources.workers={expert}", "train.batch_tokens=1572864"]
+        job: Job = load(H100, Job, ["model.ffn.num_experts=60", *sets]).config
+        return predict(job).total
+
+    assert peak(4) < peak(3) < peak(2)
+
+
 def test_experts_on_the_host_take_two_layers_of_the_gpu():
     def of(*overrides: str) -> MemoryPrediction:
         fixed = ["parallel.gradients_at_once=1", "optimizer.state=fp32"]
