@@ -123,7 +123,8 @@ def make_plan(
     Raises:
         ConfigError: the job is not valid, its batch does not divide among the GPUs, or no layout fits.
     """
-    base: Job = file.load(Job, _NEUTRAL).config
+    # The oracle wants a micro-batch of a size, which is for the candidates to have.
+    base: Job = file.load(Job, {**_NEUTRAL, "train.oracle_sequences": 0}).config
     if base.train.precision != "bf16":
         raise ConfigError(
             f"train.precision={base.train.precision}: the plan knows speeds of bf16 only; --set train.precision=bf16"
@@ -187,12 +188,16 @@ class _Search(NamedTuple):
         world, ffn = hardware.num_gpus, self.base.model.ffn
         spread = ffn.num_slices if isinstance(ffn, MoEConfig) else 1
         each = self.base.global_batch // world
+        node = hardware.gpu.gpus_per_node
+        kinds = [(1, 1), (1, 2), (1, 4), (2, 1)]
+        if self.held.get("parallel.zero_stage") == 0:  # it sums gradients in bf16: other training
+            kinds = [(0, 1)]
         for expert in _divisors(spread, world):
             if world % expert:
                 continue
-            ways = ["plain", "hierarchical"] if expert > hardware.gpu.gpus_per_node > 1 else ["plain"]
+            ways = ["plain", "hierarchical"] if expert > node > 1 and expert % node == 0 else ["plain"]
             for micro_batch in _divisors(each, _LARGEST_MICRO_BATCH):
-                for stage, at_once in [(1, 1), (1, 2), (1, 4), (2, 1), (0, 1)]:
+                for stage, at_once in kinds:
                     if at_once > each // micro_batch:
                         continue
                     for recompute, way in itertools.product((False, True), ways):
@@ -242,8 +247,14 @@ class _Search(NamedTuple):
                 return
 
     def too_large(self, hardware: Hardware) -> str:
-        """What is short, and what would fit."""
+        """What is short, and what would fit.
+
+        Raises:
+            ConfigError: no layout is valid.
+        """
         least, job = self.smallest(hardware)
+        if least == float("inf"):  # none is valid: one of them says why
+            self.file.load(Job, next(self.layouts(hardware)))
         usable = hardware.gpu.usable
         message = (
             f"{self.base.name} does not fit on {hardware}: the smallest layout, {job.layout}, train.micro_batch="

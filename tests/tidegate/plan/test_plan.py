@@ -91,6 +91,35 @@ def test_a_held_field_stays() -> None:
         assert (each.job.parallel.expert, each.job.train.recompute) == (8, True)
 
 
+def test_what_changes_training_is_not_chosen() -> None:
+    """ZeRO 0 sums gradients in bf16: only who asks for it gets it."""
+    sets = ("optimizer.state=fp32", "parallel.zero_stage=0")
+    free, held = planned("8xH100", *sets, num=8), planned("8xH100", *sets, held=("parallel.zero_stage",))
+    assert {each.job.parallel.zero_stage for each in (free.best, *free.others)} <= {1, 2}
+    assert {each.job.parallel.zero_stage for each in (held.best, *held.others)} == {0}
+    assert any("bf16: other training" in line for line in extrapolations(held))
+
+
+def test_a_field_that_asks_for_a_micro_batch_gets_it() -> None:
+    """And where none is large enough, the job says so."""
+    zoo = BENCH.parent / "zoo" / "uneven.yaml"
+    plan = make_plan(JobFile(zoo, ["train.precision=bf16"]), parse_gpus("1xH100"), num=6)
+    assert {each.job.train.oracle_sequences for each in (plan.best, *plan.others)} == {8}
+    assert min(each.job.train.micro_batch for each in (plan.best, *plan.others)) >= 8
+    file = JobFile(zoo, ["train.precision=bf16", "train.micro_batch=2"])
+    with pytest.raises(ConfigError, match=r"train\.oracle_sequences=8 is more than train\.micro_batch=2"):
+        make_plan(file, parse_gpus("1xH100"), held=("train.micro_batch",))
+
+
+def test_hierarchical_is_for_whole_nodes() -> None:
+    """A group of 12 would end in the middle of a node of 8."""
+    sets = ("train.batch_tokens=3145728", "model.ffn.num_experts=48", "parallel.expert=%d")
+    for expert, ways in ((12, {"plain"}), (16, {"plain", "hierarchical"})):
+        held = [*SMALL, sets[0], sets[1], sets[2] % expert]
+        plan = make_plan(JobFile(BENCH / "h100.yaml", held), parse_gpus("48xH100"), held=("parallel.expert",), num=40)
+        assert {each.job.parallel.all_to_all for each in (plan.best, *plan.others)} == ways
+
+
 def test_parts_of_a_step_by_hand() -> None:
     """Two layers of 64 experts of 2,048 x 1,024 on two GPUs, EP 2: 8 micro-batches of 16,384 tokens each."""
     sets = ["train.batch_tokens=262144", "resources.workers=2", "parallel.expert=2", "parallel.gradients_at_once=4"]
