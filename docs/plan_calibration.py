@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import yaml
 from scipy.optimize import least_squares
 
-from tidegate.config import load
+from tidegate.config import flatten, load
 from tidegate.plan.efficiency import Efficiency, measured_efficiency
 from tidegate.plan.hardware import load_gpus, parse_gpus
 from tidegate.plan.measurements import Measurement, measurements
@@ -29,6 +29,13 @@ RESULTS = ROOT / "kernels" / "benchmarks" / "results"
 JOBS = ROOT / "jobs" / "bench"
 EFFICIENCY = ROOT / "platform" / "tidegate" / "plan" / "efficiency.yaml"
 PAGE = ROOT / "docs" / "plan.md"
+RANGES = (
+    "model.width",
+    "model.ffn.num_experts",
+    "model.ffn.expert_dim",
+    "model.ffn.top_k",
+    "data.sequence_length",
+)
 ASSUMED = {"network": 0.8, "load_skew": 1.1}
 MOVERS = ("rms_norm", "qk_norm_rope", "gated_output", "swiglu", "moe_dispatch", "ep_permute")
 FEWEST_ROWS = 16_000  # of a shape that says something about a training step
@@ -87,9 +94,16 @@ def attention(document: int | None) -> dict[int, float]:
     return {d: statistics.median(found) for d, found in shares.items()}
 
 
+def ranges() -> dict[str, tuple[int, int]]:
+    """Of the jobs whose steps were measured, dense ones aside where the field is the experts'."""
+    values = [flatten(job_of(row)) for row in measurements()]
+    found = {field: [each[field] for each in values if field in each] for field in RANGES}
+    return {field: (min(numbers), max(numbers)) for field, numbers in found.items()}
+
+
 def fit() -> Efficiency:
     """What kernels say, and what is left to whole steps."""
-    known = of_kernels() | ASSUMED
+    known = of_kernels() | ASSUMED | {"ranges": ranges()}
     rows = {what: [row for row in measurements() if (row.fit or "").startswith(what)] for what in FITTED}
     (late,), (links,), (zero2,) = rows["host_s_per_layer"], rows["nvlink"], rows["zero2_bytes"]
     job = job_of(late)
@@ -119,7 +133,9 @@ def written(efficiency: Efficiency) -> str:
     """The file, three digits each."""
 
     def rounded(value: Any) -> Any:
-        return {key: rounded(each) for key, each in value.items()} if isinstance(value, dict) else float(f"{value:.3g}")
+        if isinstance(value, dict):
+            return {key: rounded(each) for key, each in value.items()}
+        return list(value) if isinstance(value, tuple) else float(f"{value:.3g}")
 
     head = "# Written by `python docs/plan_calibration.py fit`; fields are explained in efficiency.py.\n"
     return head + yaml.dump(rounded(efficiency.model_dump()), sort_keys=False, default_flow_style=None)

@@ -38,6 +38,8 @@ class Efficiency(Config):
     """What the host needs to launch a layer's forward and backward pass."""
     zero2_bytes: float = Field(ge=0)
     """Bytes a parameter and micro-batch that DeepSpeed's own path at ZeRO 2 moves."""
+    ranges: dict[str, tuple[int, int]]
+    """Of fields of the jobs whose steps were measured, the smallest and the largest value."""
     load_skew: float = Field(ge=1)
     """With expert parallelism, assignments of the rank that the others wait for, over the mean; assumed."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Column, Table
 
-from tidegate.config import ConfigError, JobFile
+from tidegate.config import ConfigError, JobFile, flatten
 from tidegate.model.moe import MoEConfig
 from tidegate.plan.efficiency import measured_efficiency
 from tidegate.plan.hardware import Hardware
@@ -177,6 +177,10 @@ def extrapolations(plan: Plan) -> Iterator[str]:
         yield "parallel.all_to_all=hierarchical"
     if best.parallel.zero_stage == 0:
         yield "parallel.zero_stage=0, which sums gradients in bf16: other training than at 1 and 2 (docs/memory.md)"
+    values = flatten(best)
+    for field, (least, largest) in measured_efficiency().ranges.items():
+        if field in values and not least <= values[field] <= largest:
+            yield f"{field}={values[field]}: steps were measured from {least} to {largest}"
     d, widths = best.model.attention.head_dim, measured_efficiency().attention
     if d not in widths:
         near = " and ".join(map(str, sorted(widths)))

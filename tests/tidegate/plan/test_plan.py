@@ -206,6 +206,9 @@ def test_a_plan_says_what_nobody_measured() -> None:
     far = " ".join(extrapolations(planned("16xA100", num=1)))
     for what in ("A100: shares of its peaks", "16 GPUs: the largest measurement has 2", "network between nodes"):
         assert what in far
+    wide = list(extrapolations(planned("1xH100", "model.width=4096", num=1)))
+    assert "model.width=4096: steps were measured from 1024 to 2048" in wide
+    assert not any("expert_dim" in line for line in wide)
 
 
 @pytest.mark.parametrize(
