@@ -282,6 +282,26 @@ def export(
 
 
 @app.command()
+def generate(
+    run: Annotated[str, typer.Argument(help="Name of a run, as train prints it", show_default=False)],
+    prompt: Annotated[
+        str, typer.Option(help="Text to go on from; without, a document begins", show_default=False)
+    ] = "",
+    tokens: Annotated[int, typer.Option(help="How many are new")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn, above temperature 0")] = 0,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Which one, as checkpoints lists them [default: the newest]", show_default=False)
+    ] = None,
+    state_dir: StateOption = None,
+) -> None:
+    """Continue a prompt with a run's weights, on the CPU."""
+    from tidegate.launch.generate import generate_text
+
+    print(generate_text(run, _state(state_dir), checkpoint, prompt, tokens, temperature, seed))
+
+
+@app.command()
 def register(
     run: Annotated[str, typer.Argument(help="Name of a run, as train prints it", show_default=False)],
     name: Annotated[str, typer.Option(help="Of the model in MLflow's registry", show_default=False)],

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import torch
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -15,16 +16,16 @@ from tidegate.data import TokenDataset, find
 from tidegate.data.shards import TOKENIZER_FILE
 from tidegate.data.tokenizer import END_OF_TEXT, PAD
 from tidegate.launch.state import RunFolder, StateDir
-from tidegate.model.decoder import ModelConfig
+from tidegate.model.decoder import Decoder, ModelConfig, materialize
 from tidegate.model.moe import MoEConfig
-from tidegate.model.weights import Weights
+from tidegate.model.weights import Weights, load_weights
 from tidegate.parallel.consolidate import CheckpointWeights
 from tidegate.train.checkpoint_store import CheckpointStore, Entry, Manifest
 from tidegate.train.export import ExportManifest, Format, Origin, write_export
 from tidegate.train.job import Job
 from tidegate.train.storage import Storage
 
-__all__ = ["Exported", "OpenCheckpoint", "chosen", "export_run", "open_checkpoint"]
+__all__ = ["Exported", "OpenCheckpoint", "chosen", "export_run", "open_checkpoint", "token_dataset"]
 
 _FORMATS: dict[str, Format] = {"tidegate": "tidegate", "hf": "hf"}
 
@@ -79,6 +80,12 @@ class OpenCheckpoint(NamedTuple):
     manifest: Manifest
     model: ModelConfig
     weights: Weights
+
+    def load(self, device: str = "cpu") -> Decoder:
+        """In fp32, ready to be called."""
+        model = materialize(lambda: Decoder(self.model), torch.device(device), seed=0)
+        load_weights(model, self.weights)
+        return model.eval()
 
 
 def open_checkpoint(run: str, state: StateDir, checkpoint: str | None = None) -> OpenCheckpoint:
@@ -138,6 +145,15 @@ class _Source:
         return self._store.open(self._name, file)
 
 
+def token_dataset(job: Job, folder: RunFolder, state: StateDir) -> TokenDataset | None:
+    """The run's token shards, if they are still here."""
+    try:
+        shards = find(job.data, cache_dir=state.data, job_dir=Path(folder.read().job_dir))
+    except ConfigError:  # the text has gone
+        return None
+    return None if shards is None else TokenDataset.open(shards, verify=False)
+
+
 class _Tokenizer(NamedTuple):
     files: dict[str, bytes]
     end_of_text: int
@@ -145,14 +161,10 @@ class _Tokenizer(NamedTuple):
 
 def _tokenizer(job: Job, folder: RunFolder, state: StateDir) -> _Tokenizer | None:
     """The run's tokenizer as transformers reads it, if its token shards are still here."""
-    try:
-        shards = find(job.data, cache_dir=state.data, job_dir=Path(folder.read().job_dir))
-    except ConfigError:  # the text has gone
+    dataset = token_dataset(job, folder, state)
+    if dataset is None:
         return None
-    if shards is None:
-        return None
-    dataset = TokenDataset.open(shards, verify=False)
-    document = (shards / TOKENIZER_FILE).read_bytes()
+    document = (dataset.folder / TOKENIZER_FILE).read_bytes()
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END_OF_TEXT,

@@ -6,18 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from tidegate.launch.compare import wanted_runs
 from tidegate.launch.comparison import Comparison
 from tidegate.launch.export import open_checkpoint
 from tidegate.launch.state import StateDir, default_state_dir
-from tidegate.model.decoder import Decoder, materialize
-from tidegate.model.weights import load_weights
 from tidegate.track import RunData
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from tidegate.model.decoder import Decoder
 
 __all__ = ["StoredRun", "compare", "runs"]
 
@@ -53,10 +51,7 @@ class StoredRun:
         Raises:
             ConfigError: this machine's state directory has no such run or checkpoint.
         """
-        opened = open_checkpoint(self.data.name, self._state, checkpoint)
-        model = materialize(lambda: Decoder(opened.model), torch.device(device), seed=0)
-        load_weights(model, opened.weights)
-        return model.eval()
+        return open_checkpoint(self.data.name, self._state, checkpoint).load(device)
 
 
 def runs(

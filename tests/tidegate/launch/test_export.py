@@ -71,6 +71,22 @@ def test_a_run_goes_out_in_both_formats(tiny_job: Callable[..., Path], tmp_path:
     nll = there(ids, labels=ids).loss
     assert nll < torch.tensor(300.0).log()  # it has learned something
 
+    likeliest = ids
+    for _ in range(9):
+        likeliest = torch.cat([likeliest, there(likeliest).logits[:, -1:].argmax(dim=-1)], dim=1)
+    ask: Any = ["generate", "tiny-1", "--prompt", "abcdefg", "--tokens", "9", *where]
+    assert run(*ask) == tokenizer.decode(likeliest[0]) + "\n"
+    drawn = [run(*ask, "--temperature", "1", "--seed", seed) for seed in ("1", "1", "2")]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert run("generate", "tiny-1", "--tokens", "1", *where).startswith("<|endoftext|>")
+    for option, value, problem in (
+        ("--tokens", "0", "--tokens 0: must be at least 1"),
+        ("--temperature", "-1", "--temperature -1: must be a number from 0 on"),
+        ("--checkpoint", "no", "--checkpoint no: no such checkpoint of tiny-1"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            run(*ask, option, value)
+
     first = next(state.glob("checkpoints/tiny-1-*/step_00000002-*"))
     run("export", "tiny-1", "--checkpoint", first.name, *where)
     assert (state / "exports" / "tiny-1-step2-tidegate").is_dir()
