@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat
 
 from tidegate.config import Config, ConfigError, load
 
@@ -46,7 +46,7 @@ class Gpu(Config):
     """GPU-hours between two failures that end a run."""
     restart_s: float = Field(ge=0)
     """From a failure until the run steps on from its checkpoint."""
-    usd_per_gpu_hour: dict[str, float] = Field(default_factory=dict)
+    usd_per_gpu_hour: dict[str, NonNegativeFloat] = Field(default_factory=dict)
     """By who rents it out."""
 
     @property
@@ -81,6 +81,8 @@ def load_gpus(path: Path | None = None) -> dict[str, Gpu]:
     Raises:
         ConfigError: the file cannot be read, or a field of it is wrong.
     """
+    if path is not None and not path.is_file():
+        raise ConfigError(f"--hardware {path}: no such file")
     table: GpuTable = load(path or _SHIPPED, GpuTable, below=_SHIPPED if path else None).config
     return table.gpus
 

@@ -38,10 +38,12 @@ def plan_job(
         scaling: a picture to draw, `.html` or `.png`.
 
     Raises:
-        ConfigError: as of `make_plan`, or the picture has another ending.
+        ConfigError: as of `make_plan`, or the picture has another ending or no folder.
     """
     if scaling is not None and scaling.suffix not in (".html", ".png"):
         raise ConfigError(f"--scaling {scaling}: ends neither in .html nor in .png")
+    if scaling is not None and not scaling.parent.is_dir():
+        raise ConfigError(f"--scaling {scaling}: there is no folder {scaling.parent}")
     held = [override.partition("=")[0] for override in overrides]
     plan = make_plan(JobFile(job, overrides), hardware, tokens, held=held)
     console = Console(highlight=False, markup=False)

@@ -71,6 +71,9 @@ def test_a_wrong_field_of_a_users_file_is_named(tmp_path: Path) -> None:
     file.write_text("gpus:\n  H100: {network_gb_per_s: fast}\n")
     with pytest.raises(ConfigError, match=r"mine\.yaml.*gpus\.H100\.network_gb_per_s"):
         parse_gpus("8xH100", file)
+    file.write_text("gpus:\n  H100: {usd_per_gpu_hour: {contract: -1}}\n")
+    with pytest.raises(ConfigError, match=r"gpus\.H100\.usd_per_gpu_hour\.contract"):
+        parse_gpus("8xH100", file)
     file.write_text("gpus:\n  H100: {networc_gb_per_s: 3}\n")
     with pytest.raises(ConfigError, match="network_gb_per_s"):
         parse_gpus("8xH100", file)

@@ -226,6 +226,8 @@ def test_a_plan_says_what_nobody_measured() -> None:
         (["--gpus", "8xH100", "--set", "parallel.offload=experts"], "parallel.offload=experts: the plan keeps"),
         (["--gpus", "8xH100", "--tokens", "1X"], "--tokens '1X' is not a count"),
         (["--gpus", "8xH100", "--scaling", "x.pdf"], r"--scaling x\.pdf"),
+        (["--gpus", "8xH100", "--scaling", "nowhere/x.png"], "there is no folder nowhere"),
+        (["--gpus", "8xH100", "--hardware", "nowhere.yaml"], r"--hardware nowhere\.yaml: no such file"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_planned_is_said(arguments: list[str], message: str) -> None:
