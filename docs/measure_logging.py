@@ -4,9 +4,10 @@
 
 A model of 8 layers x 32 experts x 4 domains x 8 heads takes two real steps and an evaluation. Their records, with fresh
 noise, are what a `MetricLogger` then writes into a new SQLite store, as often as the loop does; with `--everything`,
-the series of single experts, heads and domains come with every record too. Then MLflow's own server answers what its UI
-asks for when it opens the run. Nothing is trained meanwhile: `logging` is what the training thread would spend, and
-`delivery` the background thread, which takes Python's lock from it now and then.
+the series of single experts, heads and domains come with every record too. Then MLflow's own server answers, and
+Chromium (Debian: chromium, chromium-driver) opens the run and its metrics. Nothing is trained meanwhile: `logging` is
+what the training thread would spend, and `delivery` the background thread, which takes Python's lock from it now and
+then.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,6 +23,10 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
+
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
 
 from tidegate.launch.run import Request, run
 from tidegate.launch.state import StateDir
@@ -48,6 +54,8 @@ MEDIUM = (
 )
 POINTS = 320
 """Of a curve that the UI asks for."""
+CHARTS = 4
+"""In view where the metrics of the run begin."""
 
 
 def records(folder: Path) -> list[Record]:
@@ -117,8 +125,10 @@ def open_in_ui(handle: RunHandle, seen: list[Record], folder: Path) -> None:
         names = sorted({name for record in seen for name in record.metrics} | {"tokens"})
         history = "metrics/get-history-bulk-interval?run_ids={}&metric_key={}&max_results={}"
         took = [timed(port, history.format(handle.run_id, name, POINTS)) for name in names]
-        print(f"UI: runs/get {run_took:.2f} s; a curve {sorted(took)[len(took) // 2] * 1e3:.0f} ms")
-        print(f"UI: the run and every one of its {len(took)} curves, one after the other: {run_took + sum(took):.1f} s")
+        print(
+            f"server: runs/get {run_took:.2f} s; of {len(took)} curves one {sorted(took)[len(took) // 2] * 1e3:.0f} ms"
+        )
+        look(f"http://127.0.0.1:{port}/#/experiments/{handle.experiment_id}/runs/{handle.run_id}", folder / "profile")
     finally:
         server.terminate()
         server.wait()
@@ -128,6 +138,45 @@ def timed(port: int, path: str) -> float:
     began = time.perf_counter()
     ask(port, path)
     return time.perf_counter() - began
+
+
+def look(page: str, profile: Path) -> None:
+    """Open a run's page and its metrics in a browser, three times, the first with nothing cached."""
+    options = webdriver.ChromeOptions()
+    flags = "headless no-sandbox disable-gpu no-first-run disable-background-networking disable-component-update"
+    for flag in (*flags.split(), f"user-data-dir={profile}", "window-size=1600,1000"):
+        options.add_argument(f"--{flag}")
+    service = webdriver.ChromeService(shutil.which("chromedriver"))
+    with webdriver.Chrome(options=options, service=service) as browser:
+        browser.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
+        for _ in range(3):
+            browser.get("about:blank")
+            opening = Stopwatch(browser)
+            browser.get(page)
+            opening.show("the run", "return document.body.innerText.includes('attention/0/entropy')")
+            charts = Stopwatch(browser)
+            browser.find_element(By.XPATH, "//*[@role='tab' and .='Model metrics']").click()
+            charts.show("its metrics", f"return document.querySelectorAll('.scatterlayer .js-line').length >= {CHARTS}")
+
+
+class Stopwatch:
+    """Seconds that pass, and those that the page's own thread computes."""
+
+    def __init__(self, browser: webdriver.Chrome) -> None:
+        self._browser = browser
+        self._began, self._computed = time.perf_counter(), self._thread()
+
+    def show(self, what: str, shown: str) -> None:
+        """Print them and the page's requests so far, as soon as the script `shown` says true."""
+        WebDriverWait(self._browser, 120, poll_frequency=0.2).until(lambda browser: browser.execute_script(shown))
+        passed, computed = time.perf_counter() - self._began, self._thread() - self._computed
+        count = "return performance.getEntriesByType('resource').filter(e => e.name.includes('/ajax-api/')).length"
+        requests = self._browser.execute_script(count)
+        print(f"browser: {what} after {passed:.1f} s, {computed:.1f} s of CPU in the page, {requests} requests")
+
+    def _thread(self) -> float:
+        metrics = self._browser.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
+        return next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration")
 
 
 def main(steps: int, everything: bool) -> None:
