@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import ElementClickInterceptedException, StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
@@ -36,10 +37,18 @@ class Reader:
         def shown(browser: webdriver.Chrome) -> WebElement | None:
             return next((found for found in browser.find_elements(By.XPATH, what) if found.is_displayed()), None)
 
-        return WebDriverWait(self.browser, WAIT_S).until(shown, f"{what} at {self.browser.current_url}")
+        return self._wait().until(shown, f"{what} at {self.browser.current_url}")
 
     def presses(self, what: str) -> None:
-        self.sees(what).click()
+        def pressed(_: webdriver.Chrome) -> bool:
+            self.sees(what).click()
+            return True
+
+        self._wait().until(pressed, what)
+
+    def _wait(self) -> WebDriverWait[webdriver.Chrome]:
+        redrawn = (StaleElementReferenceException, ElementClickInterceptedException)  # the page, between two looks
+        return WebDriverWait(self.browser, WAIT_S, ignored_exceptions=redrawn)
 
     def columns(self) -> list[str]:
         """Of the table of runs, from left to right, after the name and the time."""
