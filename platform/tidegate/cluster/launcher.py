@@ -79,7 +79,6 @@ def launcher_config(cluster: Cluster, auth_folder: str) -> dict[str, Any]:
         "file_mounts": {_AUTH_FOLDER: auth_folder},
         "initialization_commands": _mount(cluster),
         "setup_commands": [_with_setup(cluster, _check_version()), _CHECK_TOKEN],
-        "worker_setup_commands": [],
         "head_start_ray_commands": [_with_setup(cluster, "ray stop"), _start_head(cluster)],
         "worker_start_ray_commands": [_with_setup(cluster, "ray stop"), _start_worker(cluster)],
     }
@@ -88,7 +87,6 @@ def launcher_config(cluster: Cluster, auth_folder: str) -> dict[str, Any]:
     if isinstance(provider, Hosts):
         (pool,) = cluster.pools.values()
         config["min_workers"] = pool.min_nodes
-        config["head_setup_commands"] = []
         config["provider"] = {"type": "local", "head_ip": provider.head, "worker_ips": list(provider.workers)}
         config["auth"] = {"ssh_user": provider.ssh_user}
         if provider.ssh_private_key:

@@ -189,8 +189,10 @@ def _tool(cluster: Cluster, file: Path) -> _Tool:
         )
     status = " && ".join([*cluster.setup, "RAY_AUTH_MODE=token ray status"])
     needs, modules, probe, login = _LAUNCHER_NEEDS[provider.kind](provider)
+    # Ray's newer autoscaler counts the head as one of the hosts: of N that should always be there it starts N - 1.
+    older = ("env", "RAY_UP_enable_autoscaler_v2=0") if isinstance(provider, Hosts) else ()
     return _Tool(
-        up=(*_RAY, "up", "-y", "--no-config-cache", str(file)),
+        up=(*older, *_RAY, "up", "-y", "--no-config-cache", str(file)),
         down=(*_RAY, "down", "-y", str(file)),
         status=(*_RAY, "exec", str(file), status),
         needs=("ssh", "rsync", *needs),

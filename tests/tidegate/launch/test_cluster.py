@@ -153,22 +153,25 @@ command = " ".join(arguments[at + 1 :])
 with open(os.environ["CLUSTER_TEST_HOME"] + "/ssh.log", "a") as log:
     print(command, file=log)
 home = os.environ["CLUSTER_TEST_HOME"]
+node = home + arguments[at]
 if "ray stop" in command:
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.environ().get("CLUSTER_TEST_NODE") == home:
+            if process.pid != os.getpid() and process.environ().get("CLUSTER_TEST_NODE") == node:
                 process.kill()
         except psutil.Error:
             pass
     sys.exit(0)
-os.environ.update(HOME=home, CLUSTER_TEST_NODE=home)
+os.environ.update(HOME=home, CLUSTER_TEST_NODE=node)
 os.execvp("bash", ["bash", "-c", command])
 """
 RSYNC = f"""#!{sys.executable}
 import os, shutil, sys
 source, target = sys.argv[-2:]
 target = target.split(":", 1)[1].replace("~", os.environ["CLUSTER_TEST_HOME"])
-if os.path.isdir(source):
+if os.path.exists(target) and os.path.samefile(source, target):
+    pass  # from the head to a worker: the same machine
+elif os.path.isdir(source):
     shutil.copytree(source, target, dirs_exist_ok=True)
 else:
     os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -180,7 +183,8 @@ def of_node(home):
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get("CLUSTER_TEST_NODE") == str(home) and process.status() != psutil.STATUS_ZOMBIE:
+            there = process.environ().get("CLUSTER_TEST_NODE", "").startswith(str(home))
+            if there and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
         except psutil.Error:
             continue
@@ -220,7 +224,7 @@ def test_rays_launcher_starts_a_host_and_ends_it(host, state, tmp_path, capfd):
         "image=null",
         f"setup=['export PATH={path}:$PATH']",
         f"storage.path={tmp_path}/shared",
-        "pools.gpu={gpu: null, gpus: 0, cpus: 1, memory_gib: 1, min_nodes: 0, max_nodes: 1}",
+        "pools.gpu={gpu: null, gpus: 0, cpus: 1, memory_gib: 1, min_nodes: 1, max_nodes: 1}",
         f"provider={{kind: hosts, head: 127.0.0.1, workers: [127.0.0.2], ssh_user: tester, port: {free_port()}}}",
     ]
     assert launch.cluster_up("on-prem", overrides, None, None, state, 120), capfd.readouterr()
@@ -228,8 +232,13 @@ def test_rays_launcher_starts_a_host_and_ends_it(host, state, tmp_path, capfd):
         state.root / "clusters" / name / "ray" / "auth_token"
     ).read_text()
     assert of_node(host)
+    until = time.monotonic() + 90
+    worker = "ray start --address=$RAY_HEAD_IP:"
+    while worker not in (host / "ssh.log").read_text() and time.monotonic() < until:
+        time.sleep(0.2)
+    assert worker in (host / "ssh.log").read_text(), "the head starts the worker that should always be there"
     assert launch.cluster_status(name, state)
     assert "Active:" in capfd.readouterr().out
     assert launch.cluster_down(name, state, 120)
-    assert of_node(host) == []
+    assert of_node(f"{host}tester@127.0.0.1") == []
     assert shutil.which("ray", path=path)
