@@ -35,7 +35,8 @@ class _Tool(NamedTuple):
     """How a provider is spoken to."""
 
     up: Sequence[str]
-    down: Sequence[str]
+    down: Sequence[Sequence[str]]
+    """One after the other."""
     status: Sequence[str]
     needs: Sequence[str]
     """Programs."""
@@ -119,7 +120,7 @@ def cluster_up(
         return True
     if running:
         print(f"the cluster {cluster.name} was there before and is left as it is; end it: {_down(cluster.name)}")
-    elif _run(tool.down, timeout_s):
+    elif _run_all(tool.down, timeout_s):
         print(f"the cluster {cluster.name} did not start; what was there of it is taken down")
     else:
         print(
@@ -136,7 +137,7 @@ def cluster_down(name: str, state: StateDir, timeout_s: float) -> bool:
         Whether nothing of it is left.
     """
     cluster, folder = _started(name, state)
-    if not _run(_tool(cluster, folder.file(cluster)).down, timeout_s):
+    if not _run_all(_tool(cluster, folder.file(cluster)).down, timeout_s):
         print(f"the cluster {name} could not be taken down: nodes may run and cost money; run {_down(name)} again")
         return False
     shutil.rmtree(folder.path)
@@ -170,7 +171,7 @@ def _tool(cluster: Cluster, file: Path) -> _Tool:
         space = ("--namespace", provider.namespace)
         return _Tool(
             up=("kubectl", "apply", "-f", str(file)),
-            down=("kubectl", "delete", "--ignore-not-found", "-f", str(file)),
+            down=[("kubectl", "delete", "--ignore-not-found", "-f", str(file))],
             status=("kubectl", "get", "rayclusters,rayjobs,pods", *space),
             needs=("kubectl",),
             modules=(),
@@ -180,7 +181,7 @@ def _tool(cluster: Cluster, file: Path) -> _Tool:
     if isinstance(provider, Slurm):
         return _Tool(
             up=("sbatch", str(file)),
-            down=("scancel", "--me", f"--name={cluster.name}"),
+            down=[("scancel", "--me", f"--name={cluster.name}")],
             status=("squeue", "--me", f"--name={cluster.name}"),
             needs=("sbatch", "scancel", "squeue"),
             modules=(),
@@ -193,7 +194,7 @@ def _tool(cluster: Cluster, file: Path) -> _Tool:
     older = ("env", "RAY_UP_enable_autoscaler_v2=0") if isinstance(provider, Hosts) else ()
     return _Tool(
         up=(*older, *_RAY, "up", "-y", "--no-config-cache", str(file)),
-        down=(*_RAY, "down", "-y", str(file)),
+        down=_launcher_down(cluster, file),
         status=(*_RAY, "exec", str(file), status),
         needs=("ssh", "rsync", *needs),
         modules=modules,
@@ -220,10 +221,24 @@ def _azure(provider: Azure) -> _Needs:
 
 
 def _hosts(provider: Hosts) -> _Needs:
+    return [], [], _ssh(provider, provider.head, "true"), "the head must take your SSH key without a question"
+
+
+def _ssh(provider: Hosts, host: str, command: str) -> list[str]:
     key = ["-i", provider.ssh_private_key] if provider.ssh_private_key else []
-    options = ["-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=accept-new", "-o", f"ConnectTimeout={_PROBE_S // 2}"]
-    probe = ["ssh", *key, *options, f"{provider.ssh_user}@{provider.head}", "true"]
-    return [], [], probe, "the head must take your SSH key without a question"
+    options = ["-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=accept-new", "-o", "ConnectTimeout=15"]
+    return ["ssh", *key, *options, f"{provider.ssh_user}@{host}", command]
+
+
+def _launcher_down(cluster: Cluster, file: Path) -> list[Sequence[str]]:
+    down = (*_RAY, "down", "-y", str(file))
+    provider = cluster.provider
+    if not isinstance(provider, Hosts) or cluster.image:
+        return [down]
+    # Without containers `ray down` calls a bare `ray stop`, and on the head alone.
+    stop = " && ".join([*cluster.setup, "ray stop"])
+    workers = [_ssh(provider, host, stop) for host in provider.workers]
+    return [_ssh(provider, provider.head, stop), down, *workers]
 
 
 _LAUNCHER_NEEDS: dict[str, Callable[[Any], _Needs]] = {"aws": _aws, "gcp": _gcp, "azure": _azure, "hosts": _hosts}
@@ -251,6 +266,12 @@ def _importable(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # of its parent
         return False
+
+
+def _run_all(commands: Sequence[Sequence[str]], timeout_s: float) -> bool:
+    """Run each, whatever became of the others; True if none failed."""
+    worked = [_run(command, timeout_s) for command in commands]
+    return all(worked)
 
 
 def _run(command: Sequence[str], timeout_s: float) -> bool:

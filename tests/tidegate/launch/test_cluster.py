@@ -240,5 +240,5 @@ def test_rays_launcher_starts_a_host_and_ends_it(host, state, tmp_path, capfd):
     assert launch.cluster_status(name, state)
     assert "Active:" in capfd.readouterr().out
     assert launch.cluster_down(name, state, 120)
-    assert of_node(f"{host}tester@127.0.0.1") == []
+    assert of_node(host) == []
     assert shutil.which("ray", path=path)
