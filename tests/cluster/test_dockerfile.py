@@ -37,7 +37,8 @@ def test_the_last_user_is_not_root():
     assert users
     assert users[-1] not in ("root", "0")
     assert f"--uid 1000 --shell /bin/bash {users[-1]}" in FILE.read_text(), "the id that volumes belong to"
-    assert any(f"HOME=/home/{users[-1]}" in rest.split() for rest in of("ENV")), "else Ray mounts the token in /root"
+    home = re.search(r"--home-dir (\S+)", FILE.read_text())[1]
+    assert any(f"HOME={home}" in rest.split() for rest in of("ENV")), "else Ray mounts the token in /root"
 
 
 def test_every_package_is_as_constraints_pin_it():
