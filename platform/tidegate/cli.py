@@ -409,13 +409,26 @@ def tokenize(
 
 @app.command()
 def doctor(
-    address: Annotated[str | None, typer.Option(help="Ray cluster to look for")] = None, state_dir: StateOption = None
+    address: Annotated[str | None, typer.Option(help="Ray cluster to look for")] = None,
+    cluster: Annotated[bool, typer.Option("--cluster", help="Join it and look at each of its nodes")] = False,
+    storage: Annotated[
+        str | None, typer.Option(help="With --cluster: checkpoint.storage of the jobs, beside the state directory")
+    ] = None,
+    state_dir: StateOption = None,
 ) -> None:
-    """Check versions, devices, compiler, storage, ports, Ray and MLflow."""
-    from tidegate.launch.doctor import examine
+    """Check versions, devices, compiler, storage, ports, Ray and MLflow; with --cluster, on each of its nodes."""
     from tidegate.launch.state import default_state_dir
 
-    if not examine(address, state_dir or default_state_dir()):
+    folder = (state_dir or default_state_dir()).absolute()
+    if cluster:
+        from tidegate.launch.cluster_check import examine_cluster
+
+        healthy = examine_cluster(address or "auto", folder, storage)
+    else:
+        from tidegate.launch.doctor import examine
+
+        healthy = examine(address, folder)
+    if not healthy:
         raise typer.Exit(1)
 
 

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -29,10 +29,10 @@ from rich.text import Text
 
 from tidegate.redact import redact
 
-__all__ = ["examine", "why_no_ray"]
+__all__ = ["LITTLE_SPACE_BYTES", "Finding", "examine", "show_findings", "why_no_ray"]
 
 _REACH_TIMEOUT_S = 5.0
-_LITTLE_SPACE_BYTES = 5 * 10**9
+LITTLE_SPACE_BYTES = 5 * 10**9
 _DASHBOARD_PORT = 8265
 _PORTS = {
     _DASHBOARD_PORT: ("Ray's dashboard", "stop what holds it, or let Ray take the next free port"),
@@ -75,14 +75,18 @@ def examine(address: str | None, state_dir: Path) -> bool:
         ("Ray", ray.findings),
         ("Ray jobs API", jobs.findings),
     ]
+    return show_findings((finding.name or name, finding) for name, check in checks for finding in _guarded(check))
+
+
+def show_findings(findings: Iterable[tuple[str, Finding]]) -> bool:
+    """Print a table of what was found, by name; False if one says FAIL."""
     folded = (Column(name, overflow="fold") for name in ("found", "fix"))  # a path cut short helps nobody
     table = Table("check", "", *folded)
     failed = False
-    for name, check in checks:
-        for finding in _guarded(check):
-            status = Text(finding.status, style=_COLOURS[finding.status])
-            table.add_row(finding.name or name, status, Text(redact(finding.found)), Text(finding.fix))
-            failed = failed or finding.status == "FAIL"
+    for name, finding in findings:
+        status = Text(finding.status, style=_COLOURS[finding.status])
+        table.add_row(name, status, Text(redact(finding.found)), Text(finding.fix))
+        failed = failed or finding.status == "FAIL"
     Console(highlight=False).print(table)
     return not failed
 
@@ -221,7 +225,7 @@ def _state_dir(root: Path) -> Iterator[Finding]:
     else:
         yield Finding("ok", f"{root} ({f'layout version {version}' if version else 'the first run makes it'})")
     free = shutil.disk_usage(existing).free
-    if free < _LITTLE_SPACE_BYTES:
+    if free < LITTLE_SPACE_BYTES:
         yield Finding("warn", f"{free / 1e9:.1f} GB", "free some; tidegate show says what a job takes", "free space")
     else:
         yield Finding("ok", f"{free / 1e9:.1f} GB", name="free space")

@@ -51,33 +51,37 @@ class Trainer(TorchTrainer):
     Args:
         sizes: numbers of workers that the job allows; None if it has one.
         board: where a wish for more is left, and that workers ended.
+        without: ids of nodes that get no workers.
         settings: of `TorchTrainer`.
     """
 
-    def __init__(self, *, sizes: Sequence[int] | None, board: Any, **settings: Any) -> None:
+    def __init__(
+        self, *, sizes: Sequence[int] | None, board: Any, without: Sequence[str] = (), **settings: Any
+    ) -> None:
         super().__init__(**settings)
-        self._sizes, self._board = sizes, board
+        self._sizes, self._board, self._without = sizes, board, without
 
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
         failures: Any = self.run_config.failure_config
         settings["failure_policy"] = Failures(failures, self._board)
         if self._sizes is not None:
-            settings["scaling_policy"] = AllowedSizes(self.scaling_config, self._sizes, self._board)
+            settings["scaling_policy"] = AllowedSizes(self.scaling_config, self._sizes, self._board, self._without)
         return super()._initialize_and_run_controller(**settings)
 
 
 class AllowedSizes(ElasticScalingPolicy):
     """As many workers as there is room for, of the sizes that the job allows; runs in Ray Train's controller."""
 
-    def __init__(self, scaling_config: Any, sizes: Sequence[int], board: Any) -> None:
+    def __init__(self, scaling_config: Any, sizes: Sequence[int], board: Any, without: Sequence[str]) -> None:
         super().__init__(scaling_config)
-        self._sizes, self._board = tuple(sizes), board
+        self._sizes, self._board, self._without = tuple(sizes), board, without
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
         leaving = ray._private.state.state.get_draining_nodes() or {}
         staying = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - leaving.keys()
-        usable = {node: resources for node, resources in reserved_resources.items() if node in staying}
-        possible = super()._count_possible_workers(usable)
+        usable = staying.difference(self._without)
+        reserved_resources = {node: reserved_resources[node] for node in usable & reserved_resources.keys()}
+        possible = super()._count_possible_workers(reserved_resources)
         return max((size for size in self._sizes if size <= possible), default=0)
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:

@@ -12,7 +12,7 @@ import os
 import secrets
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -44,7 +44,7 @@ from tidegate.train.loop import Outcome, World, train
 from tidegate.train.telemetry import Record
 from tidegate.train.throughput import device_name
 
-__all__ = ["SHIPPED", "connect", "forwarded_environment", "run_on_ray", "storage_filesystem"]
+__all__ = ["SHIPPED", "connect", "forwarded_environment", "join", "run_on_ray", "storage_filesystem"]
 
 SHIPPED = tuple(str(Path(str(module.__file__)).parent) for module in (tidegate, tidegate_kernels))
 """Folders of the packages that a cluster gets with a job."""
@@ -71,12 +71,7 @@ def connect(address: str | None, job: Job) -> None:
     Raises:
         ConfigError: no Ray answers there, or it has less than the job asks for.
     """
-    # Left to itself ray.init waits two minutes for a cluster that is not there, then ends the whole process.
-    problem = why_no_ray(address) if address else None
-    if problem:
-        raise ConfigError(f"--address {address}: no Ray cluster answers ({problem})")
-    if not ray.is_initialized():  # a trial of a sweep is on its cluster already
-        _start(address)
+    join(address)
     resources, available = job.resources, ray.cluster_resources()
     field = "workers" if resources.min_workers is None else "min_workers"
     per_worker = {"CPU": resources.cpus_per_worker, "GPU": int(resources.gpu)}
@@ -86,6 +81,20 @@ def connect(address: str | None, job: Job) -> None:
                 f"resources.{field}={getattr(resources, field)} needs {needed} {kind}s, "
                 f"{address or 'this machine'} has {available.get(kind, 0):g}; Ray would wait for ever"
             )
+
+
+def join(address: str | None) -> None:
+    """Join the Ray cluster at `address`, or start one that only this machine reaches.
+
+    Raises:
+        ConfigError: no Ray answers there.
+    """
+    # Left to itself ray.init waits two minutes for a cluster that is not there, then ends the whole process.
+    problem = why_no_ray(address) if address else None
+    if problem:
+        raise ConfigError(f"--address {address}: no Ray cluster answers ({problem})")
+    if not ray.is_initialized():  # a trial of a sweep is on its cluster already
+        _start(address)
 
 
 def _start(address: str | None) -> None:
@@ -110,8 +119,11 @@ def run_on_ray(
     show: Callable[[Record], bool],
     notice: Callable[[str], None],
     sweep: str = "",
+    without: Sequence[str] = (),
 ) -> Ended:
     """Train on Ray Train workers; continues from the newest of the run's `checkpoints`.
+
+    No worker is placed on the nodes `without`, which are ids.
 
     Checkpoints do not go through `ray.train.report`, which would copy them once more and make each step wait for it:
     workers write them beside what Ray keeps of the run, and find the newest by themselves when Ray starts them again.
@@ -131,12 +143,14 @@ def run_on_ray(
     trainer = Trainer(
         sizes=job.world_sizes if elastic else None,
         board=board,
+        without=without,
         train_loop_per_worker=worker,  # no train_loop_config: Ray's dashboard shows it, a tracking URI has a password
         scaling_config=ScalingConfig(
             num_workers=(job.world_sizes[0], resources.workers) if elastic else resources.workers,
             use_gpu=resources.gpu,
             resources_per_worker={"CPU": resources.cpus_per_worker, **({"GPU": 1} if resources.gpu else {})},
             elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,
+            label_selector={"ray.io/node-id": f"!in({','.join(without)})"} if without else None,
         ),
         torch_config=TorchConfig(backend="nccl" if resources.gpu else "gloo"),
         run_config=RunConfig(

@@ -106,6 +106,7 @@ def run(request: Request) -> Ran:
         storage_filesystem(storage)
         connect(request.address, job)
     dataset = prepare_data(job, request.state, plan.job_dir, reporter)
+    without = _unfit_nodes(request, plan, storage, reporter) if request.address is not None else ()
     run_folder, tracking, checkpoints = _open(
         request, plan, storage, TokenDataset.open(dataset, verify=False), reporter
     )
@@ -115,7 +116,7 @@ def run(request: Request) -> Ran:
         try:
             _introduce(request, run_folder, tracking, reporter)
             reporter.start()
-            ended = _train(request, job, run_folder, dataset, checkpoints, tracking, reporter, page)
+            ended = _train(request, job, run_folder, dataset, checkpoints, tracking, reporter, page, without)
             status = "FINISHED" if ended.outcome.finished else "KILLED"
         except (KeyboardInterrupt, SystemExit):  # Ray ends the process on Ctrl-C
             status = "KILLED"
@@ -222,7 +223,7 @@ def _open(request: Request, plan: _Plan, storage: str, dataset: TokenDataset, re
     cluster = "process" if request.local else "local_ray" if request.address is None else "ray"
     try:
         tracking = open_run(
-            recorded_uri(record.tracking_uri) if record else resolve_tracking_uri(job.track, request.state.root),
+            _tracking_uri(request, plan),
             job.track,
             job=job.name,
             resolved=job,
@@ -242,6 +243,20 @@ def _open(request: Request, plan: _Plan, storage: str, dataset: TokenDataset, re
     checkpoints = checkpoints or _checkpoints(storage, run_folder.name, tracking.run_id)
     run_folder.write(job, plan.job_dir, tracking, record.command if record else sys.argv, checkpoints)
     return _Opened(run_folder, tracking, checkpoints)
+
+
+def _tracking_uri(request: Request, plan: _Plan) -> str:
+    if plan.resumed is not None:
+        return recorded_uri(plan.resumed.read().tracking_uri)
+    return resolve_tracking_uri(plan.job.track, request.state.root)
+
+
+def _unfit_nodes(request: Request, plan: _Plan, storage: str, reporter: Reporter) -> tuple[str, ...]:
+    from tidegate.launch.cluster_check import unfit_nodes
+
+    assert request.address is not None
+    folders = dict.fromkeys((str(request.state.root), storage))
+    return unfit_nodes(plan.job, request.address, [*folders], _tracking_uri(request, plan), reporter.say)
 
 
 def _checkpoints(storage: str, run: str, run_id: str) -> str:
@@ -303,6 +318,7 @@ def _train(
     tracking: RunHandle,
     reporter: Reporter,
     page: RunPage,
+    without: Sequence[str],
 ) -> Ended:
     def show(record: Record) -> bool:
         reporter.record(record)
@@ -317,7 +333,7 @@ def _train(
         from tidegate.launch.ray_train import run_on_ray
 
         sweep = request.tags.get("tidegate.sweep", "")
-        return run_on_ray(job, checkpoints, dataset, tracking, run_folder.spool, show, notice, sweep)
+        return run_on_ray(job, checkpoints, dataset, tracking, run_folder.spool, show, notice, sweep, without)
     from tidegate.launch.local import run_local
 
     logger = MetricLogger(tracking.uri, tracking.run_id, spool=run_folder.spool, flush_every_s=job.track.flush_every_s)
