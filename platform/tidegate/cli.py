@@ -422,8 +422,11 @@ def doctor(
     folder = (state_dir or default_state_dir()).absolute()
     if cluster:
         from tidegate.launch.cluster_check import examine_cluster
+        from tidegate.launch.cluster_links import Link
+        from tidegate.plan.hardware import load_gpus
 
-        healthy = examine_cluster(address or "auto", folder, storage)
+        links = {name: Link(gpu.nvlink_gb_per_s, gpu.network_gb_per_s) for name, gpu in load_gpus().items()}
+        healthy = examine_cluster(address or "auto", folder, storage, links)
     else:
         from tidegate.launch.doctor import examine
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tidegate.config import ConfigError
+from tidegate.launch.cluster_links import Link, measure_links
+from tidegate.launch.cluster_nodes import Node, nodes_alive
 from tidegate.launch.doctor import LITTLE_SPACE_BYTES, Finding, show_findings
 from tidegate.launch.node_report import ASKED, NodeReport, Wanted, report, versions
 from tidegate.launch.ray_train import join
@@ -37,27 +38,6 @@ _SLOW_CLOCK = 0.8
 """Of a GPU at work, as a share of its highest clock."""
 
 
-class Node(NamedTuple):
-    id: str
-    address: str
-    resources: Mapping[str, float]
-
-    @property
-    def is_head(self) -> bool:
-        return "node:__internal_head__" in self.resources
-
-    def room(self, job: Job) -> int:
-        """Workers of the job that fit."""
-        needs = {"CPU": job.resources.cpus_per_worker, "GPU": int(job.resources.gpu)}
-        return min(int(self.resources.get(kind, 0) / number) for kind, number in needs.items() if number)
-
-    def __hash__(self) -> int:
-        return hash(self.id)
-
-    def __str__(self) -> str:
-        return f"node {self.address} ({self.id[:8]}{', head' if self.is_head else ''})"
-
-
 class Seen(NamedTuple):
     """A node that answered."""
 
@@ -68,13 +48,14 @@ class Seen(NamedTuple):
     """Of which that is sure: half of the fastest round trip."""
 
 
-def examine_cluster(address: str, state: Path, storage: str | None) -> bool:
+def examine_cluster(address: str, state: Path, storage: str | None, expected_gb_per_s: Mapping[str, Link]) -> bool:
     """Print a table of a cluster's nodes.
 
     Args:
         address: of the cluster, as Ray takes it.
         state: the state directory, which all nodes must share.
         storage: folder or URI of checkpoints beside it, if any.
+        expected_gb_per_s: of links, by a part of the GPU's name.
 
     Returns:
         False if a check says FAIL.
@@ -83,10 +64,18 @@ def examine_cluster(address: str, state: Path, storage: str | None) -> bool:
         ConfigError: no Ray answers, or this machine cannot write to what is shared.
     """
     join(address)
-    nodes = _nodes()
+    nodes = nodes_alive()
     tracking = resolve_tracking_uri(TrackConfig(), state)
-    judged = _judge(_survey(nodes, [str(state), *([storage] if storage else [])], tracking))
-    return show_findings((str(node), finding) for node in nodes for finding in _rows(judged[node.id]))
+    seen = _survey(nodes, [str(state), *([storage] if storage else [])], tracking)
+    judged = _judge(seen)
+    kinds = {
+        node: found.report.gpus[0].name if found.report.gpus else ""
+        for node, found in seen.items()
+        if isinstance(found, Seen)
+    }
+    links = measure_links(kinds, expected_gb_per_s)
+    rows = [(str(node), row) for node in nodes for row in _rows([*judged[node.id], *links.of_node.get(node.id, [])])]
+    return show_findings([*rows, *(("all nodes", finding) for finding in links.of_all)])
 
 
 def unfit_nodes(
@@ -101,7 +90,7 @@ def unfit_nodes(
     Raises:
         ConfigError: the job does not fit on the others.
     """
-    nodes = _nodes()
+    nodes = nodes_alive()
     useful = [node for node in nodes if node.room(job)]
     if job.resources.workers == 1 or len(useful) < 2:
         return ()
@@ -124,13 +113,6 @@ def unfit_nodes(
     return tuple(node.id for node in unfit)
 
 
-def _nodes() -> list[Node]:
-    """Those alive, the head first."""
-    alive = (node for node in ray.nodes() if node["Alive"])
-    nodes = [Node(node["NodeID"], node["NodeManagerAddress"], node["Resources"]) for node in alive]
-    return sorted(nodes, key=lambda node: (not node.is_head, node.address, node.id))
-
-
 @ray.remote(num_cpus=0)
 class _Scout:
     def report(self, wanted: Wanted, me: str) -> NodeReport:
@@ -149,8 +131,7 @@ def _survey(nodes: Sequence[Node], folders: Sequence[str], tracking: str) -> dic
     scouts: dict[Node, Any] = {}
     try:
         for node in nodes:
-            there = NodeAffinitySchedulingStrategy(node.id, soft=False)
-            scouts[node] = _Scout.options(scheduling_strategy=there).remote()  # type: ignore[attr-defined]
+            scouts[node] = _Scout.options(scheduling_strategy=node.here()).remote()  # type: ignore[attr-defined]
         answers = {scout.report.remote(wanted, node.id): node for node, scout in scouts.items()}
         ray.wait([*answers], num_returns=len(answers), timeout=ANSWER_WITHIN_S)
         seen = {node: _seen(scouts[node], answer) for answer, node in answers.items()}

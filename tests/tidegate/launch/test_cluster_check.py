@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,8 @@ import pytest
 
 from tidegate.config import ConfigError, load
 from tidegate.launch import cluster_check
-from tidegate.launch.cluster_check import Node, Seen, examine_cluster, unfit_nodes
+from tidegate.launch.cluster_check import Seen, examine_cluster, unfit_nodes
+from tidegate.launch.cluster_nodes import Node
 from tidegate.launch.node_report import NodeReport, versions
 from tidegate.train.job import Job
 from tidegate.train.nvml import GpuState
@@ -81,7 +83,7 @@ def test_the_table_names_what_is_wrong_with_which_node(
     monkeypatch.setenv("COLUMNS", "250")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     begun = time.monotonic()
-    assert not examine_cluster(nodes.address, tmp_path / "state", "~/shared")
+    assert not examine_cluster(nodes.address, tmp_path / "state", "~/shared", {})
     assert time.monotonic() - begun < cluster_check.ANSWER_WITHIN_S
     text = capsys.readouterr().out
     well = rows(text, nodes.well)
@@ -90,6 +92,8 @@ def test_the_table_names_what_is_wrong_with_which_node(
         assert said in well["ok"], said
     assert rows(text, nodes.other_version)["FAIL"] == f"mlflow 0.1, here {HERE['mlflow']}"
     assert rows(text, nodes.no_storage)["FAIL"] == "~/shared is not the folder that the other machines see"
+    assert re.search(r"\d\.\d\d GB/s with other nodes", well["ok"])
+    assert re.search(r"all nodes .* 3 ranks: all-reduce [\d.]+ GB/s, all-to-all [\d.]+ GB/s of each rank", text)
     assert well["warn"].startswith("RAY_AUTH_MODE=disabled"), "as tests/conftest.py sets it"
 
 
@@ -124,7 +128,7 @@ def test_a_frozen_node_is_named_in_time(
     raylet.send_signal(signal.SIGSTOP)
     begun = time.monotonic()
     try:
-        assert not examine_cluster(nodes.address, tmp_path / "state", None)
+        assert not examine_cluster(nodes.address, tmp_path / "state", None, {})
     finally:
         raylet.send_signal(signal.SIGCONT)
     assert time.monotonic() - begun < 25
