@@ -68,7 +68,8 @@ def train(
     extra += [f"train.init_from={json.dumps(str(init_from.absolute()))}"] if init_from else []
     ran = run(Request(job, [*overrides, *extra], _state(state_dir), resume, name, job_dir, local, address))
     if ran.outcome.stopped:
-        raise typer.Exit(143)  # as a process that SIGTERM ended
+        # As of `timeout` where a limit ended it, or of a process that SIGTERM ended.
+        raise typer.Exit(124 if ran.limit else 143)
 
 
 Dashboard = Annotated[

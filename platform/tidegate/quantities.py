@@ -1,12 +1,13 @@
-"""Counts as people write them: 300M parameters, 1T tokens."""
+"""Counts as people write them: 300M parameters, 1T tokens; and what a run has cost."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from tidegate.config import ConfigError
 
-__all__ = ["PREFIXES", "count_shown", "parse_count"]
+__all__ = ["PREFIXES", "cost_shown", "count_shown", "parse_count"]
 
 PREFIXES = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 _SHOWN = {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
@@ -36,3 +37,13 @@ def count_shown(value: float) -> str:
     """For people, three digits and a prefix."""
     unit, size = next(((unit, size) for unit, size in _SHOWN.items() if value >= size), ("", 1.0))
     return f"{value / size:.3g}{unit}"
+
+
+def cost_shown(metrics: Mapping[str, float], gpu: bool) -> str:
+    """The metrics `cost/` for people.
+
+    Args:
+        gpu: whether a worker has one.
+    """
+    money = f", {metrics['cost/money']:.3g} in money" if "cost/money" in metrics else ""
+    return f"{metrics['cost/gpu_hours']:.3g} {'GPU' if gpu else 'worker'}-hours{money}"

@@ -53,8 +53,6 @@ class Dashboard(NamedTuple):
     """What a person chooses to look at."""
     rows: dict[str, tuple[Panel, ...]]
     """Panels under titles."""
-    price: bool = False
-    """Asks for the price of a worker-hour."""
 
 
 _RUN, _TRIAL = 'run=~"$run"', 'sweep=~"$sweep", sweep!=""'
@@ -74,8 +72,12 @@ def _panel(title: str, metric: str, *by: str, where: str = _RUN, **settings: Any
 
 _PHASES = ("data", "counting", "forward", "backward", "optimizer", "experts", "other")
 _WORKERS = Panel("Workers", (Query(_of("workers_present")), Query(_of("workers_wanted"), "{{run}} wanted")))
-_HOURS = f"sum by (run) (sum_over_time(({_of('workers_present')})[$__range:1m])) / 60"
 _GPU = "{{ip}} GPU {{GpuIndex}}"
+
+
+def _most(metric: str) -> str:
+    """PromQL of a metric that only grows, also of runs that have ended."""
+    return f"max by (run) (max_over_time(ray_tidegate_{metric}{{{_RUN}}}[$__range]))"
 
 
 def _done(where: str, kind: Literal["stat", "bargauge"], width: int) -> Panel:
@@ -163,12 +165,9 @@ _CLUSTER = Dashboard(
     {
         "Workers and cost": (
             _WORKERS,
-            Panel("Worker-hours", (Query(_HOURS),), kind="stat", width=4),
-            Panel("Cost", (Query(f"{_HOURS} * $price_per_hour"),), kind="stat", width=4),
-            Panel(
-                "Cost of a million tokens",
-                (Query(f"{_of('workers_present')} * $price_per_hour / 0.0036 / {_of('speed_tokens_per_s')}"),),
-            ),
+            Panel("GPU-hours (without GPUs, worker-hours)", (Query(_most("cost_gpu_hours")),), kind="stat", width=4),
+            Panel("Money", (Query(_most("cost_money")),), kind="stat", width=4),
+            Panel("Money for a million tokens", (Query(f"{_of('cost_money')} / {_of('tokens')} * 1e6"),)),
         ),
         "GPUs": (
             Panel("Utilisation", (Query("ray_node_gpus_utilization", _GPU),), "percent"),
@@ -184,7 +183,6 @@ _CLUSTER = Dashboard(
             Panel("Nodes", (Query("count(ray_node_cpu_count)", "nodes"),), kind="stat"),
         ),
     },
-    price=True,
 )
 
 _SWEEP = Dashboard(
@@ -274,10 +272,6 @@ def _variables(dashboard: Dashboard) -> Iterator[dict[str, Any]]:
         "allValue": ".*",
         "current": {"text": ["All"], "value": ["$__all"]},
     }
-    if dashboard.price:
-        price = {"text": "1", "value": "1"}
-        label = "price of a worker-hour"
-        yield {"name": "price_per_hour", "label": label, "type": "textbox", "query": "1", "current": price}
 
 
 def _panels(dashboard: Dashboard) -> Iterator[dict[str, Any]]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+from tidegate.launch.cost import Ledger
 from tidegate.launch.ended import Ended
 from tidegate.parallel import collectives
 from tidegate.track import MetricLogger
@@ -27,24 +28,31 @@ def run_local(
     logger: MetricLogger,
     show: Callable[[Record], bool],
     notice: Callable[[str], None],
+    ledger: Ledger,
 ) -> Ended:
-    """Train here until the end, a signal, or `show` says so; continues from the newest of the run's checkpoints."""
+    """Train here until the end, a signal, a limit, or `show` says so; continues from the run's newest checkpoint."""
     made = collectives.start(alone=True)
     assert made
     logger.tag("gpu", device_name(collectives.default_device()))
-    stop = _StopOnSignal()
+    stop, meter = _StopOnSignal(), ledger.meter()
 
     def record(record: Record) -> None:
+        record = meter.mark(record)
         if show(record):
             stop.request()
         logger.log(record.metrics, step=record.step, tokens=record.tokens)
 
+    def should_stop() -> bool:
+        return stop.requested() or ledger.take(meter.read())
+
     tracker = Tracker(logger.unsent, logger.adopt)
-    world = World(dataset, checkpoints, record, notice, stop.requested, tracker)
+    world = World(dataset, checkpoints, record, notice, should_stop, tracker)
+    meter.set_workers(1)
     try:
         with stop:
             outcome = train(job, world)
     finally:
+        ledger.take(meter.read())
         delivery = logger.close()
         collectives.stop()
     return Ended(outcome, delivery)

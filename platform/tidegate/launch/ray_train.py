@@ -30,6 +30,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 import tidegate
 import tidegate_kernels
 from tidegate.config import ConfigError
+from tidegate.launch.cost import Ledger, Meter
 from tidegate.launch.doctor import why_no_ray
 from tidegate.launch.elastic import Notices, Reason, Trainer, Yielded, causes, is_preempted
 from tidegate.launch.ended import Ended
@@ -40,6 +41,7 @@ from tidegate.redact import redact
 from tidegate.track import Delivery, MetricLogger, RunHandle
 from tidegate.train.checkpoint import Tracker
 from tidegate.train.job import Job
+from tidegate.train.limits import Spent
 from tidegate.train.loop import Outcome, World, train
 from tidegate.train.telemetry import Record
 from tidegate.train.throughput import device_name
@@ -118,6 +120,7 @@ def run_on_ray(
     spool: Path,
     show: Callable[[Record], bool],
     notice: Callable[[str], None],
+    ledger: Ledger,
     sweep: str = "",
     without: Sequence[str] = (),
 ) -> Ended:
@@ -130,7 +133,7 @@ def run_on_ray(
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": here}
-    board = _Board.options(**options).remote(tracking.name, sweep, job)  # type: ignore[attr-defined]
+    board = _Board.options(**options).remote(tracking.name, sweep, job, ledger.spent)  # type: ignore[attr-defined]
     storage, _, name = checkpoints.rpartition("/")
     filesystem, path = storage_filesystem(storage)
     resources = job.resources
@@ -163,7 +166,7 @@ def run_on_ray(
             callbacks=[Notices()],  # type: ignore[list-item]
         ),
     )
-    with _watch(board, show, notice):
+    with _watch(board, show, notice, ledger):
         try:
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
@@ -198,10 +201,13 @@ def _worker(task: _WorkerJob) -> tuple[Outcome, Delivery] | None:
             task.tracking.uri, task.tracking.run_id, spool=task.spool, flush_every_s=job.track.flush_every_s
         )
         logger.tag("gpu", device_name(collectives.default_device()))
-    wishes = _Wishes(task.board if rank_zero else None, job.resources.workers)
+        meter = Meter(ray.get(task.board.begin.remote(job.resources.workers)), job.resources.price_per_hour)
+        meter.set_workers(job.resources.workers)
+    wishes = _Wishes(task.board if rank_zero else None)
 
     def record(record: Record) -> None:
         assert logger is not None
+        record = meter.mark(record)
         logger.log(record.metrics, step=record.step, tokens=record.tokens)
         task.board.push.remote(record)
 
@@ -231,13 +237,12 @@ class _Wishes:
 
     Args:
         board: to ask, on rank 0, which asks for all.
-        workers: that begin.
     """
 
-    def __init__(self, board: Any, workers: int) -> None:
+    def __init__(self, board: Any) -> None:
         self.reason: Reason = ""
         self._board = board
-        self._question: Any = board.wish.remote(beginning=workers) if board is not None else None
+        self._question: Any = board.wish.remote() if board is not None else None
 
     def should_stop(self) -> bool:
         if self._board is not None:
@@ -263,11 +268,13 @@ class _Board:
     Args:
         run, sweep: names for `LiveMetrics`, which outlives the workers here.
         job: the run's.
+        spent: before this driver began.
     """
 
-    def __init__(self, run: str, sweep: str, job: Job) -> None:
+    def __init__(self, run: str, sweep: str, job: Job, spent: Spent) -> None:
         self._live = LiveMetrics(run, sweep, tokens=job.train.tokens, workers=job.resources.workers)
         self._live.__enter__()  # and left when this actor's process ends
+        self._meter = Meter(spent, job.resources.price_per_hour)
         self._records: list[Record | str] = []
         self._wish: Reason = ""
 
@@ -276,19 +283,25 @@ class _Board:
         if isinstance(record, Record):
             self._live.take(record)
 
-    def wish(self, beginning: int = 0) -> Reason:
-        """Why the run should end; workers that begin, so many, are as many as there is room for."""
-        if beginning:
-            self._live.set_workers(beginning)
-            self._wish = "" if self._wish == "growth" else self._wish
+    @ray.method(max_task_retries=-1)
+    def begin(self, workers: int) -> Spent:
+        """So many workers begin, as many as there is room for; what the run has cost until then."""
+        self._live.set_workers(workers)
+        self._meter.set_workers(workers)
+        self._wish = "" if self._wish == "growth" else self._wish
+        return self._meter.read()
+
+    def wish(self) -> Reason:
+        """Why the run should end."""
         return self._wish
 
     def workers_ended(self) -> None:
         self._live.set_workers(0)
+        self._meter.set_workers(0)
 
-    def drain(self) -> list[Record | str]:
+    def drain(self) -> tuple[list[Record | str], Spent]:
         records, self._records = self._records, []
-        return records
+        return records, self._meter.read()
 
     def request_stop(self) -> None:
         self._wish = "stop"
@@ -298,15 +311,18 @@ class _Board:
 
 
 @contextlib.contextmanager
-def _watch(board: Any, show: Callable[[Record], bool], notice: Callable[[str], None]) -> Iterator[None]:
-    """Show records and notices as they come; SIGTERM, or what shows them, asks the run to stop after its step."""
+def _watch(board: Any, show: Callable[[Record], bool], notice: Callable[[str], None], ledger: Ledger) -> Iterator[None]:
+    """Show records and notices as they come; SIGTERM, a limit, or what shows them asks the run to end after a step."""
     done = threading.Event()
 
     def drain() -> None:
         while True:
             finished = done.wait(0.5)
             with contextlib.suppress(ray.exceptions.RayActorError):
-                for record in ray.get(board.drain.remote()):
+                records, spent = ray.get(board.drain.remote())
+                if ledger.take(spent):
+                    board.request_stop.remote()
+                for record in records:
                     if isinstance(record, str):
                         notice(record)
                     elif show(record):

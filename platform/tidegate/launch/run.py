@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from tidegate.config import ConfigError, LoadedJob, diff, flatten, load, load_stored
 from tidegate.data import TokenDataset, prepare, unigram_perplexity
+from tidegate.launch.cost import Ledger
 from tidegate.launch.ended import Ended
 from tidegate.launch.lineage import dataset_uses, job_tags
 from tidegate.launch.preflight import check_dataset, check_machine, check_space, hide_gpus
@@ -31,6 +32,7 @@ from tidegate.track import (
     recorded_uri,
     resolve_tracking_uri,
     run_url,
+    tag_run,
 )
 from tidegate.train.checkpoint_store import CheckpointStore
 from tidegate.train.init_from import check_init_from
@@ -76,6 +78,8 @@ class Ran(NamedTuple):
     name: str
     tracking: RunHandle
     outcome: Outcome
+    limit: str
+    """Of the job that ended it early, such as `limits.max_hours=2`, or empty."""
 
 
 class _Plan(NamedTuple):
@@ -107,7 +111,7 @@ def run(request: Request) -> Ran:
         connect(request.address, job)
     dataset = prepare_data(job, request.state, plan.job_dir, reporter)
     without = _unfit_nodes(request, plan, storage, reporter) if request.address is not None else ()
-    run_folder, tracking, checkpoints = _open(
+    run_folder, tracking, checkpoints, ledger = _open(
         request, plan, storage, TokenDataset.open(dataset, verify=False), reporter
     )
     request.opened(run_folder.name)
@@ -116,16 +120,21 @@ def run(request: Request) -> Ran:
         try:
             _introduce(request, run_folder, tracking, reporter)
             reporter.start()
-            ended = _train(request, job, run_folder, dataset, checkpoints, tracking, reporter, page, without)
+            ended = _train(request, job, run_folder, dataset, checkpoints, tracking, reporter, page, ledger, without)
             status = "FINISHED" if ended.outcome.finished else "KILLED"
         except (KeyboardInterrupt, SystemExit):  # Ray ends the process on Ctrl-C
             status = "KILLED"
             raise
         finally:
             reporter.stop()
+            ledger.write()
             finish_run(tracking, status)
-        _conclude(request, job, run_folder, dataset, tracking, reporter, ended)
-    return Ran(run_folder.name, tracking, ended.outcome)
+        limit = ledger.limit if ended.outcome.stopped else ""
+        if limit or plan.resumed is not None:  # of the stop before, if there was one
+            tag_run(tracking, "tidegate.stopped_by", limit)
+        _conclude(request, job, run_folder, dataset, tracking, reporter, ended, limit)
+        reporter.say(f"cost: {ledger.in_words()}")
+    return Ran(run_folder.name, tracking, ended.outcome, limit)
 
 
 def prepare_data(job: Job, state: StateDir, job_dir: Path, reporter: Reporter) -> Path:
@@ -166,7 +175,7 @@ def _plan(request: Request) -> _Plan:
     return _Plan(loaded, job, job_dir, None if request.name is None else _begun(request, request.name, job, job_dir))
 
 
-_WHERE = ("resources", "parallel", "checkpoint", "track", "guards", "kernels", "train.pause_at_tokens")
+_WHERE = ("resources", "limits", "parallel", "checkpoint", "track", "guards", "kernels", "train.pause_at_tokens")
 """What says where and how a run goes on, and not what it learns."""
 
 
@@ -212,6 +221,7 @@ class _Opened(NamedTuple):
     tracking: RunHandle
     checkpoints: str
     """Folder or URI of this run's."""
+    ledger: Ledger
 
 
 def _open(request: Request, plan: _Plan, storage: str, dataset: TokenDataset, reporter: Reporter) -> _Opened:
@@ -220,6 +230,7 @@ def _open(request: Request, plan: _Plan, storage: str, dataset: TokenDataset, re
     record = resumed.read() if resumed else None
     run_folder = resumed or (request.state.named_run(request.name) if request.name else request.state.new_run(job.name))
     checkpoints = _resumed_from(plan, storage, record, run_folder.name, reporter) if record else None
+    ledger = _ledger(request, job, checkpoints, reporter) if checkpoints else None  # refuses before the run is opened
     cluster = "process" if request.local else "local_ray" if request.address is None else "ray"
     try:
         tracking = open_run(
@@ -242,7 +253,12 @@ def _open(request: Request, plan: _Plan, storage: str, dataset: TokenDataset, re
         log_datasets(tracking, [*dataset_uses(dataset)])
     checkpoints = checkpoints or _checkpoints(storage, run_folder.name, tracking.run_id)
     run_folder.write(job, plan.job_dir, tracking, record.command if record else sys.argv, checkpoints)
-    return _Opened(run_folder, tracking, checkpoints)
+    return _Opened(run_folder, tracking, checkpoints, ledger or _ledger(request, job, checkpoints, reporter))
+
+
+def _ledger(request: Request, job: Job, checkpoints: str, reporter: Reporter) -> Ledger:
+    shares = job.search is not None and job.resources.gpu and "tidegate.sweep" in request.tags
+    return Ledger(checkpoints, job, job.search.gpu_share if job.search and shares else 1.0, reporter.say)
 
 
 def _tracking_uri(request: Request, plan: _Plan) -> str:
@@ -318,6 +334,7 @@ def _train(
     tracking: RunHandle,
     reporter: Reporter,
     page: RunPage,
+    ledger: Ledger,
     without: Sequence[str],
 ) -> Ended:
     def show(record: Record) -> bool:
@@ -333,11 +350,11 @@ def _train(
         from tidegate.launch.ray_train import run_on_ray
 
         sweep = request.tags.get("tidegate.sweep", "")
-        return run_on_ray(job, checkpoints, dataset, tracking, run_folder.spool, show, notice, sweep, without)
+        return run_on_ray(job, checkpoints, dataset, tracking, run_folder.spool, show, notice, ledger, sweep, without)
     from tidegate.launch.local import run_local
 
     logger = MetricLogger(tracking.uri, tracking.run_id, spool=run_folder.spool, flush_every_s=job.track.flush_every_s)
-    return run_local(job, dataset, checkpoints, logger, show, notice)
+    return run_local(job, dataset, checkpoints, logger, show, notice, ledger)
 
 
 def _conclude(
@@ -348,6 +365,7 @@ def _conclude(
     tracking: RunHandle,
     reporter: Reporter,
     ended: Ended,
+    limit: str,
 ) -> None:
     """Store the last artifacts and print the tables."""
     outcome, delivery = ended
@@ -362,7 +380,10 @@ def _conclude(
     if not outcome.finished:
         flags = " --local" if request.local else f" --address {request.address}" if request.address else ""
         flags += "" if job.train.pause_at_tokens is None else " --set train.pause_at_tokens=null"
-        reporter.say(f"stopped at step {outcome.step}; continue with: tidegate train --resume {run_folder.name}{flags}")
+        flags += f" --set {limit.partition('=')[0]}=..." if limit else ""
+        why = f", {limit} is reached" if limit else ""
+        resume = f"tidegate train --resume {run_folder.name}{flags}"
+        reporter.say(f"stopped at step {outcome.step}{why}; continue with: {resume}")
     if delivery.undelivered:
         reporter.say(
             f"MLflow did not take {delivery.undelivered} records; they are in {delivery.spool} "

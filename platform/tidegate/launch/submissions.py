@@ -207,7 +207,9 @@ def follow(cluster: Cluster, submission_id: str) -> int:
         return 130
     if info.status != JobStatus.SUCCEEDED:
         print(f"{name}: {info.status.lower()}: {redact(info.message or '')}", file=sys.stderr)
-    return exit_status(info.status)
+    # A job that ends by itself says why by its own, as by 124 at a limit.
+    failed = info.status == JobStatus.FAILED
+    return info.driver_exit_code or 1 if failed else exit_status(info.status)
 
 
 def stop_job(address: str | None, name: str) -> int:

@@ -19,6 +19,7 @@ from tidegate.config import ConfigError
 from tidegate.launch.alerts import DEAD_EXPERTS, MAX_VIOLATION
 from tidegate.launch.report import SHADES
 from tidegate.launch.state import StateDir
+from tidegate.quantities import cost_shown
 from tidegate.track import RunData, TrackConfig, find_run, resolve_tracking_uri
 from tidegate.train.metric_path import parse_metric
 
@@ -127,6 +128,8 @@ def _header(seen: _Seen) -> Text:
     )
     if resumed := run.tags.get("tidegate.resumed"):
         text.append(f"  resumed {resumed} times")
+    if stopped_by := run.tags.get("tidegate.stopped_by"):
+        text.append(f"  stopped by {stopped_by}")
     if run.end is not None:
         text.append(f"  ended {run.end:%F %H:%M} UTC")
     elif seen.quiet_s is not None:
@@ -157,6 +160,8 @@ def _rows(seen: _Seen) -> Iterator[Sequence[RenderableType]]:
     if "speed/mfu" in metrics:
         peak = f"of {metrics['speed/peak_tflops_per_device']:.0f} TFLOP/s a device"
         yield "MFU", f"{metrics['speed/mfu']:.1%}", peak
+    if "cost/gpu_hours" in metrics:
+        yield "cost", cost_shown(metrics, run.params.get("resources.gpu") == "true"), ""
     if "checkpoint/age_s" in metrics:
         assert seen.quiet_s is not None
         age_s = metrics["checkpoint/age_s"] + (seen.quiet_s if run.status == "RUNNING" else 0)

@@ -124,7 +124,10 @@ def _summary(plan: Plan) -> Iterator[str]:
         f"{count_shown(plan.tokens)} tokens: {_duration(plan.wall_s)}, {_number(plan.gpu_hours)} GPU-hours, "
         f"{_number(plan.gpu_kwh)} kWh of GPUs, {_number(plan.machine_kwh)} of whole machines"
     )
-    if plan.usd:
+    if plan.money is not None:
+        price = plan.base.resources.price_per_hour
+        yield f"price: {_number(plan.money)} at resources.price_per_hour={price:g}, no storage, no network"
+    elif plan.usd:
         prices = ", ".join(
             f"{_number(money)} USD ({name.replace('_', ' ')}, {gpu.usd_per_gpu_hour[name]:.2f} an hour)"
             for name, money in plan.usd.items()

@@ -98,7 +98,14 @@ class Plan(NamedTuple):
 
     @property
     def usd(self) -> dict[str, float]:
+        """By list price."""
         return {name: price * self.gpu_hours for name, price in self.hardware.gpu.usd_per_gpu_hour.items()}
+
+    @property
+    def money(self) -> float | None:
+        """At the job's own price, if it has one."""
+        price = self.base.resources.price_per_hour
+        return None if price is None else price * self.gpu_hours
 
 
 def make_plan(

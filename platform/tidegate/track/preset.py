@@ -22,6 +22,8 @@ _METRICS = (
     "moe/dead_experts_mean",
     "attention/sink_heads",
     "speed/tokens_per_s",
+    "cost/gpu_hours",
+    "cost/money",
 )
 _TAGS = ("gate", "granularity", "router", "active_params", "flops_per_token", "gpu")
 

@@ -17,6 +17,7 @@ from tidegate.model.routers.dense_to_sparse import DenseToSparseConfig
 from tidegate.parallel.config import ParallelConfig
 from tidegate.track.config import TrackConfig
 from tidegate.train.guards import GuardsConfig
+from tidegate.train.limits import LimitsConfig
 from tidegate.train.oracle import LARGEST_ENUMERATION
 from tidegate.train.prune import PruneConfig
 from tidegate.train.retention import CheckpointConfig
@@ -102,6 +103,8 @@ class ResourcesConfig(Config):
     docs/elastic.md."""
     gpu: bool = False
     cpus_per_worker: int = Field(default=1, ge=1)
+    price_per_hour: float | None = Field(default=None, gt=0)
+    """Of a worker, with its GPU if it has one, in any currency; without it only hours are counted: docs/cost.md."""
     max_failures: int = Field(default=0, ge=-1)
     """How often Ray restarts the workers from the last checkpoint; -1 is without end."""
     max_preemptions: int = Field(default=-1, ge=-1)
@@ -123,6 +126,7 @@ class Job(Config):
     guards: GuardsConfig = GuardsConfig()
     parallel: ParallelConfig = ParallelConfig()
     resources: ResourcesConfig = ResourcesConfig()
+    limits: LimitsConfig = LimitsConfig()
     track: TrackConfig = TrackConfig()
     search: SearchConfig | None = None
     prune: PruneConfig | None = None
@@ -251,6 +255,14 @@ class Job(Config):
                 f"parallel.zero_stage=0 nor with parallel.offload=experts, here {self.parallel.zero_stage} and "
                 f"{self.parallel.offload}; remove resources.min_workers or change those"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _money_has_a_price(self) -> Job:
+        limited = {"limits.max_money": self.limits.max_money, "search.max_money": self.search and self.search.max_money}
+        for name, value in limited.items():
+            if value is not None and self.resources.price_per_hour is None:
+                raise ValueError(f"{name}={value:g} needs resources.price_per_hour, what a worker costs")
         return self
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ It belongs to the job file so that a sweep is one file; `tidegate train` does no
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -97,10 +97,9 @@ class SearchConfig(Config):
     measured: str | None = None
     """What `tidegate bench JOB --out FILE` wrote of the job as it stands: for times and `step_time` budgets. `{job}` is
     the job's folder."""
-    price_per_hour: float | None = Field(default=None, gt=0)
-    """Of a worker, with its GPU if it has one, in any currency."""
-    max_cost: float | None = Field(default=None, gt=0)
-    """In the same: no trial begins expected to lead beyond it, judged by those that have ended, else predicted."""
+    max_money: float | None = Field(default=None, gt=0)
+    """At `resources.price_per_hour`: no trial begins expected to lead beyond it, judged by those that have ended, else
+    predicted."""
     finalists: int = Field(default=2, ge=1)
     """The best so many run again with other seeds, the same for all, for the verdict."""
     seeds: int = Field(default=3, ge=1)
@@ -108,16 +107,12 @@ class SearchConfig(Config):
     seed: int = Field(default=0, ge=0)
     """Of the draws."""
 
+    moved: ClassVar[dict[str, str]] = {"price_per_hour": "resources.price_per_hour", "max_cost": "search.max_money"}
+
     @model_validator(mode="after")
     def _varies_something(self) -> SearchConfig:
         if not self.space and not self.presets:
             raise ValueError("space={} and presets=[] vary nothing; name a path or a preset")
-        return self
-
-    @model_validator(mode="after")
-    def _money_has_a_price(self) -> SearchConfig:
-        if self.max_cost is not None and self.price_per_hour is None:
-            raise ValueError(f"max_cost={self.max_cost:g} needs price_per_hour, what a worker costs")
         return self
 
     @property

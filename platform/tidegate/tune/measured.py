@@ -25,6 +25,7 @@ class Estimate(NamedTuple):
     hours: float
     """One trial at a time."""
     worker_hours: float
+    """Of `workers_of` a trial."""
 
 
 def step_time(job: Job) -> float:
@@ -44,7 +45,13 @@ def training_time(job: Job) -> float:
 def estimate(jobs: Sequence[Job], more: int) -> Estimate:
     """Of these jobs, at least one, and so many more that take as long as these on average."""
     hours = sum(map(training_time, jobs)) / len(jobs) * (len(jobs) + more) / 3600
-    return Estimate(hours, hours * jobs[0].resources.workers)
+    return Estimate(hours, hours * workers_of(jobs[0]))
+
+
+def workers_of(job: Job) -> float:
+    """What a trial takes and pays for: GPUs, or a part of one, or processes of a job without GPUs."""
+    assert job.search is not None
+    return job.resources.workers * (job.search.gpu_share if job.resources.gpu else 1.0)
 
 
 def refuse_other_measurement(job: Job) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from tidegate.train.job import Job
 from tidegate.train.search import SearchConfig
-from tidegate.tune.measured import training_time
+from tidegate.tune.measured import training_time, workers_of
 from tidegate.tune.searchers import Searcher
 from tidegate.tune.trials import Result, SweepFolder, Trial
 
@@ -19,7 +19,7 @@ __all__ = ["Limits", "Queue"]
 
 
 class Limits:
-    """Whether a trial may begin, and the reruns of finalists after it: `search.max_tokens`, `max_minutes`, `max_cost`.
+    """Whether a trial may begin, and the reruns of finalists after it: `search.max_tokens`, `max_minutes`, `max_money`.
 
     Args:
         job: of which each trial is a variation; all train on as many tokens.
@@ -31,7 +31,7 @@ class Limits:
         assert job.search is not None
         self._config: SearchConfig = job.search
         self._tokens, self._concurrent, self._clock = job.train.tokens, concurrent, clock
-        self._begun, self._workers = clock(), job.resources.workers
+        self._begun, self._price = clock(), workers_of(job) * (job.resources.price_per_hour or 0.0) / 3600
         self._predicted = training_time(job) if self._config.measured is not None else 0.0
 
     def reached(self, results: Sequence[Result], reruns: int) -> str:
@@ -50,10 +50,9 @@ class Limits:
         if minutes is not None and self._clock() - self._begun + rounds * each > 60 * minutes:
             return f"search.max_minutes={minutes:g}"
         seconds = sum(result.seconds if result.ended else max(result.seconds, each) for result in results)
-        price = self._workers * (self._config.price_per_hour or 0.0) / 3600
-        cost = self._config.max_cost
-        if cost is not None and price * (seconds + each * (1 + reruns)) > cost:
-            return f"search.max_cost={cost:g}"
+        money = self._config.max_money
+        if money is not None and self._price * (seconds + each * (1 + reruns)) > money:
+            return f"search.max_money={money:g}"
         return ""
 
 

@@ -13,10 +13,13 @@ from rich.table import Table
 
 from tidegate.config import ConfigError
 from tidegate.launch.paired import verdict
+from tidegate.quantities import cost_shown
 from tidegate.train.job import Job
+from tidegate.train.limits import Spent
 from tidegate.tune.budget import QUANTITIES, shown
 from tidegate.tune.found import write_found
 from tidegate.tune.front import pareto
+from tidegate.tune.measured import workers_of
 from tidegate.tune.pictures import Panel, Point, draw_page, draw_picture
 from tidegate.tune.population import recipe, schedule_of
 from tidegate.tune.searchers import cost_axis, importances
@@ -80,6 +83,7 @@ def report(
         *_conclusions(final, ranked, by_seed, results, smaller, config.has_baseline),
         *_population(won, results),
         *_importance(space, results),
+        _cost(space.base, results),
         *notes,
     ]
     for line in lines:
@@ -107,6 +111,13 @@ def report(
     for line in lines:
         text.print(line, soft_wrap=True)
     text.file.close()
+
+
+def _cost(job: Job, results: Sequence[Result]) -> str:
+    """Of all trials, those that failed too."""
+    hours, price = workers_of(job) * sum(result.seconds for result in results) / 3600, job.resources.price_per_hour
+    spent = Spent(gpu_hours=hours, money=None if price is None else price * hours)
+    return f"cost of all {len(results)} trials: {cost_shown(spent.metrics(), job.resources.gpu)}"
 
 
 class _Axis(NamedTuple):

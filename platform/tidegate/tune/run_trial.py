@@ -155,7 +155,7 @@ def run_trial(number: int, task: Task, judge: Callable[[dict[str, Any]], None] |
         return
     measured = {goal: statistics.fmean(means) for goal, means in seen.items() if means}
     missing = [task.metric] if latest.value is None else sorted(seen.keys() - measured.keys())
-    problem = f"it never reported {', '.join(missing)}" if missing else ""
+    problem = f"{ran.limit} is reached" if ran.limit else f"it never reported {', '.join(missing)}" if missing else ""
     status = "finished" if ran.outcome.finished and not problem else "failed"
     put(status=status, error=problem, stopped_by="", measured=measured)
 

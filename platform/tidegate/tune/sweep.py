@@ -21,7 +21,6 @@ from tidegate.launch.state import StateDir
 from tidegate.redact import redact
 from tidegate.track import finish_run, log_file, run_url
 from tidegate.train.job import Job
-from tidegate.train.search import SearchConfig
 from tidegate.tune.budget import known_of, shown
 from tidegate.tune.measured import estimate
 from tidegate.tune.population import begin_round, recipe, rounds, schedule_of
@@ -124,18 +123,19 @@ def show_candidates(request: SweepRequest) -> None:
     more = space.config.trials - space.config.random_trials - space.config.members
     if more:
         console.print(f"and {more} more that {space.config.searcher} proposes from what those come to")
-    console.print(_expected(space.config, jobs, more + space.config.most_reruns), soft_wrap=True)
+    console.print(_expected(space.base, jobs, more + space.config.most_reruns), soft_wrap=True)
 
 
-def _expected(config: SearchConfig, drawn: Sequence[Job], more: int) -> str:
+def _expected(job: Job, drawn: Sequence[Job], more: int) -> str:
     """What a sweep is predicted to take."""
-    if config.measured is None:
+    assert job.search is not None
+    if job.search.measured is None:
         return (
             "time and cost are not predicted: that needs search.measured, which `tidegate bench JOB --out FILE` writes"
         )
     found = estimate(drawn, more)
-    price = config.price_per_hour
-    money = f", {found.worker_hours * price:.3g} at search.price_per_hour={price:g}" if price is not None else ""
+    price = job.resources.price_per_hour
+    money = f", {found.worker_hours * price:.3g} at resources.price_per_hour={price:g}" if price is not None else ""
     return (
         f"the steps of at most {len(drawn) + more} trials, reruns of finalists included, are predicted to take "
         f"{found.hours:.3g} hours one at a time, {found.worker_hours:.3g} worker hours{money}"

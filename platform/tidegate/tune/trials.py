@@ -21,7 +21,7 @@ from tidegate.train.job import Job
 __all__ = ["Phase", "Result", "SweepFolder", "SweepRecord", "Trial"]
 
 
-_LIMITS = ("search.max_tokens", "search.max_minutes", "search.retries", "search.max_cost", "search.price_per_hour")
+_LIMITS = ("search.max_tokens", "search.max_minutes", "search.retries", "search.max_money", "resources.price_per_hour")
 """Of how a sweep runs; they say nothing of what it compares."""
 
 

@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from tidegate.config import ConfigError, load
+from tidegate.launch.cost import Ledger
 from tidegate.train.job import Job
 
 HINT = f"Ray {version('ray')} changed what platform/tidegate/launch/elastic.py stands on: "
@@ -124,9 +125,18 @@ class Disturbed:
 
         monkeypatch.setattr(ray_train, "_watch", remember)
         checkpoints, spool = str(self.folder / "checkpoints" / "elastic"), self.folder / "spool"
+        self.ledger = Ledger(checkpoints, self.job)
         with ThreadPoolExecutor(1) as other:
             ended = other.submit(
-                ray_train.run_on_ray, self.job, checkpoints, data, tracking, spool, self._record, self.notices.append
+                ray_train.run_on_ray,
+                self.job,
+                checkpoints,
+                data,
+                tracking,
+                spool,
+                self._record,
+                self.notices.append,
+                self.ledger,
             )
             self._ended = ended
             try:

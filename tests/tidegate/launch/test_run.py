@@ -50,12 +50,18 @@ class Tidegate:
     def losses(self, run: str) -> dict[int, set[float]]:
         """Step to the values of train/loss; more than one where a step was done again and came out otherwise."""
         found: dict[int, set[float]] = {}
-        record = json.loads((self.state / "runs" / run / "run.json").read_text())
-        with closing(sqlite3.connect(self.state / "mlflow" / "mlflow.db")) as store:
-            query = "select step, value from metrics where run_uuid = ? and key = 'train/loss'"
-            for step, value in store.execute(query, (record["run_id"],)):
-                found.setdefault(step, set()).add(value)
+        for step, value in self.series(run, "train/loss"):
+            found.setdefault(step, set()).add(value)
         return found
+
+    def series(self, run: str, metric: str) -> list[tuple[int, float]]:
+        """Steps and values in the order in which they were recorded."""
+        query = "select step, value from metrics where run_uuid = ? and key = ? order by timestamp, value"
+        return self._ask(run, query, metric)
+
+    def stopped_by(self, run: str) -> str:
+        ((value,),) = self._ask(run, "select value from tags where run_uuid = ? and key = ?", "tidegate.stopped_by")
+        return str(value)
 
     def page(self, run: str) -> dict[str, Any]:
         """The values of the page that the run logged."""
@@ -69,9 +75,13 @@ class Tidegate:
         return sorted(self.state.glob(f"checkpoints/{run}-*/step_*"))
 
     def run_status(self, run: str) -> str:
+        ((status,),) = self._ask(run, "select status from runs where run_uuid = ?")
+        return str(status)
+
+    def _ask(self, run: str, query: str, *more: str) -> list[tuple[Any, ...]]:
         record = json.loads((self.state / "runs" / run / "run.json").read_text())
         with closing(sqlite3.connect(self.state / "mlflow" / "mlflow.db")) as store:
-            return store.execute("select status from runs where run_uuid = ?", (record["run_id"],)).fetchone()[0]
+            return store.execute(query, (record["run_id"], *more)).fetchall()
 
 
 @pytest.fixture
@@ -131,6 +141,39 @@ def test_sigterm_saves_and_says_how_to_go_on(tidegate: Tidegate, tiny_job: Calla
     assert "tidegate train --resume tiny-1 --local" in tidegate.output.read_text()
     assert len(tidegate.checkpoints("tiny-1")) == 1
     assert tidegate.run_status("tiny-1") == "KILLED"
+
+
+@pytest.mark.slow
+def test_a_limit_saves_ends_and_counts_over_resumes(tidegate: Tidegate, tiny_job: Callable[..., Path]) -> None:
+    a_second = {"resources": {"price_per_hour": 3600.0}}  # costs 1
+    job = tiny_job(train={"tokens": 512 * 4000}, checkpoint={"every": 10_000}, limits={"max_money": 1.5}, **a_second)
+    printed = tidegate.run(str(job), *LOCAL, status=124)
+    assert "limits.max_money=1.5 is reached; continue with: tidegate train --resume tiny-1 --local" in printed
+    assert "--set limits.max_money=..." in printed
+    assert re.search(r"cost: [0-9.]+ worker-hours, [0-9.]+ in money", printed)
+    assert tidegate.run_status("tiny-1") == "KILLED"
+    assert tidegate.stopped_by("tiny-1") == "limits.max_money=1.5"
+    (checkpoint,) = tidegate.checkpoints("tiny-1")
+    first = [value for _, value in tidegate.series("tiny-1", "cost/money")]
+    assert first == sorted(first)
+    assert 1.5 <= first[-1] < 10, "it ends with the step in which the limit is reached, and its evaluation"
+    hours = dict(tidegate.series("tiny-1", "cost/gpu_hours"))
+    assert all(value == pytest.approx(3600 * hours[step]) for step, value in tidegate.series("tiny-1", "cost/money"))
+    kept = json.loads((checkpoint.parent / "cost.json").read_text())
+    assert kept["money"] >= first[-1]
+
+    refused = tidegate.run("--resume", "tiny-1", *LOCAL, status=2)
+    assert "limits.max_money=1.5 is reached: the run has cost" in refused
+    assert tidegate.run_status("tiny-1") == "KILLED", "it was not begun"
+
+    step = max(tidegate.losses("tiny-1"))
+    more = ["--set", "limits.max_money=1000", "--set", f"train.pause_at_tokens={512 * (step + 3)}"]
+    tidegate.run("--resume", "tiny-1", *LOCAL, *more)
+    assert sorted(tidegate.losses("tiny-1")) == list(range(1, step + 4))
+    assert tidegate.stopped_by("tiny-1") == ""
+    resumed = [value for _, value in tidegate.series("tiny-1", "cost/money")][len(first) :]
+    assert len(resumed) >= 3
+    assert kept["money"] < resumed[0] < resumed[-1] < kept["money"] + 60
 
 
 @pytest.mark.slow
@@ -194,3 +237,32 @@ def test_sigterm_to_the_driver_stops_ray_workers_after_a_checkpoint_and_resume_g
     assert f"step {stopped_at}/" not in printed
     assert "continue with: tidegate train --resume tiny-1 --set train.pause_at_tokens=null" in printed
     assert tidegate.run_status("tiny-1") == "KILLED"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_limit_ends_workers_on_ray_and_lost_ones_are_counted(
+    tidegate: Tidegate, tiny_job: Callable[..., Path]
+) -> None:
+    resources = {"workers": 2, "max_failures": 1, "price_per_hour": 1800.0}  # 1 a second
+    limits = {"max_gpu_hours": 20 / 1800}
+    job = tiny_job(resources=resources, limits=limits, train={"tokens": 512 * 20_000}, checkpoint={"every": 1000})
+    process = tidegate.start(str(job))
+    tidegate.wait_for_step(process, 3)
+    lost = next(
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "RayTrainWorker" in " ".join(child.cmdline())
+    )
+    lost.kill()
+    assert process.wait(timeout=240) == 124, tidegate.output.read_text()
+    assert "limits.max_gpu_hours=0.0111111 is reached" in tidegate.output.read_text()
+    assert tidegate.run_status("tiny-1") == "KILLED"
+    assert tidegate.checkpoints("tiny-1")
+    series = tidegate.series("tiny-1", "cost/money")
+    begun_again = [index for index, (step, _) in enumerate(series) if step == 1]
+    assert len(begun_again) == 2
+    money = [value for _, value in series]
+    assert money == sorted(money)
+    assert money[begun_again[1]] > money[begun_again[1] - 1] > 0, "it began again from nothing but for the cost"
+    assert 20 <= money[-1] < 40

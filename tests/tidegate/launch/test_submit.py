@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import sqlite3
@@ -19,18 +20,22 @@ from tidegate.config import ConfigError, JobFile
 from tidegate.launch import submit as submitting
 from tidegate.launch.probe import look
 from tidegate.launch.state import StateDir
-from tidegate.launch.submissions import Cluster
+from tidegate.launch.submissions import Cluster, follow
 from tidegate.launch.submit import Submit, resume, submit
 
 
-def losses(database: Path) -> dict[str, dict[int, set[float]]]:
-    """By name of run and step; more than one where a step was done again and came out otherwise."""
+def recorded(database: Path, metric: str) -> dict[str, dict[int, set[float]]]:
+    """By name of run and step; of a loss more than one where a step was done again and came out otherwise."""
     found: dict[str, dict[int, set[float]]] = {}
-    query = "select runs.name, step, value from metrics join runs using (run_uuid) where key = 'train/loss'"
+    query = "select runs.name, step, value from metrics join runs using (run_uuid) where key = ?"
     with closing(sqlite3.connect(database)) as store:
-        for run, step, value in store.execute(query):
+        for run, step, value in store.execute(query, (metric,)):
             found.setdefault(run, {}).setdefault(step, set()).add(value)
     return found
+
+
+def losses(database: Path) -> dict[str, dict[int, set[float]]]:
+    return recorded(database, "train/loss")
 
 
 def local(*args: str, status: int = 0) -> str:
@@ -86,6 +91,9 @@ def test_from_here_to_a_cluster_stopped_and_on_it_is_one_run(
         ("whole.2", "SUCCEEDED"),
     ]
     assert losses(database)["whole"] == losses(database)["alone"], "bitwise, each step once"
+    costs = [sorted(values) for _, values in sorted(recorded(database, "cost/hours")["whole"].items())]
+    in_order = [*itertools.chain.from_iterable(costs)]
+    assert in_order == sorted(in_order), "what it has cost goes along"
     assert len([*Path(tmp_path / "storage").glob("whole-*")]) == 1
     sent = [path for path in head.folder.glob("session_2*/runtime_resources/*/_ray_pkg_*/**/*") if path.is_file()]
     assert {path.suffix for path in sent} >= {".py", ".yaml"}
@@ -113,6 +121,16 @@ def test_what_cannot_run_there_is_said_before_anything_is_sent(
     with pytest.raises(ConfigError, match="nothing of that name"):
         resume("refused", Submit(head.address))
     assert not Path(state).exists()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # as above
+def test_an_entrypoints_own_exit_status_comes_back(head: Any) -> None:
+    cluster = Cluster(head.address)
+    for attempt, status in enumerate((124, 0), 1):
+        assert cluster.submit("limited", "", f"exit {status}", {}) == f"limited.{attempt}"
+        assert follow(cluster, f"limited.{attempt}") == status
 
 
 @pytest.mark.ray

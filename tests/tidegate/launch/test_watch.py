@@ -13,7 +13,7 @@ import pytest
 from tidegate.config import ConfigError
 from tidegate.launch.state import StateDir
 from tidegate.launch.watch import watch
-from tidegate.track import TrackConfig, finish_run, open_run, resolve_tracking_uri
+from tidegate.track import TrackConfig, finish_run, open_run, resolve_tracking_uri, tag_run
 from tidegate.track.client import connect
 from tidegate.track.store import RunHandle
 
@@ -25,7 +25,7 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> StateDir:
 
 
 def begin(uri: str, name: str) -> RunHandle:
-    resolved = {"train": {"tokens": 40_000}}
+    resolved = {"train": {"tokens": 40_000}, "resources": {"gpu": True}}
     return open_run(uri, TrackConfig(), job="job", resolved=resolved, changes={}, command=["x"], name=name)
 
 
@@ -49,6 +49,8 @@ def record(step: int) -> dict[str, float]:
         "speed/tokens_per_s": 250.0,
         "speed/mfu": 0.413,
         "speed/peak_tflops_per_device": 989.0,
+        "cost/gpu_hours": step / 4,
+        "cost/money": step / 2,
         "checkpoint/age_s": 30.0,
         "checkpoint/write_s": 1.5,
         **{f"moe/{layer}/maxvio": layer / 4 for layer in range(11)},
@@ -76,6 +78,7 @@ def test_a_run_is_shown_while_it_runs_and_when_it_ended(state: StateDir, capsys:
         r"perplexity +prose.en 9.5",
         r"tokens/s +250 +",
         r"MFU +41.3% +of 989 TFLOP/s",
+        r"cost +3 GPU-hours, 6 in money",
         r"checkpoint +0:00:4\d old +took 1.5 s",
     ):
         assert re.search(f"^{row}", text, re.MULTILINE), (row, text)
@@ -94,9 +97,10 @@ def test_a_run_is_shown_while_it_runs_and_when_it_ended(state: StateDir, capsys:
         ("11", "loss spike (3 so far)"),
     ]
 
-    finish_run(handle, "FINISHED")
+    tag_run(handle, "tidegate.stopped_by", "limits.max_money=6")
+    finish_run(handle, "KILLED")
     text = shown(capsys, "a-run", state)
-    assert re.search(r"^a-run  FINISHED .* ended \d{4}", text)
+    assert re.search(r"^a-run  KILLED .* stopped by limits.max_money=6  ended \d{4}", text)
     assert "to go" not in text
     assert "0:00:30 old" in text, "as old as it was at the end"
 

@@ -182,6 +182,10 @@ def test_money_energy_and_time_are_of_the_tokens() -> None:
     assert one.train_s == pytest.approx(1e12 / one.best.tokens_per_s)
     assert one.wall_s > one.train_s
     assert one.usd["specialist"] == pytest.approx(3.0 * one.gpu_hours)
+    assert one.money is None, "without a price of the job's own"
+    own = JobFile(BENCH / "h100.yaml", (*SMALL, "resources.price_per_hour=2.25"))
+    priced = make_plan(own, parse_gpus("8xH100"), 10**12, num=1)
+    assert priced.money == pytest.approx(2.25 * one.gpu_hours)
     # A GPU that is always busy takes 692 W, and its share of the machine 575.
     assert one.best.time.busy == 1
     assert one.machine_kwh == pytest.approx((692 + 575) * one.gpu_hours / 1e3)

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from plotly.offline import get_plotlyjs
 
-from tidegate.track import TrackConfig, find_run, finish_run, log_dict, log_file, log_text, open_run
+from tidegate.track import TrackConfig, find_run, finish_run, log_dict, log_file, log_text, open_run, tag_run
 from tidegate.track.client import connect
 from tidegate.track.page import run_page
 from tidegate.track.page.figures import MAX_CELLS, frames, lines
@@ -90,6 +90,7 @@ def metrics_of(step: int) -> dict[str, float]:
         "time/forward_ms": 30.0 + step,
         "time/backward_ms": 60.0,
         "checkpoint/stall_s": 0.25 * (step == 3),
+        "cost/gpu_hours": 1.5 * step,
     }
     train = {"train/loss": 9.0 - step, "train/gradient_norm": 0.5 + step, "train/learning_rate": 1e-3}
     counts = {"train/loss_spikes": step // 3, "guards/nonfinite_steps": 0, "guards/rollbacks": 0}
@@ -116,6 +117,7 @@ def test_every_sections_numbers_are_those_that_were_logged(uri, tmp_path):
     samples = [{"step": step, "domain": "math", "prompt": "1 +", "greedy": f"{step}", "drawn": "x"} for step in (1, 3)]
     log_text(handle, "\n".join(map(json.dumps, samples)) + '\n{"step": 9, "torn', "samples.jsonl")
     log_dict(handle, {"time": "2020-01-01T00:00:00Z", "differs": {"train.tokens": "7"}}, "job/resumed-1.json")
+    tag_run(handle, "tidegate.stopped_by", "limits.max_gpu_hours=4.5")
     finish_run(handle, "FINISHED")
     values = values_of(page(handle))
 
@@ -124,6 +126,8 @@ def test_every_sections_numbers_are_those_that_were_logged(uri, tmp_path):
     assert facts["tokens"] == "3,000 of 9,000 (33 %), step 3"
     assert facts["hardware"] == "3 CPU workers"
     assert facts["held-out loss"] == "5.5000 at step 3"
+    assert facts["cost"] == "4.5 worker-hours"
+    assert facts["stopped by"] == "limits.max_gpu_hours=4.5"
 
     losses = series(values, "loss", "Loss")
     assert losses == {"training": [8.0, 7.0, 6.0], "held-out, mean of domains": [None, None, 5.5]}

@@ -36,7 +36,7 @@ def test_times_are_those_of_the_measured_rate(tiny_job: Callable[..., Path]) -> 
     measured = read_result(job.parent / "bench.json")
 
     search = {"space": SPACE, "measured": "{job}/bench.json", "budgets": ["step_time<=120%"], "trials": 5, "seeds": 2}
-    space = Space(tiny_job(search={**search, "price_per_hour": 7.5}))
+    space = Space(tiny_job(search=search, resources={"price_per_hour": 7.5}))
     assert QUANTITIES["step_time"].of(space.base) == pytest.approx(measured.step_s), "of the job that was measured"
     assert parse("step_time<=3ms", space.base).limit == pytest.approx(0.003)
     for candidate in draw(space, 5, random.Random(0)):
@@ -52,12 +52,12 @@ def test_times_are_those_of_the_measured_rate(tiny_job: Callable[..., Path]) -> 
     assert "step_time" in dry.stdout
     (line,) = (line for line in dry.stdout.splitlines() if "worker hours" in line)
     assert "at most 9 trials" in line, "the job, five candidates, and two finalists and the job again"
-    hours, workers, money = map(float, re.findall(r"([0-9.e-]+) (?:hours|worker|at search)", line))
+    hours, workers, money = map(float, re.findall(r"([0-9.e-]+) (?:hours|worker|at resources)", line))
     assert hours == workers == pytest.approx(9 * 12 * measured.step_s / 3600, rel=0.15), "of 12 steps"
     assert money == pytest.approx(7.5 * workers, rel=0.01)
 
-    limits = Limits(Space(tiny_job(search={**search, "price_per_hour": 7.5, "max_cost": 1e-9})).base, 1)
-    assert limits.reached([], 0) == "search.max_cost=1e-09", "as predicted, before any trial has ended"
+    limits = Limits(Space(tiny_job(search={**search, "max_money": 1e-9}, resources={"price_per_hour": 7.5})).base, 1)
+    assert limits.reached([], 0) == "search.max_money=1e-09", "as predicted, before any trial has ended"
 
     with pytest.raises(ConfigError, match=r"bench.json has train.precision=fp32, and the job train.precision=bf16"):
         Space(tiny_job(search=search, train={"precision": "bf16"}))

@@ -85,8 +85,11 @@ class Toy:
 
 @pytest.fixture
 def begin(tiny_job: Callable[..., Path], tmp_path: Path) -> Callable[..., Toy]:
-    def begin(name: str = "toy-1", told: dict[str, Any] | None = None, **search: Any) -> Toy:
-        return Toy(tiny_job(search={**SEARCH, **search}), tmp_path / "sweeps" / name, **(told or {}))
+    def begin(
+        name: str = "toy-1", told: dict[str, Any] | None = None, price: float | None = None, **search: Any
+    ) -> Toy:
+        job = tiny_job(search={**SEARCH, **search}, resources={"price_per_hour": price})
+        return Toy(job, tmp_path / "sweeps" / name, **(told or {}))
 
     return begin
 
@@ -251,16 +254,18 @@ def test_no_trial_begins_that_is_expected_to_end_after_max_minutes(begin: Callab
     assert "search.max_minutes=10 is reached" in sweep.queue.stopped_by
 
 
-def test_no_trial_begins_that_would_lead_beyond_max_cost(begin: Callable[..., Toy]) -> None:
+def test_no_trial_begins_that_would_lead_beyond_max_money(begin: Callable[..., Toy]) -> None:
     """Trials take a minute on one worker, which costs 1; two reruns are kept free."""
-    limits = {"seeds": 2, "finalists": 1, "price_per_hour": 60, "max_cost": 8.5}
+    limits: dict[str, Any] = {"seeds": 2, "finalists": 1, "price": 60, "max_money": 8.5}
     assert len(begin(**limits).run(99)) == 6
     resumed = begin(**limits)
     assert resumed.run(99) == []
-    assert "search.max_cost=8.5 is reached" in resumed.queue.stopped_by
-    assert len(begin(**{**limits, "max_cost": 10.5}).run(99, concurrent=2)) == 2, "the other is still under way"
-    with pytest.raises(ConfigError, match="max_cost=3 needs price_per_hour"):
-        begin("free-1", max_cost=3)
+    assert "search.max_money=8.5 is reached" in resumed.queue.stopped_by
+    assert len(begin(**{**limits, "max_money": 10.5}).run(99, concurrent=2)) == 2, "the other is still under way"
+    with pytest.raises(ConfigError, match=r"search\.max_money=3 needs resources\.price_per_hour"):
+        begin("free-1", max_money=3)
+    with pytest.raises(ConfigError, match=r"search\.max_cost: is called search\.max_money now"):
+        begin("old-1", max_cost=3)
 
 
 def test_finalists_run_again_once_each_and_none_that_was_stopped(begin: Callable[..., Toy]) -> None:

@@ -144,7 +144,7 @@ def test_a_sweep_goes_on_when_a_trial_fails_and_its_scheduler_stops_those_behind
         "finalists": 1,
         "seeds": 1,
     }
-    job = tiny_job(search=search, train={"tokens": 5120, "eval_every": 1})
+    job = tiny_job(search=search, train={"tokens": 5120, "eval_every": 1}, resources={"price_per_hour": 250.0})
     done = subprocess.run(sweeps.command("tune", str(job)), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     found = sweeps.results()
@@ -160,6 +160,8 @@ def test_a_sweep_goes_on_when_a_trial_fails_and_its_scheduler_stops_those_behind
     assert failed
     assert stopped
     report = (sweeps.folder / "report.md").read_text()
+    hours = sum(result["seconds"] for result in found.values()) / 3600
+    assert f"cost of all 6 trials: {hours:.3g} worker-hours, {250 * hours:.3g} in money" in report
     for result in failed:
         assert f"trial {result['trial']['number']} failed: {result['error'][:40]}" in report
     with closing(sqlite3.connect(sweeps.state / "mlflow" / "mlflow.db")) as database:

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from tidegate.quantities import cost_shown
 from tidegate.track.page.figures import rounded
 from tidegate.track.page.health import Finding, find, job_number
 from tidegate.track.page.recording import Recording, record_of
@@ -88,6 +89,10 @@ def _facts(recording: Recording) -> Iterator[tuple[str, str]]:
     if len(val):
         yield "held-out loss", f"{val.iloc[-1]:.4f} at step {val.index[-1]}"
     yield "began", f"{run.start:%Y-%m-%d %H:%M} UTC{_lasted(recording)}"
+    if "cost/gpu_hours" in run.metrics:
+        yield "cost", cost_shown(run.metrics, _on_gpu(job))
+    if stopped_by := run.tags.get("tidegate.stopped_by"):
+        yield "stopped by", stopped_by
     yield "hardware", _hardware(recording)
     yield "commit", run.tags.get("tidegate.commit", "not recorded")
     yield "command", run.tags.get("tidegate.command", "not recorded")
@@ -128,10 +133,13 @@ def _hardware(recording: Recording) -> str:
     """What the run's tags say, and how many workers its job asks for."""
     workers = job_number(recording.job, "resources", "workers")
     kinds = [value for key, value in sorted(recording.run.tags.items()) if key in ("gpu", "gpu_kind", "cluster")]
-    on_gpu = ((recording.job or {}).get("resources") or {}).get("gpu")
-    device = "GPU" if on_gpu else "CPU"
+    device = "GPU" if _on_gpu(recording.job) else "CPU"
     layout = f"{workers:.0f} {device} worker{'s' if workers != 1 else ''}" if workers else ""
     return ", ".join([part for part in (layout, *kinds) if part]) or "not recorded"
+
+
+def _on_gpu(job: dict[str, Any] | None) -> bool:
+    return bool(((job or {}).get("resources") or {}).get("gpu"))
 
 
 def _advice(findings: list[Finding]) -> list[dict[str, str]]:
