@@ -57,6 +57,10 @@ def test_between_two_only_an_expectation_tells() -> None:
     assert judged([0, 1], {})["b"] == ("ok", "40.00 GB/s with other nodes")
 
 
+def test_gpus_of_the_same_node_say_nothing_of_the_network() -> None:
+    assert judged([0, 0, 0, 1, 1], {})["a"] == ("ok", "40.00 GB/s with other nodes")
+
+
 def test_gpus_of_one_node() -> None:
     assert judged([3, 3, 3], {})["d"] == ("ok", "400.00 GB/s between its GPUs")
     assert judged([3, 3, 3], {}, inside=20.0)["d"][0] == "warn", "not over NVLink"
