@@ -23,11 +23,30 @@ from ray.train import PreemptionInfo
 from ray.train.v2._internal.execution.callback import WorkerCallback
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
-from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    FixedScalingPolicy,
+    NoopDecision,
+    ResizeDecision,
+)
 from ray.train.v2.api.exceptions import PreemptionError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-__all__ = ["AllowedSizes", "Failures", "Notices", "Reason", "Trainer", "Yielded", "causes", "is_preempted", "notice"]
+from tidegate.launch.capacity import Needs, Patience
+
+__all__ = [
+    "AllowedSizes",
+    "Failures",
+    "FixedSize",
+    "NoRoom",
+    "Notices",
+    "Reason",
+    "Trainer",
+    "Yielded",
+    "causes",
+    "is_preempted",
+    "notice",
+]
 
 Reason = Literal["", "stop", "growth", "preemption"]
 """Why a run should end after its step: the user's wish, room for more workers, a machine that will be taken away."""
@@ -51,29 +70,68 @@ class Trainer(TorchTrainer):
     Args:
         sizes: numbers of workers that the job allows; None if it has one.
         board: where a wish for more is left, and that workers ended.
+        needs: of the job.
         without: ids of nodes that get no workers.
         settings: of `TorchTrainer`.
     """
 
     def __init__(
-        self, *, sizes: Sequence[int] | None, board: Any, without: Sequence[str] = (), **settings: Any
+        self,
+        *,
+        sizes: Sequence[int] | None,
+        board: Any,
+        needs: Needs,
+        without: Sequence[str] = (),
+        **settings: Any,
     ) -> None:
         super().__init__(**settings)
-        self._sizes, self._board, self._without = sizes, board, without
+        self._sizes, self._board, self._needs, self._without = sizes, board, needs, without
 
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
         failures: Any = self.run_config.failure_config
         settings["failure_policy"] = Failures(failures, self._board)
-        if self._sizes is not None:
-            settings["scaling_policy"] = AllowedSizes(self.scaling_config, self._sizes, self._board, self._without)
+        patience = Patience(self._needs)
+        if self._sizes is None:
+            settings["scaling_policy"] = FixedSize(self.scaling_config, patience)
+        else:
+            settings["scaling_policy"] = AllowedSizes(
+                self.scaling_config, patience, self._sizes, self._board, self._without
+            )
         return super()._initialize_and_run_controller(**settings)
 
 
-class AllowedSizes(ElasticScalingPolicy):
+class NoRoom(Exception):
+    """The machines that a run needs have not come in time."""
+
+
+class _Patient:
+    """Of a scaling policy: it waits for machines as long as the job says."""
+
+    def __init__(self, scaling_config: Any, patience: Patience) -> None:
+        super().__init__(scaling_config)  # type: ignore[call-arg]
+        self._patience = patience
+
+    def make_decision_for_non_running_worker_group(self) -> Any:
+        if self._patience.is_out():
+            raise NoRoom(self._patience.said())
+        return super().make_decision_for_non_running_worker_group()  # type: ignore[misc]
+
+    def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
+        self._patience.renew()
+        return super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)  # type: ignore[misc]
+
+
+class FixedSize(_Patient, FixedScalingPolicy):
+    """Always as many workers."""
+
+
+class AllowedSizes(_Patient, ElasticScalingPolicy):
     """As many workers as there is room for, of the sizes that the job allows; runs in Ray Train's controller."""
 
-    def __init__(self, scaling_config: Any, sizes: Sequence[int], board: Any, without: Sequence[str]) -> None:
-        super().__init__(scaling_config)
+    def __init__(
+        self, scaling_config: Any, patience: Patience, sizes: Sequence[int], board: Any, without: Sequence[str]
+    ) -> None:
+        super().__init__(scaling_config, patience)
         self._sizes, self._board, self._without = tuple(sizes), board, without
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:

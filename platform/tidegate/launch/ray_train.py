@@ -30,9 +30,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 import tidegate
 import tidegate_kernels
 from tidegate.config import ConfigError
+from tidegate.launch.capacity import Needs, check_capacity
 from tidegate.launch.cost import Ledger, Meter
 from tidegate.launch.doctor import why_no_ray
-from tidegate.launch.elastic import Notices, Reason, Trainer, Yielded, causes, is_preempted
+from tidegate.launch.elastic import NoRoom, Notices, Reason, Trainer, Yielded, causes, is_preempted
 from tidegate.launch.ended import Ended
 from tidegate.launch.live import LiveMetrics
 from tidegate.launch.spot import watch_cloud
@@ -68,21 +69,14 @@ class _WorkerJob(NamedTuple):
 
 
 def connect(address: str | None, job: Job) -> None:
-    """Join the Ray cluster at `address`, or start one that only this machine reaches, and check that the job fits.
+    """Join the Ray cluster at `address`, or start one that only this machine reaches and check that the job fits.
 
     Raises:
-        ConfigError: no Ray answers there, or it has less than the job asks for.
+        ConfigError: no Ray answers there, or this machine has less than the job asks for.
     """
     join(address)
-    resources, available = job.resources, ray.cluster_resources()
-    field = "workers" if resources.min_workers is None else "min_workers"
-    per_worker = {"CPU": resources.cpus_per_worker, "GPU": int(resources.gpu)}
-    for kind, needed in ((kind, job.world_sizes[0] * number) for kind, number in per_worker.items()):
-        if needed > available.get(kind, 0):
-            raise ConfigError(
-                f"resources.{field}={getattr(resources, field)} needs {needed} {kind}s, "
-                f"{address or 'this machine'} has {available.get(kind, 0):g}; Ray would wait for ever"
-            )
+    if address is None:  # a cluster may grow
+        check_capacity(Needs.of(job), "this machine")
 
 
 def join(address: str | None) -> None:
@@ -147,6 +141,7 @@ def run_on_ray(
         sizes=job.world_sizes if elastic else None,
         board=board,
         without=without,
+        needs=Needs.of(job),
         train_loop_per_worker=worker,  # no train_loop_config: Ray's dashboard shows it, a tracking URI has a password
         scaling_config=ScalingConfig(
             num_workers=(job.world_sizes[0], resources.workers) if elastic else resources.workers,
@@ -348,6 +343,8 @@ def _watch(board: Any, show: Callable[[Record], bool], notice: Callable[[str], N
 
 def _cause(error: ray.train.TrainingFailedError, job: Job) -> Exception:
     """The mistake of the user that a worker met, if that is what it was; otherwise Ray's error."""
+    if isinstance(error, ray.train.ControllerError) and isinstance(error.controller_failure, NoRoom):
+        return ConfigError(f"{error.controller_failure}; resume the run when they are there")
     met = list(causes(error))
     for cause in met:
         if isinstance(cause, ConfigError):

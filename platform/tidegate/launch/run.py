@@ -110,6 +110,10 @@ def run(request: Request) -> Ran:
         storage_filesystem(storage)
         connect(request.address, job)
     dataset = prepare_data(job, request.state, plan.job_dir, reporter)
+    if request.address is not None:
+        from tidegate.launch.capacity import Needs, wait_for_room
+
+        wait_for_room(Needs.of(job), request.address, reporter.say)
     without = _unfit_nodes(request, plan, storage, reporter) if request.address is not None else ()
     run_folder, tracking, checkpoints, ledger = _open(
         request, plan, storage, TokenDataset.open(dataset, verify=False), reporter

@@ -29,6 +29,7 @@ __all__ = ["Cluster", "Submission", "exit_status", "follow", "list_jobs", "show_
 
 STOP_WAIT_S = 600
 """How long a job that is stopped may take for its last step and checkpoint before Ray kills it."""
+_AGENT_TIMEOUT_S = 60.0
 _NAME, _STATE = "tidegate.name", "tidegate.state"
 _EXIT_STATUS = {JobStatus.SUCCEEDED: 0, JobStatus.STOPPED: 143}
 
@@ -108,13 +109,12 @@ class Cluster:
             ConfigError: Ray refuses, or another submission of that name was faster.
         """
         attempt = 1 + sum(submission.name == name for submission in self.submissions())
-        with self._explained():
-            return self.client.submit_job(
-                entrypoint=entrypoint,
-                submission_id=f"{name}.{attempt}",  # Ray refuses one that it has seen: two cannot both be the next
-                runtime_env=runtime_env,
-                metadata={_NAME: name, _STATE: state},
-            )
+        return self._submit(
+            entrypoint=entrypoint,
+            submission_id=f"{name}.{attempt}",  # Ray refuses one that it has seen: two cannot both be the next
+            runtime_env=runtime_env,
+            metadata={_NAME: name, _STATE: state},
+        )
 
     def ask(self, entrypoint: str, timeout_s: float) -> str:
         """Run a command on the head and return what it prints.
@@ -122,8 +122,7 @@ class Cluster:
         Raises:
             ConfigError: it fails, or does not end in time.
         """
-        with self._explained():
-            probe = self.client.submit_job(entrypoint=entrypoint)
+        probe = self._submit(entrypoint=entrypoint)
         until = time.monotonic() + timeout_s
         while not (info := self.status(probe)).status.is_terminal():
             if time.monotonic() > until:
@@ -141,6 +140,18 @@ class Cluster:
                 f"--address {self.address}: a command fails on the head: {printed[-500:] or info.message}"
             )
         return printed
+
+    def _submit(self, **job: Any) -> str:
+        until = time.monotonic() + _AGENT_TIMEOUT_S
+        while True:
+            try:
+                with self._explained():
+                    return self.client.submit_job(**job)
+            except ConfigError as error:
+                # A head answers some seconds before it can run anything.
+                if "No available agent" not in str(error) or time.monotonic() > until:
+                    raise
+            time.sleep(0.5)
 
     def _submission(self, job: Any) -> Submission:
         return Submission(

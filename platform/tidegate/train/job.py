@@ -109,6 +109,8 @@ class ResourcesConfig(Config):
     """How often Ray restarts the workers from the last checkpoint; -1 is without end."""
     max_preemptions: int = Field(default=-1, ge=-1)
     """How often it does so after a notice that a worker's machine will be taken away; these are no failures."""
+    wait_minutes: float = Field(default=30, gt=0)
+    """For machines that an autoscaler should bring, at the start and after a loss, until the run is refused or ends."""
     spot_notices: Literal["none", "aws", "gcp", "azure"] = "none"
     """The cloud whose metadata server each worker's machine asks whether it will be taken away."""
 

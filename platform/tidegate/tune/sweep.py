@@ -198,9 +198,12 @@ def _connect(request: SweepRequest, job: Job) -> int:
     """Join or start Ray; how many trials are to run on it at a time."""
     import ray
 
+    from tidegate.launch.capacity import Needs, wait_for_room
     from tidegate.launch.ray_train import connect
 
     connect(request.address, job)
+    if request.address is not None:
+        wait_for_room(Needs.of(job).times(request.concurrent or 1), request.address, print)
     return trials_at_a_time(job, ray.cluster_resources(), request.concurrent, request.address or "this machine")
 
 

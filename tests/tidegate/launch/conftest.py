@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +19,8 @@ from typing import NamedTuple
 
 import psutil
 import pytest
+import ray._private.services
+from ray.autoscaler._private.fake_multi_node import node_provider as fake_multi_node
 
 
 def free_port() -> int:
@@ -30,6 +34,8 @@ class Head(NamedTuple):
     """Of its dashboard."""
     folder: Path
     """Of all that it writes."""
+    gcs: str = ""
+    """Address for Ray's own commands."""
 
 
 @contextmanager
@@ -39,7 +45,12 @@ def ray_head(*arguments: str, port: int | None = None, **environment: str) -> It
     bin_folder = Path(sys.executable).parent
     command = [
         *(str(bin_folder / "ray"), "start", "--head", "--block", "--disable-usage-stats"),
-        *(f"--port={port or free_port()}", f"--dashboard-port={dashboard}", "--object-store-memory=100000000"),
+        *(
+            f"--port={port or free_port()}",
+            f"--dashboard-port={dashboard}",
+            f"--dashboard-agent-listen-port={free_port()}",  # of which Ray has one a machine
+            "--object-store-memory=100000000",
+        ),
         *arguments,
     ]
     # Not pytest's folder: the sockets below it would have names that are too long.
@@ -82,10 +93,71 @@ def end(pids: Sequence[int]) -> None:
                 continue
 
 
+@contextmanager
+def autoscaling_head(pool: dict[str, object], idle_minutes: float = 0.2) -> Iterator[Head]:
+    """A head without room for work, whose autoscaler starts and ends nodes of this machine.
+
+    Args:
+        pool: the one kind of worker node, as in a file for Ray's cluster launcher.
+        idle_minutes: after which a node goes.
+    """
+    port, folder = free_port(), tempfile.mkdtemp(prefix="cloud")
+    gcs = f"{ray._private.services.get_node_ip_address()}:{port}"
+    lists = ["initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"]
+    lists += ["head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files"]
+    lists += ["rsync_exclude", "rsync_filter"]
+    config = {
+        "cluster_name": "pretended",
+        "max_workers": 8,
+        "upscaling_speed": 1.0,
+        "idle_timeout_minutes": idle_minutes,
+        "provider": {
+            "type": "external",
+            "module": "pretended_cloud.PretendedCloud",
+            "gcs_address": gcs,
+            "folder": folder,
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+            "launch_multiple": True,
+            "head_node_id": fake_multi_node.FAKE_HEAD_NODE_ID,
+        },
+        "head_node_type": "ray.head.default",
+        "available_node_types": {
+            "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            "workers": {"node_config": {}, "min_workers": 0, **pool},
+        },
+        **{key: {} for key in ("auth", "docker", "file_mounts")},
+        "file_mounts_sync_continuously": False,
+        **{key: [] for key in lists},
+    }
+    environment = {
+        "PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}",
+        "RAY_FAKE_CLUSTER": "1",
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_enable_autoscaler_v2": "1",
+        "RAY_CLOUD_INSTANCE_ID": fake_multi_node.FAKE_HEAD_NODE_ID,
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": fake_multi_node.FAKE_HEAD_NODE_ID,
+    }
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(config, file)
+        file.flush()
+        with ray_head("--num-cpus=0", f"--autoscaling-config={file.name}", port=port, **environment) as started:
+            yield started._replace(gcs=gcs)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
     """With three CPUs, for the tests of one file."""
     with ray_head("--num-cpus=3") as started:
+        yield started
+
+
+@pytest.fixture
+def cloud() -> Iterator[Head]:
+    """An autoscaling cluster of up to two machines with one CPU."""
+    with autoscaling_head({"resources": {"CPU": 1, "object_store_memory": 80_000_000}, "max_workers": 2}) as started:
         yield started
 
 

@@ -17,7 +17,6 @@ from tidegate.launch import cluster_check
 from tidegate.launch.cluster_check import Seen, examine_cluster, unfit_nodes
 from tidegate.launch.cluster_nodes import Node
 from tidegate.launch.node_report import NodeReport, versions
-from tidegate.parallel.collectives import free_port
 from tidegate.train.job import Job
 from tidegate.train.nvml import GpuState
 
@@ -44,8 +43,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     path = os.pathsep.join(filter(None, [str(fake), os.environ.get("PYTHONPATH")]))
     home, elsewhere = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("elsewhere")
     well = {"HOME": str(home)}
-    alone = {"include_dashboard": False, "dashboard_agent_listen_port": int(free_port())}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "env_vars": well, **alone})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "env_vars": well})
     try:
         other, far = well | {"PYTHONPATH": path}, {"HOME": str(elsewhere)}
         added = [cluster.add_node(num_cpus=1 + (env is other), env_vars=env) for env in (well, other, far)]

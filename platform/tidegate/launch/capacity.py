@@ -1,0 +1,160 @@
+"""Whether a Ray cluster has room for a job, can get it, and how long to wait for that.
+
+Room is counted in whole workers machine by machine, of what machines have rather than of what is free: one that is busy
+with another job is waited for without end, as in a queue; one that is not there, for `resources.wait_minutes`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import ray
+import ray._private.state
+from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
+from ray.autoscaler.sdk import request_resources
+from ray.autoscaler.v2.sdk import get_cluster_status
+
+from tidegate.config import ConfigError
+from tidegate.train.job import Job
+
+__all__ = ["Needs", "Patience", "check_capacity", "room", "wait_for_room"]
+
+_LOOK_EVERY_S = 1.0
+_QUIET_S = 30.0
+"""Within which an autoscaler begins to bring a machine that it can bring; it looks every five seconds."""
+
+
+class Needs(NamedTuple):
+    """What a job asks a cluster for."""
+
+    per_worker: dict[str, float]
+    """Ray's resources."""
+    workers: int
+    """Without which it does not start."""
+    field: str
+    """Of the job, that says `workers`."""
+    wait_s: float
+
+    @classmethod
+    def of(cls, job: Job) -> Needs:
+        resources = job.resources
+        per_worker = {"CPU": float(resources.cpus_per_worker)} | ({"GPU": 1.0} if resources.gpu else {})
+        field = "workers" if resources.min_workers is None else "min_workers"
+        named = f"resources.{field}={getattr(resources, field)}"
+        return cls(per_worker, job.world_sizes[0], named, 60 * resources.wait_minutes)
+
+    def times(self, number: int) -> Needs:
+        """Of so many jobs at a time."""
+        return self._replace(workers=number * self.workers)
+
+    def __str__(self) -> str:
+        each = " and ".join(f"{self.workers * number:g} {kind}s" for kind, number in self.per_worker.items())
+        return f"{self.field} needs {each}, as {self.workers} x {_in_words(self.per_worker)}"
+
+    def shortage(self, where: str) -> str:
+        """That the machines at `where` are too few, in words."""
+        machines = _machines_there()
+        total = {kind: sum(machine.get(kind, 0.0) for machine in machines) for kind in self.per_worker}
+        there = " and ".join(f"{number:g} {kind}s" for kind, number in total.items())
+        fits = room(self.per_worker, machines)
+        return f"{self}; {where} has {there} on {len(machines)} machines, which is room for {fits}"
+
+
+def room(per_worker: Mapping[str, float], machines: Iterable[Mapping[str, float]]) -> int:
+    """Workers that fit on machines, none across two."""
+    return sum(
+        min(int(machine.get(kind, 0.0) / number + 1e-9) for kind, number in per_worker.items() if number)
+        for machine in machines
+    )
+
+
+def check_capacity(needs: Needs, where: str) -> None:
+    """Refuse a job that does not fit on the machines that there are.
+
+    Raises:
+        ConfigError: with what is asked for, what there is and how many would fit.
+    """
+    if room(needs.per_worker, _machines_there()) < needs.workers:
+        raise ConfigError(f"{needs.shortage(where)}; Ray would wait for ever")
+
+
+def wait_for_room(needs: Needs, where: str, notice: Callable[[str], None]) -> None:
+    """Have an autoscaler bring machines, if there is one, until the job can start.
+
+    Raises:
+        ConfigError: no machine is on its way, or they have not come within `resources.wait_minutes`.
+    """
+    if room(needs.per_worker, _machines_there()) >= needs.workers:
+        return
+    notice(f"waiting up to {needs.wait_s / 60:g} minutes for machines: {needs}")
+    patience, seen, moved = Patience(needs), len(_machines_there()), time.monotonic()
+    try:
+        while room(needs.per_worker, _machines_there()) < needs.workers:
+            request_resources(bundles=[needs.per_worker] * needs.workers)  # of more than can be, none come
+            if patience.is_out():
+                raise ConfigError(patience.said())
+            if len(_machines_there()) != seen or _are_coming():
+                seen, moved = len(_machines_there()), time.monotonic()
+            if time.monotonic() - moved > _QUIET_S:
+                raise ConfigError(
+                    f"{needs.shortage(where)}; no machine is on its way: there is no autoscaler, or no more "
+                    "than that to be had"
+                )
+            time.sleep(_LOOK_EVERY_S)
+    finally:
+        request_resources(bundles=[])  # else they would stay for ever; from here on Ray Train asks
+
+
+class Patience:
+    """How long machines may be missing; begins again whenever there are enough."""
+
+    def __init__(self, needs: Needs, clock: Callable[[], float] = time.monotonic) -> None:
+        self._needs, self._clock = needs, clock
+        self._since: float | None = None
+
+    def is_out(self) -> bool:
+        if room(self._needs.per_worker, _machines_there()) >= self._needs.workers:
+            self._since = None
+            return False
+        if self._since is None:
+            self._since = self._clock()
+        return self._clock() - self._since > self._needs.wait_s
+
+    def renew(self) -> None:
+        """The workers are there."""
+        self._since = None
+
+    def said(self) -> str:
+        """What is missing, in words."""
+        there = room(self._needs.per_worker, _machines_there())
+        fewer = f"resources.workers={there} would fit now" if there else "no worker fits now"
+        return (
+            f"resources.wait_minutes={self._needs.wait_s / 60:g}: the machines have not come; {self._needs}, there is "
+            f"room for {there}; {fewer}. Look at the autoscaler (ray status) for a quota, a spot pool without "
+            "machines or a wrong type"
+        )
+
+
+def _machines_there() -> list[Mapping[str, float]]:
+    """Resources of every machine that stays."""
+    leaving = ray._private.state.state.get_draining_nodes() or {}
+    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+
+
+def _are_coming() -> bool:
+    """Whether an autoscaler starts machines, or tries to."""
+    gcs = ray.get_runtime_context().gcs_address
+    old = GcsClient(address=gcs).internal_kv_get(DEBUG_AUTOSCALING_STATUS.encode(), None)
+    if old is not None:  # the first autoscaler's
+        report = json.loads(old).get("autoscaler_report") or {}
+        return any(report.get(kind) for kind in ("pending_launches", "pending_nodes", "failed_nodes"))
+    status = get_cluster_status(gcs)
+    return bool(status.pending_launches or status.pending_nodes or status.failed_launches)
+
+
+def _in_words(resources: Mapping[str, float]) -> str:
+    return " + ".join(f"{number:g} {kind}" for kind, number in resources.items())

@@ -1,0 +1,239 @@
+"""Machines come when a job asks for them, go with a notice or without one, and go when nobody needs them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from ray.util.state import list_nodes
+from ray.util.state.exception import RayStateApiException
+
+from tidegate.launch import capacity
+from tidegate.launch.submissions import Cluster, stop_job
+from tidegate.launch.submit import Submit, submit
+
+
+def machines(head: Any) -> list[str]:
+    """Ids of the machines beside the head."""
+    found = list_nodes(head.address, filters=[("state", "=", "ALIVE")], timeout=30, raise_on_missing_output=False)
+    return [node.node_id for node in found if not node.is_head_node]
+
+
+def wait_until(what: Callable[[], bool], timeout_s: float = 120, why: Callable[[], str] = str) -> None:
+    until = time.monotonic() + timeout_s
+    while not what():
+        assert time.monotonic() < until, why()
+        time.sleep(0.3)
+
+
+def drain(head: Any, node: str) -> None:
+    """As a cloud's warning does, half a minute before."""
+    reason = ("--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=30")
+    command = [str(Path(sys.executable).parent / "ray"), "drain-node", f"--address={head.gcs}", f"--node-id={node}"]
+    subprocess.run([*command, *reason], check=True, capture_output=True, timeout=60)
+
+
+def raylet_of(node: str) -> psutil.Process | None:
+    for process in psutil.process_iter():
+        try:
+            if process.name() == "raylet" and process.environ().get("RAY_OVERRIDE_NODE_ID_FOR_TESTING") == node:
+                return process
+        except psutil.Error:
+            continue
+    return None
+
+
+def take(node: str) -> None:
+    """As a cloud does: the machine is gone from one moment to the next."""
+    if raylet := raylet_of(node):
+        raylet.kill()
+
+
+def works(node: str) -> bool:
+    """Whether a machine has a worker of a run."""
+    raylet = raylet_of(node)
+    return raylet is not None and any("RayTrainWorker" in " ".join(child.cmdline()) for child in raylet.children())
+
+
+class Timeline:
+    """The number of machines over the time of a story, and what happened; for the picture in the docs."""
+
+    def __init__(self, head: Any) -> None:
+        self._head, self._t0, self._done = head, time.monotonic(), threading.Event()
+        self.counts: list[tuple[float, int]] = []
+        self.events: list[tuple[float, str]] = []
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def mark(self, what: str) -> None:
+        self.events.append((time.monotonic() - self._t0, what))
+
+    def end(self, story: str) -> None:
+        self._done.set()
+        self._thread.join()
+        if folder := os.environ.get("TIDEGATE_TIMELINES"):
+            document = {"machines": self.counts, "events": self.events}
+            Path(folder, f"{story}.json").write_text(json.dumps(document), encoding="utf-8")
+
+    def _look(self) -> None:
+        while not self._done.wait(0.5):
+            with contextlib.suppress(RayStateApiException):
+                self.counts.append((time.monotonic() - self._t0, len(machines(self._head))))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray, about itself
+def test_a_job_brings_its_machines_survives_their_loss_and_lets_them_go(
+    cloud: Any, tiny_job: Callable[..., Path], tmp_path: Path
+) -> None:
+    job = tiny_job(train={"micro_batch": 1, "tokens": 512 * 100_000}, checkpoint={"every": 20})
+    elastic = ["resources.workers=2", "resources.min_workers=1", "parallel.expert=2", "resources.max_failures=3"]
+    assert machines(cloud) == []
+    timeline = Timeline(cloud)
+    timeline.mark("submitted")
+    assert submit(job, Submit(cloud.address, elastic, "spot", str(tmp_path / "state"))) == 0
+    client = Cluster(cloud.address).client
+
+    def printed() -> str:
+        return client.get_job_logs("spot.1")
+
+    def last() -> str:
+        return printed()[-2000:]
+
+    def groups() -> list[str]:
+        """Of workers, as they began: their number and expert parallelism."""
+        return re.findall(r"(\d of at most 2 workers: EP \d)", printed())
+
+    def steps() -> list[int]:
+        return [int(step) for step in re.findall(r"^ *step (\d+)/", printed(), re.MULTILINE)]
+
+    def trains_on() -> None:
+        before = len(steps())
+        wait_until(lambda: len(steps()) > before + 2, why=last)
+
+    wait_until(lambda: groups()[-1:] == ["2 of at most 2 workers: EP 2"], timeout_s=200, why=last)
+    trains_on()
+    timeline.mark("2 workers train, EP 2")
+    assert len(machines(cloud)) == 2
+
+    drained, saved = machines(cloud)[0], len(groups())
+    timeline.mark("a machine gets its notice")
+    drain(cloud, drained)
+    wait_until(lambda: len(groups()) > saved, why=last)
+    trains_on()
+    timeline.mark("training goes on")
+    assert re.search(r"after step (\d+) the workers start again .*: a machine will be taken away", printed())
+    assert steps() == list(range(1, steps()[-1] + 1)), "a notice costs no step"
+    take(drained)
+    wait_until(lambda: drained not in machines(cloud), why=last)
+
+    saved = len(groups())
+    timeline.mark("a machine is gone without one")
+    wait_until(lambda: any(map(works, machines(cloud))), why=last)
+    take(next(filter(works, machines(cloud))))
+    wait_until(lambda: len(groups()) > saved, why=last)
+    trains_on()
+    timeline.mark("training goes on")
+    again = [now for before, now in itertools.pairwise(steps()) if now <= before]
+    assert len(again) == 1, "one loss of machines without a notice"
+
+    timeline.mark("stopped")
+    assert stop_job(cloud.address, "spot") == 0
+    wait_until(lambda: machines(cloud) == [])
+    timeline.mark("no machine is left")
+    timeline.end("job")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray, about itself
+def test_a_sweep_brings_machines_for_its_trials_and_lets_them_go(
+    cloud: Any, tiny_job: Callable[..., Path], tmp_path: Path
+) -> None:
+    search = {
+        "space": {"optimizer.schedule.peak": {"log": [1e-4, 1e-2]}},
+        "trials": 2,
+        "finalists": 1,
+        "seeds": 2,
+        "metric": "val/loss",
+    }
+    job = tiny_job(search=search, train={"tokens": 2048, "eval_every": 2})
+    timeline = Timeline(cloud)
+    timeline.mark("tidegate tune, 2 trials at a time")
+    state = str(tmp_path / "state")
+    command = [sys.executable, "-m", "tidegate.cli", "tune", str(job), "--address", cloud.gcs, "--concurrent", "2"]
+    done = subprocess.run([*command, "--state-dir", state], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    timeline.mark("it has ended")
+    wait_until(lambda: machines(cloud) == [])
+    timeline.mark("no machine is left")
+    timeline.end("sweep")
+    assert max(count for _, count in timeline.counts) == 2
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_job_that_is_larger_than_the_cluster_can_become_ends_and_leaves_no_machine(
+    cloud: Any, tiny_job: Callable[..., Path], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "tidegate.cli", "train", str(tiny_job()), "--workers", "4"]
+    done = subprocess.run(
+        [*command, "--address", cloud.gcs, "--state-dir", str(tmp_path / "state")],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    said = " ".join(done.stderr.split())
+    assert "resources.workers=4 needs 4 CPUs, as 4 x 1 CPU" in said
+    assert re.search(r"which is room for [012]; no machine is on its way: there is no autoscaler, or no more", said), (
+        said
+    )
+    wait_until(lambda: machines(cloud) == [])
+
+
+def test_patience_is_for_machines_that_are_missing_and_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    there: list[dict[str, float]] = []
+    monkeypatch.setattr(capacity, "_machines_there", lambda: there)
+    now = 0.0
+    needs = capacity.Needs({"CPU": 2.0, "GPU": 1.0}, 2, "resources.min_workers=2", wait_s=60)
+    patience = capacity.Patience(needs, lambda: now)
+    assert not patience.is_out()
+    now = 61.0
+    assert patience.is_out()
+    said = patience.said()
+    assert (
+        "resources.wait_minutes=1: the machines have not come; resources.min_workers=2 needs 4 CPUs and 2 GPUs" in said
+    )
+    assert "no worker fits now" in said
+    there += [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 3.0, "GPU": 2.0}]
+    assert not patience.is_out(), "they are there, if busy"
+    there.pop()
+    now = 200.0
+    assert not patience.is_out(), "missing since now"
+    now = 230.0
+    patience.renew()
+    now = 270.0
+    assert not patience.is_out()
+    assert "there is room for 1; resources.workers=1 would fit now" in patience.said()
+
+
+@pytest.mark.parametrize(
+    ("machines", "fits"),
+    [([], 0), ([{"CPU": 7.0}], 3), ([{"CPU": 3.0}, {"CPU": 3.0}], 2), ([{"CPU": 1.0}, {"GPU": 8.0}], 0)],
+)
+def test_room_is_counted_machine_by_machine(machines: list[dict[str, float]], fits: int) -> None:
+    assert capacity.room({"CPU": 2.0}, machines) == fits
