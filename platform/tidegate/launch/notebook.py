@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tidegate.config import ConfigError
 from tidegate.launch.compare import wanted_runs
 from tidegate.launch.comparison import Comparison
 from tidegate.launch.export import open_checkpoint
@@ -49,8 +50,14 @@ class StoredRun:
             device: where it goes.
 
         Raises:
-            ConfigError: this machine's state directory has no such run or checkpoint.
+            ConfigError: this machine's state directory has no such run or checkpoint, or another run of the name.
         """
+        here = self._state.run(self.data.name).read().run_id
+        if here != self.data.id:
+            raise ConfigError(
+                f"run {self.data.name}: {self._state.root} has another run of this name (MLflow id {here}, not "
+                f"{self.data.id}); give the state directory of its machine with state_dir="
+            )
         return open_checkpoint(self.data.name, self._state, checkpoint).load(device)
 
 

@@ -86,7 +86,9 @@ def watch(name: str, state: StateDir, store: str | None, *, once: bool, every_s:
 def _look(name: str, state: StateDir, store: str | None) -> _Seen:
     run = _find(name, state, store)
     records = run.points_of({"tokens"} & run.metrics.keys())
-    quiet_s = time.time() - float(records["time_ms"].max()) / 1000 if len(records) else None
+    quiet_s = None
+    if len(records):  # by this machine's clock, which may be behind the run's
+        quiet_s = max(0.0, time.time() - float(records["time_ms"].max()) / 1000)
     return _Seen(run, run.history(_READ), quiet_s)
 
 
@@ -148,14 +150,14 @@ def _rows(seen: _Seen) -> Iterator[Sequence[RenderableType]]:
     left = f", {_span((wanted - tokens) / speed)} to go" if run.status == "RUNNING" and tokens < wanted else ""
     done = "" if math.isnan(share) else f"{_bar(share, 2 * _BAR)} {share:.0%}{left}"
     yield "tokens", f"{tokens:,.0f}", f"{done}  step {history.index[-1]:,}"
-    if "train/loss" in metrics:
+    if "train/loss" in history:  # what a resume left behind is among the last values, not in the history
         yield "loss", f"{metrics['train/loss']:.4f}", _curve(history["train/loss"])
-    if "val/loss" in metrics:
+    if "val/loss" in history:
         domains = _of_each("val/<domain>/ppl", metrics)
         of_each = "  ".join(f"{domain} {value:.1f}" for domain, value in domains.items())
         yield "held-out", f"{metrics['val/loss']:.4f}", _curve(history["val/loss"])
         yield "perplexity", "", of_each
-    if "speed/tokens_per_s" in metrics:
+    if "speed/tokens_per_s" in history:
         yield "tokens/s", f"{speed:,.0f}", _curve(history["speed/tokens_per_s"])
     if "speed/mfu" in metrics:
         peak = f"of {metrics['speed/peak_tflops_per_device']:.0f} TFLOP/s a device"

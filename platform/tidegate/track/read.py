@@ -53,7 +53,7 @@ class RunData:
         id: MLflow's, 32 hexadecimal digits.
         experiment: name of its experiment.
         status: RUNNING, FINISHED, FAILED or KILLED; a run whose process was killed stays RUNNING.
-        start, end: UTC; `end` is None while it has not ended.
+        start, end: UTC; `end` is None while it has not ended, also after a resume.
         tags, params: as logged; params are the flattened resolved job.
         metrics: last value of each.
     """
@@ -66,7 +66,9 @@ class RunData:
         self.experiment = experiment
         self.status: str = run.info.status
         self.start = _time(run.info.start_time)
-        self.end = _time(run.info.end_time) if run.info.end_time else None
+        # MLflow keeps the end of the start before a resume.
+        has_ended = run.info.end_time and self.status != "RUNNING"
+        self.end = _time(run.info.end_time) if has_ended else None
         self.tags: dict[str, str] = dict(run.data.tags)
         self.params: dict[str, str] = dict(run.data.params)
         self.metrics: dict[str, float] = {name: _restored(value) for name, value in run.data.metrics.items()}

@@ -20,7 +20,7 @@ from tidegate.launch.compare import compare, wanted_runs
 from tidegate.launch.comparison import Comparison
 from tidegate.launch.state import StateDir
 from tidegate.model.flops import total
-from tidegate.track import TrackConfig, finish_run, open_run, resolve_tracking_uri
+from tidegate.track import RunHandle, TrackConfig, finish_run, open_run, resolve_tracking_uri
 from tidegate.track.client import connect
 from tidegate.train.job import Job
 
@@ -225,6 +225,14 @@ def test_names_cannot_break_the_page(store: Store, tmp_path: Path) -> None:
     found = wanted_runs(["<script>alert(1)</script>"], store.state, None, None, "")
     compare(found, force=False, more=[], out=tmp_path)
     assert "<script>alert(1)</script>" not in (tmp_path / "compare.html").read_text(encoding="utf-8")
+
+
+def test_weights_of_another_run_of_the_name_are_not_loaded(store: Store) -> None:
+    (one,) = tidegate.runs("narrow-0", state_dir=store.state.root)
+    there = RunHandle(store.uri, "", "0" * 32, "narrow-0")
+    store.state.named_run("narrow-0").write(job_with(), Path(), there, ["x"], str(store.state.checkpoints / "x"))
+    with pytest.raises(ConfigError, match=rf"run narrow-0: .* another run of this name \(MLflow id 0+, not {one.id}"):
+        one.load_model()
 
 
 @pytest.mark.slow

@@ -121,6 +121,33 @@ def test_one_that_crashed_is_suspected_and_one_without_a_record_says_so(
         watch("nobody", state, None, once=True, every_s=1)
 
 
+def test_a_resumed_run_has_not_ended(state: StateDir, capsys: pytest.CaptureFixture[str]) -> None:
+    handle = begin(resolve_tracking_uri(TrackConfig(), state.root), "resumed")
+    log(handle, 5.0, {"train/loss": 3.0})
+    finish_run(handle, "FAILED")
+    assert "ended" in shown(capsys, "resumed", state)
+    open_run(handle.uri, TrackConfig(), job="job", resolved={}, changes={}, command=["x"], run_id=handle.run_id)
+    text = shown(capsys, "resumed", state)
+    assert "ended" not in text
+    assert re.search(r"^resumed  RUNNING .*  resumed 1 times  last record 0:00:\d\d ago$", text, re.MULTILINE), text
+
+
+def test_what_a_resume_left_behind_is_not_shown(state: StateDir, capsys: pytest.CaptureFixture[str]) -> None:
+    handle = begin(resolve_tracking_uri(TrackConfig(), state.root), "back")
+    log(handle, 10.0, {}, {"train/loss": 3.0, "val/loss": 3.0, "speed/tokens_per_s": 250.0})
+    log(handle, 5.0, {})  # and from step 1 again
+    text = shown(capsys, "back", state)
+    assert re.search(r"^tokens .* step 1$", text, re.MULTILINE), text
+    assert not re.search(r"^(loss|held-out|tokens/s) ", text, re.MULTILINE), text
+
+
+def test_a_record_of_a_clock_that_is_ahead_is_of_now(state: StateDir, capsys: pytest.CaptureFixture[str]) -> None:
+    log(begin(resolve_tracking_uri(TrackConfig(), state.root), "ahead"), -3600.0, record(1))
+    text = shown(capsys, "ahead", state)
+    assert "last record 0:00:00 ago" in text
+    assert re.search(r"^checkpoint +0:00:30 old", text, re.MULTILINE), text
+
+
 def test_a_run_of_another_machine_is_read_from_its_store(
     state: StateDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

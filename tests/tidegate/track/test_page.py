@@ -221,6 +221,16 @@ def hostile(uri):
     return handle
 
 
+def test_a_resumed_run_lasts_until_its_last_record(uri):
+    begin_ms = time.time_ns() // 1_000_000 + 3_601_000
+    handle = planted(uri, records=[(1, 1000, {"train/loss": 3.0})], begin_ms=begin_ms)
+    finish_run(handle, "FAILED")
+    assert ", 1 h 0 min" not in page(handle)
+    open_run(uri, TrackConfig(), job="gate", resolved=JOB, changes={}, command=["x"], run_id=handle.run_id)
+    assert find_run(uri, handle.run_id).end is None
+    assert ", 1 h 0 min" in page(handle)
+
+
 def test_names_are_only_text(uri):
     text = page(hostile(uri))
     ours = outside_plotly(text)
