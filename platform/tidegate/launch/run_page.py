@@ -39,7 +39,7 @@ __all__ = ["RunPage", "find_recorded", "write_report"]
 
 PAGE_FILE = "report.html"
 MAX_LOADS = 64
-"""Evaluations whose expert loads and samples are kept; every second one goes when there are more."""
+"""Evaluations whose expert loads and samples are kept; every second one, never the newest, goes when there are more."""
 LAST_PAGE_S = 30.0
 """For which the end of a run waits for its last page."""
 
@@ -134,7 +134,7 @@ class RunPage:
             steps = [*(kept.steps[place] for place in before), step]
             load_SDLE = np.concatenate([kept.load_SDLE[before], load_1DLE])
         if len(steps) > MAX_LOADS:
-            steps, load_SDLE = steps[1::2], load_SDLE[1::2]
+            steps, load_SDLE = steps[::-2][::-1], load_SDLE[::-2][::-1]
         partial = path.with_name("." + path.name)
         np.savez_compressed(partial, steps=steps, domains=np.array(evaluation.domains), load_SDLE=load_SDLE)
         with self._lock:
@@ -152,7 +152,7 @@ class RunPage:
         lines += [at | sample._asdict() for sample in record.evaluation.samples]
         steps = sorted({line["step"] for line in lines})
         if len(steps) > MAX_LOADS:
-            lines = [line for line in lines if line["step"] in steps[1::2]]
+            lines = [line for line in lines if line["step"] in steps[::-2]]
         with self._lock:
             write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
 

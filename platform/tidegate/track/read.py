@@ -97,10 +97,16 @@ class RunData:
 
         of_layers = [name for name in self.metrics if name.startswith(_OF_LAYERS)]
         points = self.points_of(self.metrics.keys() - of_layers)
-        chosen: set[int] = set()
-        for name in (TOKENS, "val/loss"):  # what single experts do is recorded with evaluations only
-            steps = np.unique(points["step"][points["key"] == name])
-            chosen |= {*steps[:: -max(-(-len(steps) // self._sample), 1)].tolist()}  # from the last one back
+        keys = TOKENS, "val/loss", "train/loss"
+        logged, evaluated, trained = (np.unique(points["step"][points["key"] == key]) for key in keys)
+        some, evaluations = (
+            steps[:: -max(-(-len(steps) // self._sample), 1)]  # from the last one back
+            for steps in (logged, evaluated)
+        )
+        # What single experts do is recorded with evaluations only, by the first record of training from there on.
+        after = np.searchsorted(trained, evaluations)
+        details_at = trained[after[after < len(trained)]]
+        chosen = {*some.tolist(), *evaluations.tolist(), *details_at.tolist()}
         details = self.points_of(of_layers, chosen)
         return pd.concat([points, details]).sort_values("time_ms", kind="stable", ignore_index=True)
 

@@ -121,6 +121,21 @@ def test_what_the_model_wrote_is_kept_as_it_came_out_last(state):
     assert steps == sorted(steps)
 
 
+@pytest.mark.parametrize("more", [1, 2])
+def test_of_more_than_are_kept_the_newest_stays_and_the_one_before_goes(state, more):
+    folder = state.new_run("gate")
+    page = RunPage(RunHandle("", "", "", "gate-1"), folder, TrackConfig())
+    for step in range(1, 1 + MAX_LOADS + more):
+        page.record(evaluated(step, step / 100))
+        page.record(written(step, f"at {step}"))
+    kept = [*range(1, MAX_LOADS + 2, 2), *range(MAX_LOADS + 2, MAX_LOADS + more + 1)]
+    loads = read_loads((folder.folder / LOADS_FILE).read_bytes())
+    assert loads.steps == kept
+    assert loads.load_SDLE[:, 0, 0, 0].tolist() == pytest.approx([step / 100 for step in kept])
+    samples = read_samples((folder.folder / SAMPLES_FILE).read_bytes())
+    assert [line["greedy"] for line in samples] == [f"at {step}" for step in kept]
+
+
 def test_a_run_without_a_page_leaves_nothing(state):
     folder, handle = state.new_run("gate"), opened(state, "gate-1")
     for enabled, config in ((False, TrackConfig()), (True, TrackConfig(page_every_s=None))):

@@ -19,7 +19,7 @@ from tidegate.track.client import connect
 from tidegate.track.page import run_page
 from tidegate.track.page.figures import MAX_CELLS, frames, lines
 from tidegate.track.page.health import find
-from tidegate.track.page.recording import Recording
+from tidegate.track.page.recording import Event, Recording
 
 JOB = {
     "name": "gate",
@@ -367,6 +367,27 @@ def test_a_run_is_taken_for_dead_when_it_is_silent():
     assert level("State", recording({"train/loss": FALLING}, status="KILLED"), now_s=1e9) == "amber"
 
 
+def test_counters_name_the_last_event_of_their_kind():
+    counted = {"train/loss_spikes": [0, 2], "guards/rollbacks": [0, 1], "guards/nonfinite_steps": [0, 1]}
+    events = [Event(300, "spike", ""), Event(500, "rollback", ""), Event(200, "spike", ""), Event(600, "notice", "")]
+    said = {f.subject: f.sentence for f in find(recording(counted, events=events), 0.0)}
+    assert said["Spikes"] == "2 loss spikes so far; the last is seen at step 300."
+    assert said["Rollbacks"] == "1 rollbacks to a checkpoint so far; the last is seen at step 500."
+    assert said["Finite"] == "1 steps whose loss or gradient was not finite so far."
+
+
+def test_dead_experts_are_named_by_layer():
+    nan = math.nan
+    metrics = {"moe/0/dead_experts": [0.0] * 7, "moe/2/dead_experts": [0.4] * 7, "moe/11/dead_experts": [0.2] * 7}
+    metrics |= {f"moe/2/load/{expert}": [0.1, nan, 0.0, 0.0, nan, 0.0, 0.0] for expert in (10, 9)}  # 5 loads
+    metrics |= {"moe/0/load/1": [0.0] * 7, "moe/11/load/4": [0.7, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]}
+    said = {f.subject: f.sentence for f in find(recording(metrics), 0.0)}
+    assert said["Experts"].endswith("of its experts. Experts without one in the last recorded loads: 4 of layer 11.")
+    metrics |= {f"moe/2/load/{expert}": [0.0] * 7 for expert in range(3, 17)}
+    said = {f.subject: f.sentence for f in find(recording(metrics), 0.0)}
+    assert said["Experts"].endswith(": 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14 of layer 2; and 3 more.")
+
+
 # --- sizes
 
 
@@ -380,6 +401,16 @@ def test_a_long_history_is_thinned_and_keeps_its_spikes():
     assert kept[7777] == 40.0
     assert {0, 10_000} <= set(kept)
     assert made["x"]["tokens"] == made["x"]["steps"]
+
+
+def test_a_long_history_keeps_every_evaluation():
+    steps = np.arange(1, 5001)
+    held_out = np.where(steps % 40 == 0, 1.0 + steps / 1e4, math.nan)
+    history = pd.DataFrame({"tokens": steps, "train/loss": 5.0 - steps / 1e4, "val/loss": held_out}, index=steps)
+    made = lines("Loss", "", history, {"train/loss": "training", "val/loss": "held-out"})
+    training, evaluations = (np.array(entry["y"], dtype=float) for entry in made["series"])
+    assert np.isfinite(evaluations).sum() == 125
+    assert 400 < len(training) <= 402 + 125
 
 
 def test_frames_of_many_experts_are_fewer_and_end_with_the_last():

@@ -124,6 +124,19 @@ def test_a_sampled_run_has_what_comes_with_evaluations_only(uri):
     assert len(table["moe/0/maxvio"].dropna()) == 10
 
 
+def test_a_sampled_run_has_the_details_that_come_after_an_evaluation(uri):
+    """Records every 7 steps, evaluations every 20: details of that at 20 come at 21, of that at 63 with it."""
+    handle = start(uri, "after-1")
+    trained = [(step, 10 * step, {"train/loss": 1.0, "moe/0/maxvio": 0.5}) for step in range(7, 64, 7)]
+    for step in (21, 42, 63):
+        trained[step // 7 - 1][2]["moe/0/load/5"] = step / 100
+    evaluated = [(step, 10 * step, {"val/loss": 2.0, "moe/0/domain_information": 0.1}) for step in (20, 40, 63, 65)]
+    log(handle, *sorted([*trained, *evaluated], key=lambda record: record[0]))
+    table = find_run(uri, "after-1").sampled(4).history()
+    assert table["moe/0/load/5"].dropna().to_dict() == {21: 0.21, 42: 0.42, 63: 0.63}
+    assert table["moe/0/domain_information"].dropna().index.tolist() == [20, 40, 63, 65]
+
+
 def test_a_run_that_crashed_before_its_first_record_has_an_empty_history(uri):
     finish_run(start(uri, "crashed-1"), "FAILED")
     run = find_run(uri, "crashed-1")

@@ -136,17 +136,31 @@ def _logged(history: pd.DataFrame, series: Mapping[str, str]) -> pd.DataFrame | 
 
 
 def _thinned(table: pd.DataFrame) -> pd.DataFrame:
-    """Of each of equal stretches the lowest and the highest row, so that spikes stay; and the last."""
-    if len(table) <= MAX_POINTS:
-        return table
-    level = table.drop(columns=TOKENS).mean(axis=1).to_numpy()
-    edges = np.linspace(0, len(table), MAX_POINTS // 2 + 1, dtype=int)
-    kept = {0, len(table) - 1}
-    for begin, end in pairwise(edges):
+    """To about `MAX_POINTS` rows for each group of series that have values in the same rows.
+
+    So what is logged with evaluations only does not go with most rows of training.
+    """
+    known = table.drop(columns=TOKENS).notna()
+    together: dict[bytes, list[str]] = {}
+    for name in known:
+        together.setdefault(known[name].to_numpy().tobytes(), []).append(name)
+    kept: set[int] = set()
+    for names in together.values():
+        rows = np.flatnonzero(known[names[0]])
+        kept |= {*rows[_extremes(table[names].iloc[rows].mean(axis=1).to_numpy())].tolist()}
+    return table.iloc[sorted(kept)]
+
+
+def _extremes(level: np.ndarray) -> list[int]:
+    """Indices of the lowest and the highest value of each of equal stretches, so that spikes stay; and both ends."""
+    if len(level) <= MAX_POINTS:
+        return [*range(len(level))]
+    kept = {0, len(level) - 1}
+    for begin, end in pairwise(np.linspace(0, len(level), MAX_POINTS // 2 + 1, dtype=int)):
         part = level[begin:end]
         if np.isfinite(part).any():
             kept |= {begin + int(np.nanargmin(part)), begin + int(np.nanargmax(part))}
-    return table.iloc[sorted(kept)]
+    return sorted(kept)
 
 
 def _every(table: pd.DataFrame, count: int) -> pd.DataFrame:

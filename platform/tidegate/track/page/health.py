@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from itertools import groupby
 from typing import Literal, NamedTuple
 
 import pandas as pd
 
-from tidegate.track.page.recording import Recording
+from tidegate.track.page.figures import columns
+from tidegate.track.page.recording import EventKind, Recording
 
 __all__ = ["Finding", "Level", "find", "job_number"]
 
@@ -22,6 +24,8 @@ SILENT_S = 600.0
 """A run whose last record is older than this and than ten usual intervals is taken for dead."""
 MAXVIO_AMBER, MAXVIO_RED = 1.0, 3.0
 DEAD_RED = 0.1
+MAX_NAMED = 12
+"""Dead experts; of more, the number."""
 SINK_AMBER = 0.1
 MASSIVE = 1000.0
 """Residual streams of models with massive activations reach this (arXiv 2402.17762)."""
@@ -101,27 +105,28 @@ def _loss(history: pd.DataFrame) -> Finding:
 
 
 def _spikes(recording: Recording) -> Finding | None:
-    return _count(recording, "train/loss_spikes", "Spikes", "loss spikes", "amber")
+    return _count(recording, "train/loss_spikes", "spike", "Spikes", "loss spikes")
 
 
 def _nonfinite(recording: Recording) -> Finding | None:
-    return _count(recording, "guards/nonfinite_steps", "Finite", "steps whose loss or gradient was not finite", "amber")
+    what = "steps whose loss or gradient was not finite"
+    return _count(recording, "guards/nonfinite_steps", "nonfinite", "Finite", what)
 
 
 def _rollbacks(recording: Recording) -> Finding | None:
-    return _count(recording, "guards/rollbacks", "Rollbacks", "rollbacks to a checkpoint", "amber")
+    return _count(recording, "guards/rollbacks", "rollback", "Rollbacks", "rollbacks to a checkpoint")
 
 
-def _count(recording: Recording, name: str, subject: str, what: str, level: Level) -> Finding | None:
+def _count(recording: Recording, name: str, kind: EventKind, subject: str, what: str) -> Finding | None:
     counts = recording.records[name].dropna()
     if not len(counts):
         return None
     total = int(counts.max())
     if total == 0:
         return Finding("green", subject, f"No {what}.", "events")
-    steps = [event.step for event in recording.events if event.kind in ("spike", "nonfinite", "rollback")]
+    steps = [event.step for event in recording.events if event.kind == kind]
     last = f"; the last is seen at step {max(steps)}" if steps else ""
-    return Finding(level, subject, f"{total} {what} so far{last}.", "events")
+    return Finding("amber", subject, f"{total} {what} so far{last}.", "events")
 
 
 def _dead_experts(recording: Recording) -> Finding | None:
@@ -136,8 +141,25 @@ def _dead_experts(recording: Recording) -> Finding | None:
     sentence = (
         f"{len(dead)} of {len(lowest)} layers have experts without a token in each of the last {RECENT} records; "
         f"layer {worst} the most, {100 * dead[worst]:.1f} % of its experts."
+        f"{_named(recording.history, dead)}"
     )
     return Finding("red" if dead[worst] >= DEAD_RED else "amber", "Experts", sentence, "load")
+
+
+def _named(history: pd.DataFrame, layers: Collection[int]) -> str:
+    """Experts of these layers that had no token in any of the last records with a load of each."""
+    found = [
+        (layer, expert)
+        for layer in layers
+        for name, expert in columns(history, rf"moe/{layer}/load/(\d+)").items()
+        if history[name].dropna()[-RECENT:].max() == 0
+    ]
+    if not found:
+        return ""
+    by_layer = groupby(found[:MAX_NAMED], key=lambda place: place[0])
+    named = [f"{', '.join(expert for _, expert in group)} of layer {layer}" for layer, group in by_layer]
+    more = f"; and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
+    return f" Experts without one in the last recorded loads: {'; '.join(named)}{more}."
 
 
 def _maxvio(recording: Recording) -> Finding | None:

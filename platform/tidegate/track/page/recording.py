@@ -20,6 +20,7 @@ __all__ = [
     "LOADS_FILE",
     "SAMPLES_FILE",
     "Event",
+    "EventKind",
     "Loads",
     "Recording",
     "read_loads",
