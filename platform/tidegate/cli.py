@@ -369,12 +369,16 @@ def plan(
     from tidegate.plan.report import plan_job
     from tidegate.quantities import parse_count
 
-    if cluster is not None and gpus is None:
-        gpus = load_cluster(cluster).gpus
-    elif gpus is None or cluster is not None:
+    if (gpus is None) == (cluster is None):
         raise ConfigError("name --gpus 256xH100 or --cluster NAME")
+    if cluster is not None:
+        nodes = load_cluster(cluster)
+        on = parse_gpus(nodes.gpus, hardware)
+        on = on._replace(gpu=on.gpu.model_copy(update=nodes.of_gpus))
+    else:
+        on = parse_gpus(gpus or "", hardware)
     count = None if tokens is None else parse_count(tokens, "--tokens")
-    plan_job(job, overrides, parse_gpus(gpus, hardware), count, scaling)
+    plan_job(job, overrides, on, count, scaling)
 
 
 @app.command(name="list")

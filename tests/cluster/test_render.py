@@ -33,7 +33,7 @@ def in_the_repository(monkeypatch):
 
 
 def document(name, *overrides, nodes=None, job=None, auth=Path("/nowhere/ray")):
-    return yaml.safe_load(render(load_cluster(name, overrides, nodes), auth, job).text)
+    return yaml.safe_load(render(load_cluster(name, overrides, nodes), auth, job))
 
 
 def problem(name, *overrides, nodes=None, job=None):
@@ -332,7 +332,25 @@ def test_plan_knows_the_gpus_of_every_file(name):
     cluster = load_cluster(name)
     hardware = parse_gpus(cluster.gpus)
     assert str(hardware) == cluster.gpus == f"{cluster.max_gpus}x{cluster.pools['gpu'].gpu}"
-    assert hardware.gpu.gpus_per_node == cluster.pools["gpu"].gpus
+    assert hardware.gpu.gpus_per_node == cluster.pools["gpu"].gpus == cluster.of_gpus["gpus_per_node"]
+
+
+def test_plan_takes_nodes_and_network_of_the_cluster(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from tidegate.cli import app
+    from tidegate.plan import report
+
+    taken = []
+    monkeypatch.setattr(report, "plan_job", lambda job, overrides, hardware, *rest: taken.append(hardware))
+    (tmp_path / "half.yaml").write_text(f"extends: {ROOT}/cluster/gcp-h100.yaml\npools: {{gpu: {{gpus: 4}}}}\n")
+    for name in (str(tmp_path / "half.yaml"), "gcp-h200", "aws-h100"):
+        done = CliRunner().invoke(app, ["plan", "jobs/h100.yaml", "--cluster", name])
+        assert not done.exit_code, done.output
+    half, rdma, aws = taken
+    assert (str(half), half.gpu.gpus_per_node, half.gpu.network_gb_per_s) == ("32xH100", 4, 12.5)
+    assert rdma.gpu.network_gb_per_s < 25, "its fast network has no setting here"
+    assert (aws.gpu.gpus_per_node, aws.gpu.network_gb_per_s) == (8, 50.0)
 
 
 def test_plan_takes_gpus_of_one_kind():
@@ -365,7 +383,7 @@ def test_what_only_the_owner_knows_is_listed():
 
 def test_the_rendered_text_is_plain():
     for name in NAMES:
-        text = render(load_cluster(name), Path("/nowhere")).text
+        text = render(load_cluster(name), Path("/nowhere"))
         assert "&id0" not in text
         assert "!!" not in text
     assert isinstance(load_cluster("slurm").provider, Slurm)
@@ -374,7 +392,7 @@ def test_the_rendered_text_is_plain():
 
 def test_the_slurm_script_is_bash():
     for overrides in ([], ["image=r/t:1"], ["provider.account=a", "provider.options=[--qos=high]"]):
-        script = render(load_cluster("slurm", overrides, nodes=3), Path("/nowhere")).text
+        script = render(load_cluster("slurm", overrides, nodes=3), Path("/nowhere"))
         subprocess.run(["bash", "-n"], input=script, text=True, check=True, timeout=10)
         assert "%%" not in script
         assert "#SBATCH --nodes=3\n" in script

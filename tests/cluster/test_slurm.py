@@ -48,7 +48,7 @@ def slurm(tmp_path):
     cpus = ["pools.gpu.gpu=null", "pools.gpu.gpus=0", "pools.gpu.cpus=1"]
     overrides = [*cpus, "provider.partition=x", "setup=[]", f"storage.path={tmp_path}"]
     script = tmp_path / "job.sh"
-    script.write_text(render(load_cluster("slurm", overrides, nodes=2), tmp_path).text)
+    script.write_text(render(load_cluster("slurm", overrides, nodes=2), tmp_path))
     job_id = str(os.getpid())  # names the session's folder and the port
     bins = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | {

@@ -62,6 +62,8 @@ class Pool(Machine):
     """The network between nodes that NCCL needs settings for."""
     interfaces: int = Field(default=1, ge=1, le=32)
     """Network cards of the fabric, with `efa`."""
+    network_gb_per_s: float | None = Field(default=None, gt=0)
+    """Of a GPU to other nodes, GB/s in one direction, for `tidegate plan`; None: what its kind has elsewhere."""
     node_config: dict[str, Any] = Field(default_factory=dict)
     """Laid over what Ray's launcher asks its cloud for, in the cloud's own words."""
 
@@ -301,6 +303,14 @@ class Cluster(Config):
         if len(kinds) != 1:
             raise ConfigError(f"cluster {self.name} has GPUs of {' and '.join(kinds) or 'no kind'}; plan takes one")
         return f"{self.max_gpus}x{kinds[0]}"
+
+    @property
+    def of_gpus(self) -> dict[str, float]:
+        """What `tidegate plan` takes in place of what it knows of a GPU; of pools that differ, what is least."""
+        pools = [pool for pool in self.pools.values() if pool.gpu]
+        networks = [pool.network_gb_per_s for pool in pools if pool.network_gb_per_s]
+        network = {"network_gb_per_s": min(networks)} if networks else {}
+        return {"gpus_per_node": min(pool.gpus for pool in pools), **network}
 
     @property
     def autoscales(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
@@ -17,7 +17,7 @@ from tidegate.cluster.versions import ray_version
 from tidegate.config import ConfigError, load
 from tidegate.train.job import Job
 
-__all__ = ["Rendered", "cluster_files", "find_cluster", "load_cluster", "render"]
+__all__ = ["cluster_files", "find_cluster", "load_cluster", "render"]
 
 _FOLDER = Path(__file__).resolve().parents[3] / "cluster"
 
@@ -27,12 +27,6 @@ class _Dumper(yaml.SafeDumper):
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
-
-
-class Rendered(NamedTuple):
-    text: str
-    suffix: str
-    """Of a file with it: .yaml or .sh."""
 
 
 def cluster_files() -> dict[str, Path]:
@@ -80,7 +74,7 @@ def load_cluster(name: str, overrides: Sequence[str] = (), nodes: int | None = N
     return load(path, Cluster, [*overrides, f"pools.{pool_name}.min_nodes={nodes}"]).config
 
 
-def render(cluster: Cluster, auth_folder: Path, job: Path | None = None) -> Rendered:
+def render(cluster: Cluster, auth_folder: Path, job: Path | None = None) -> str:
     """What `ray up`, `kubectl apply` or `sbatch` reads.
 
     Args:
@@ -93,7 +87,7 @@ def render(cluster: Cluster, auth_folder: Path, job: Path | None = None) -> Rend
     if job is not None:
         check_job(cluster, job)
     if isinstance(cluster.provider, Slurm):
-        return Rendered(batch_script(cluster), ".sh")
+        return batch_script(cluster)
     if isinstance(cluster.provider, Kubernetes):
         document = manifest(cluster, _entrypoint(cluster, job) if job else None)
         reader = f"KubeRay {KUBERAY_VERSION}: kubectl apply -f"
@@ -102,7 +96,7 @@ def render(cluster: Cluster, auth_folder: Path, job: Path | None = None) -> Rend
         reader = f"Ray {ray_version()}: ray up"
     head = f"# Rendered by tidegate cluster render, for {reader}. At most {cluster.max_nodes} worker nodes"
     head += f", {cluster.max_gpus} GPUs.\n" if cluster.max_gpus else ".\n"
-    return Rendered(head + yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=1000), ".yaml")
+    return head + yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=1000)
 
 
 def check_job(cluster: Cluster, path: Path) -> None:

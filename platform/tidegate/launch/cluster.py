@@ -66,7 +66,7 @@ class _Folder:
             with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
                 file.write(secrets.token_hex(32))
         file_path = self.file(cluster)
-        write_whole(file_path, render(cluster, self.auth, job).text)
+        write_whole(file_path, render(cluster, self.auth, job))
         write_whole(self.resolved, cluster.model_dump_json(indent=2))
         return file_path
 
@@ -80,7 +80,7 @@ def render_cluster(
         ConfigError: the cluster or the job is wrong, or does not fit.
     """
     cluster = load_cluster(name, overrides, nodes)
-    text = render(cluster, state_root / "clusters" / cluster.name / "ray", job).text
+    text = render(cluster, state_root / "clusters" / cluster.name / "ray", job)
     if out is None:
         print(text, end="")
     else:

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tidegate.config import ConfigError, JobFile
-from tidegate.plan.search import Plan, make_plan
+from tidegate.plan.search import MOST_GPUS, Plan, make_plan
 
 __all__ = ["Point", "draw_scaling", "scale"]
 
-_LARGEST = 4096
 _SERIES = {"same tokens a step": "#1f77b4", "same tokens a step and GPU": "#d62728"}
 
 
@@ -34,7 +33,7 @@ def scale(job: Path, overrides: Sequence[str], plan: Plan) -> Iterator[Point]:
     held = [override.partition("=")[0] for override in overrides]
     each = plan.best.job.train.batch_tokens // plan.hardware.num_gpus
     length = plan.best.job.data.sequence_length
-    for exponent in range(_LARGEST.bit_length()):
+    for exponent in range(MOST_GPUS.bit_length()):
         count = 2**exponent
         sizes = {"same tokens a step": plan.best.job.train.batch_tokens, "same tokens a step and GPU": each * count}
         for series, batch_tokens in sizes.items():

@@ -159,6 +159,8 @@ def bottleneck(plan: Plan) -> str:
          "a larger micro-batch or model would help"),
         ("memory traffic of gradient sums and the optimizer takes", time.gradient_sums + time.optimizer,
          "more tokens a step would help"),
+        ("norms, gates and other small kernels take", time.elementwise + time.unlisted,
+         "a larger micro-batch or a wider model would help"),
         key=lambda kind: kind[1],
     )  # fmt: skip
     what, seconds, advice = largest

@@ -19,11 +19,12 @@ from tidegate.plan.step import ModelCosts, StepTime, model_costs, step_time
 from tidegate.train.job import Job
 from tidegate.train.memory import MemoryPrediction, predict
 
-__all__ = ["Candidate", "Plan", "make_plan"]
+__all__ = ["MOST_GPUS", "Candidate", "Plan", "make_plan"]
 
 _SHOWN = 6
 _LARGEST_MICRO_BATCH = 64
-_MOST_GPUS = 4096
+MOST_GPUS = 4096
+"""That anything is reckoned for."""
 _NEUTRAL: dict[str, Any] = {
     "resources.workers": 1,
     "resources.min_workers": None,
@@ -156,7 +157,7 @@ def make_plan(
 
 def _refuse_batch(base: Job, hardware: Hardware) -> None:
     if base.global_batch % hardware.num_gpus:
-        near = min(_divisors(base.global_batch, _MOST_GPUS), key=lambda n: abs(n - hardware.num_gpus))
+        near = min(_divisors(base.global_batch, MOST_GPUS), key=lambda n: abs(n - hardware.num_gpus))
         sequences = max(1, round(base.global_batch / hardware.num_gpus)) * hardware.num_gpus
         raise ConfigError(
             f"train.batch_tokens={base.train.batch_tokens} is {base.global_batch} sequences of "
@@ -270,7 +271,7 @@ class _Search(NamedTuple):
         )
         ways = []
         count = 2 * hardware.num_gpus
-        while count <= _MOST_GPUS and self.base.global_batch % count == 0:
+        while count <= MOST_GPUS and self.base.global_batch % count == 0:
             if self.smallest(hardware._replace(num_gpus=count))[0] <= usable:
                 ways.append(f"{count} GPUs")
                 break

@@ -200,7 +200,12 @@ def test_small_models_wait_for_the_host() -> None:
     assert plan.best.time.total == pytest.approx(launches * measured_efficiency().host_s_per_layer)
     assert "the host's speed" in " ".join(extrapolations(plan))
     sets = ("model.width=256", "train.micro_batch=1")
-    assert bottleneck(planned("8xH100", *sets, held=("train.micro_batch",), num=1)).startswith("the host")
+    found = planned("8xH100", *sets, held=("train.micro_batch",), num=1)
+    assert bottleneck(found).startswith("the host")
+    whole = found.best.time.total
+    for part in ("elementwise", "unlisted"):
+        small = found.best._replace(time=found.best.time._replace(**{part: 4 * whole}))
+        assert bottleneck(found._replace(best=small)).startswith("norms, gates and other small kernels take 8")
 
 
 def test_a_plan_says_what_nobody_measured() -> None:
