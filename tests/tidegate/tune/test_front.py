@@ -48,6 +48,20 @@ def test_a_difference_that_all_seeds_show_counts_however_much_seeds_differ() -> 
     assert not verdict(best, rival, smaller_is_better=False).better
 
 
+@pytest.mark.parametrize("seeds", [2, 3, 5, 61, 400])
+def test_chance_alone_wins_one_time_in_forty_at_most(seeds: int) -> None:
+    """Of candidates that do not differ; two standard errors would be passed by 15 % of those with 2 seeds."""
+    chance = random.Random(seeds)
+    tries = 4000 if seeds < 60 else 400
+    wins = 0
+    for _ in range(tries):
+        ours, theirs = ({seed: chance.gauss(3.0, 0.1) for seed in range(seeds)} for _ in range(2))
+        found = verdict(ours, theirs)
+        wins += found.better
+    assert found.errors == pytest.approx({2: 12.706, 3: 4.303, 5: 2.776, 61: 2.0003, 400: 2.0}[seeds], abs=1e-3)
+    assert 0.002 < wins / tries < 0.025 + 3 * math.sqrt(0.025 / tries)
+
+
 def test_what_chance_would_make_is_no_difference() -> None:
     assert not verdict({0: 3.0, 1: 3.2, 2: 2.9}, {0: 3.1, 1: 3.1, 2: 3.1}).better
     alone = verdict({0: 3.0, 7: 1.0}, {0: 9.0, 8: 1.0})
