@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import gzip
 import json
+import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -16,7 +18,8 @@ import yaml
 from tidegate.cluster import cluster_files, load_cluster, render
 from tidegate.cluster.config import Hosts, Kubernetes, Slurm
 from tidegate.cluster.kuberay import KUBERAY_VERSION
-from tidegate.config import ConfigError
+from tidegate.config import ConfigError, load
+from tidegate.train.job import Job
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(cluster_files())
@@ -33,7 +36,11 @@ def in_the_repository(monkeypatch):
 
 
 def document(name, *overrides, nodes=None, job=None, auth=Path("/nowhere/ray")):
-    return yaml.safe_load(render(load_cluster(name, overrides, nodes), auth, job))
+    return documents(name, *overrides, nodes=nodes, job=job, auth=auth)[-1]
+
+
+def documents(name, *overrides, nodes=None, job=None, auth=Path("/nowhere/ray")):
+    return list(yaml.safe_load_all(render(load_cluster(name, overrides, nodes), auth, job)))
 
 
 def problem(name, *overrides, nodes=None, job=None):
@@ -170,6 +177,8 @@ def test_kuberay_accepts_the_manifests(name, spot):
     kuberay("RayCluster").validate(document(name, *overrides))
     job = document(name, *overrides, job=Path("jobs/h100.yaml"))
     kuberay("RayJob").validate(job)
+    pod = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    assert (pod["volumes"].pop()["name"], pod["containers"][0]["volumeMounts"].pop()["name"]) == ("job", "job")
     assert job["spec"]["rayClusterSpec"] == document(name, *overrides)["spec"]
     assert job["spec"]["rayClusterSpec"]["rayVersion"] == PINNED_RAY
 
@@ -248,9 +257,33 @@ def test_nfs_is_mounted_in_place_of_a_claim():
     assert volumes[0] == {"name": "tidegate", "nfs": {"server": "10.0.0.9", "path": "/x"}}
 
 
-def test_a_rayjob_sends_checkpoints_to_the_bucket():
-    entrypoint = document("kuberay-eks", "storage.bucket=s3://b/x", job=Path("jobs/h100.yaml"))["spec"]["entrypoint"]
-    assert entrypoint == "tidegate train jobs/h100.yaml --address auto --set checkpoint.storage=s3://b/x"
+def test_a_rayjob_brings_its_files_and_goes_on_with_its_run(tmp_path):
+    (tmp_path / "mine").mkdir()
+    h100 = os.path.relpath(ROOT / "jobs" / "h100.yaml", tmp_path)
+    (tmp_path / "base.yaml").write_text(f"extends: {h100}\ntrain: {{seed: 7}}\n")
+    mine = tmp_path / "mine" / "job.yaml"
+    mine.write_text("name: mine\nextends: ../base.yaml\n")
+    config_map, job = documents("kuberay-eks", "provider.namespace=lab", job=mine)
+    pod = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    (volume,) = (each["configMap"] for each in pod["volumes"] if each["name"] == "job")
+    assert (volume["name"], "lab") == tuple(config_map["metadata"].values())
+    (mount,) = (each for each in pod["containers"][0]["volumeMounts"] if each["name"] == "job")
+    _, _, file, *rest = shlex.split(job["spec"]["entrypoint"])
+    assert rest == ["--name", "mine", "--job-dir", str(tmp_path / "mine"), "--address", "auto"]
+    copies = tmp_path / "copies"
+    for item in volume["items"]:  # as the kubelet does
+        path = copies / item["path"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(config_map["data"][item["key"]])
+    there = copies / Path(file).relative_to(mount["mountPath"])
+    assert load(there, Job).config == load(mine, Job).config
+
+
+@pytest.mark.parametrize("name", ["kuberay-eks", "aws-h100", "slurm"])
+def test_all_nodes_know_the_bucket_for_checkpoints(name):
+    said = render(load_cluster(name, ["storage.bucket=s3://b/x"]), Path("/nowhere"))
+    assert re.search(r"TIDEGATE_STORAGE(=|\n +value: )s3://b/x", said)
+    assert "TIDEGATE_STORAGE" not in render(load_cluster(name, ["storage.bucket=null"]), Path("/nowhere"))
 
 
 # --- bad input -----------------------------------------------------------------------------------------------

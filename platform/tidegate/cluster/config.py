@@ -84,7 +84,7 @@ class Storage(Config):
     nfs: str | None = None
     """What is mounted there, as SERVER:/EXPORT (EFS, Filestore, Azure Files, any NFS 4.1); None: something is."""
     bucket: str | None = Field(default=None, pattern=r"^(s3|gs|abfs|abfss)://[^\s]+$")
-    """Where checkpoints go, unless the job says elsewhere; None: below `path`."""
+    """Where checkpoints go, as TIDEGATE_STORAGE of every node, unless the job says elsewhere; None: below `path`."""
 
     @field_validator("path", "nfs", "bucket")
     @classmethod
@@ -324,6 +324,7 @@ class Cluster(Config):
             "TIDEGATE_STATE": f"{self.storage.path}/state",
             "RAY_USAGE_STATS_ENABLED": "0",
         }
+        ours |= {"TIDEGATE_STORAGE": self.storage.bucket} if self.storage.bucket else {}
         return ours | self.env
 
     @property

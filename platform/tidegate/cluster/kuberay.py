@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+from pathlib import Path
 from typing import Any
 
 from tidegate.cluster.config import Cluster, Kubernetes, Machine, Pool
 from tidegate.cluster.versions import ray_version
+from tidegate.config import JobFile
+from tidegate.train.job import Job
 
 __all__ = ["KUBERAY_VERSION", "manifest"]
 
@@ -14,16 +19,18 @@ KUBERAY_VERSION = "1.7.0"
 
 _USER = 1000  # of the image
 _HOUR_S = 3600
+_JOB_FOLDER = "/etc/tidegate/job"
+"""On the head, where the ConfigMap of a RayJob has its files."""
 _SAVE_S = 30
 """From the end of a drain until the pod is killed: Ray ends its processes."""
 
 
-def manifest(cluster: Cluster, entrypoint: str | None = None) -> dict[str, Any]:
-    """A manifest for `kubectl apply`.
+def manifest(cluster: Cluster, job: JobFile | None = None) -> list[dict[str, Any]]:
+    """Manifests for `kubectl apply`.
 
     Args:
         cluster: of provider kubernetes.
-        entrypoint: the shell command of a RayJob; None: a RayCluster that stays.
+        job: of a RayJob, with a ConfigMap of its files; None: a RayCluster that stays.
     """
     provider = cluster.provider
     assert isinstance(provider, Kubernetes)
@@ -39,18 +46,47 @@ def manifest(cluster: Cluster, entrypoint: str | None = None) -> dict[str, Any]:
     metadata |= {"labels": labels} if labels else {}
     metadata |= {"annotations": annotations} if annotations else {}
     spec = _cluster_spec(cluster, provider)
-    kind = "RayCluster"
-    if entrypoint is not None:
-        kind = "RayJob"
-        spec = {
-            "entrypoint": entrypoint,
-            "submissionMode": "K8sJobMode",
-            "backoffLimit": 0,  # a run is resumed by its name, not begun again
-            "shutdownAfterJobFinishes": True,
-            "ttlSecondsAfterFinished": _HOUR_S,
-            "rayClusterSpec": spec,
-        }
-    return {"apiVersion": "ray.io/v1", "kind": kind, "metadata": metadata, "spec": spec}
+    if job is None:
+        return [{"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": metadata, "spec": spec}]
+    files = _files(job)
+    *_, file = files
+    name, job_dir = job.load(Job).config.name, str(job.paths[-1].parent)
+    _mount_files(spec["headGroupSpec"]["template"]["spec"], cluster, files)
+    spec = {
+        # By its name the run goes on, in a retry or in another RayJob.
+        "entrypoint": shlex.join(
+            ["tidegate", "train", f"{_JOB_FOLDER}/{file}", "--name", name, "--job-dir", job_dir, "--address", "auto"]
+        ),
+        "submissionMode": "K8sJobMode",
+        "backoffLimit": 1,  # the driver is lost with its head
+        "shutdownAfterJobFinishes": True,
+        "ttlSecondsAfterFinished": _HOUR_S,
+        "rayClusterSpec": spec,
+    }
+    config_map = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": _config_map(cluster), "namespace": provider.namespace},
+        "data": {f"{index}.yaml": text for index, text in enumerate(files.values())},
+    }
+    return [config_map, {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": metadata, "spec": spec}]
+
+
+def _files(job: JobFile) -> dict[str, str]:
+    """Texts of the job's files by their paths as they stand to each other, the job's own last."""
+    whole = [Path(os.path.normpath(path.absolute())) for path in job.paths]
+    above = os.path.commonpath([path.parent for path in whole])
+    return {path.relative_to(above).as_posix(): path.read_text(encoding="utf-8") for path in whole}
+
+
+def _config_map(cluster: Cluster) -> str:
+    return f"{cluster.name}-job"
+
+
+def _mount_files(pod: dict[str, Any], cluster: Cluster, files: dict[str, str]) -> None:
+    items = [{"key": f"{index}.yaml", "path": path} for index, path in enumerate(files)]
+    pod["volumes"].append({"name": "job", "configMap": {"name": _config_map(cluster), "items": items}})
+    pod["containers"][0]["volumeMounts"].append({"name": "job", "mountPath": _JOB_FOLDER, "readOnly": True})
 
 
 def _cluster_spec(cluster: Cluster, provider: Kubernetes) -> dict[str, Any]:

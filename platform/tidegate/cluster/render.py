@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from tidegate.cluster.kuberay import KUBERAY_VERSION, manifest
 from tidegate.cluster.launcher import launcher_config
 from tidegate.cluster.slurm import batch_script
 from tidegate.cluster.versions import ray_version
-from tidegate.config import ConfigError, load
+from tidegate.config import ConfigError, JobFile, load
 from tidegate.train.job import Job
 
 __all__ = ["cluster_files", "find_cluster", "load_cluster", "render"]
@@ -89,14 +88,14 @@ def render(cluster: Cluster, auth_folder: Path, job: Path | None = None) -> str:
     if isinstance(cluster.provider, Slurm):
         return batch_script(cluster)
     if isinstance(cluster.provider, Kubernetes):
-        document = manifest(cluster, _entrypoint(cluster, job) if job else None)
+        documents = manifest(cluster, JobFile(job) if job else None)
         reader = f"KubeRay {KUBERAY_VERSION}: kubectl apply -f"
     else:
-        document = launcher_config(cluster, str(auth_folder))
+        documents = [launcher_config(cluster, str(auth_folder))]
         reader = f"Ray {ray_version()}: ray up"
     head = f"# Rendered by tidegate cluster render, for {reader}. At most {cluster.max_nodes} worker nodes"
     head += f", {cluster.max_gpus} GPUs.\n" if cluster.max_gpus else ".\n"
-    return head + yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=1000)
+    return head + yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=1000)
 
 
 def check_job(cluster: Cluster, path: Path) -> None:
@@ -121,9 +120,3 @@ def check_job(cluster: Cluster, path: Path) -> None:
             f"{room} that cluster {cluster.name} has room for with all its {cluster.max_nodes} nodes; raise "
             "pools.*.max_nodes"
         )
-
-
-def _entrypoint(cluster: Cluster, job: Path) -> str:
-    storage = cluster.storage.bucket
-    where = ["--set", f"checkpoint.storage={storage}"] if storage else []
-    return shlex.join(["tidegate", "train", str(job), "--address", "auto", *where])

@@ -9,14 +9,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import secrets
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,9 +37,10 @@ _RAY = (sys.executable, "-m", "ray.scripts.scripts")
 class _Tool(NamedTuple):
     """How a provider is spoken to."""
 
-    up: Sequence[str]
+    up: Sequence[Sequence[str]]
+    """One after the other, until one fails."""
     down: Sequence[Sequence[str]]
-    """One after the other."""
+    """One after the other, whatever fails."""
     status: Sequence[str]
     needs: Sequence[str]
     """Programs."""
@@ -58,6 +62,10 @@ class _Folder:
 
     def file(self, cluster: Cluster) -> Path:
         return self.path / ("cluster.sh" if isinstance(cluster.provider, Slurm) else "cluster.yaml")
+
+    def holds_a_job(self, cluster: Cluster) -> bool:
+        """Whether what was rendered is a RayJob."""
+        return "kind: RayJob" in self.file(cluster).read_text(encoding="utf-8").splitlines()
 
     def write(self, cluster: Cluster, job: Path | None) -> Path:
         self.auth.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -103,24 +111,36 @@ def cluster_up(
         Whether it runs.
 
     Raises:
-        ConfigError: the file is wrong or unfinished, a program is missing, or credentials do not work.
+        ConfigError: the file is wrong or unfinished, a program is missing, credentials do not work, or a cluster of
+            this name was started elsewhere.
     """
     cluster = load_cluster(name, overrides, nodes)
     if cluster.to_fill_in:
         fields = " ".join(f"--set {field}=..." for field in cluster.to_fill_in)
         raise ConfigError(f"{name}: change-me is not a value; write a file that extends it, or add {fields}")
     folder = _Folder(state, cluster.name)
-    tool = _tool(cluster, folder.file(cluster))
+    tool = _tool(cluster, folder.file(cluster), job is not None)
+    if folder.resolved.exists():
+        _refuse_another(cluster, job, *_started(cluster.name, state))
     _check_tool(cluster, tool)
+    if isinstance(cluster.provider, Slurm):
+        _refuse_second(cluster, tool)
     running = folder.started.exists()
-    folder.write(cluster, job)
-    if _run(tool.up, timeout_s):
-        folder.started.touch()
-        print(_next(cluster, folder))
-        return True
+    with _signals_as_ctrl_c():
+        folder.write(cluster, job)
+        if _run_until_one_fails(tool.up, timeout_s):
+            folder.started.touch()
+            print(_next(cluster, folder))
+            return True
+        return _not_up(cluster, folder, tool, running, timeout_s)
+
+
+def _not_up(cluster: Cluster, folder: _Folder, tool: _Tool, running: bool, timeout_s: float) -> bool:
+    """Take down what a failed start left, and say so; False."""
     if running:
         print(f"the cluster {cluster.name} was there before and is left as it is; end it: {_down(cluster.name)}")
     elif _run_all(tool.down, timeout_s):
+        shutil.rmtree(folder.path)
         print(f"the cluster {cluster.name} did not start; what was there of it is taken down")
     else:
         print(
@@ -154,6 +174,68 @@ def cluster_status(name: str, state: StateDir) -> bool:
     return _run(_tool(cluster, folder.file(cluster)).status, 2 * _PROBE_S)
 
 
+_PLACES = {
+    "aws": ("region",),
+    "gcp": ("project", "region", "zone"),
+    "azure": ("location", "resource_group"),
+    "hosts": ("head", "workers", "ssh_user"),
+    "kubernetes": ("namespace",),
+    "slurm": (),
+}
+"""Fields of a provider by which `down` finds what runs."""
+
+
+def _refuse_another(cluster: Cluster, job: Path | None, there: Cluster, folder: _Folder) -> None:
+    """Raise ConfigError where a cluster of this name was started that `down` would not find after this."""
+    if isinstance(there.provider, Kubernetes) and (job or folder.holds_a_job(there)):
+        raise ConfigError(f"{cluster.name} is started, and a RayJob is not changed; first {_down(cluster.name)}")
+    fields = ("kind", *_PLACES[there.provider.kind])
+    for field in fields:
+        was, now = getattr(there.provider, field), getattr(cluster.provider, field, None)
+        if was != now:
+            raise ConfigError(
+                f"provider.{field}={now}: a cluster {cluster.name} was started with {was}; first run "
+                f"{_down(cluster.name)}, or take another name with --set name=..."
+            )
+
+
+def _refuse_second(cluster: Cluster, tool: _Tool) -> None:
+    """Raise ConfigError where Slurm has the job already: it would run twice."""
+    command = [*tool.status, "--noheader"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_PROBE_S).stdout.strip()
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(f"squeue does not say whether {cluster.name} is there already ({error})") from error
+    if listed:
+        raise ConfigError(
+            f"{cluster.name} waits or runs in Slurm already ({' '.join(listed.split())}); end it first: "
+            f"{_down(cluster.name)}"
+        )
+
+
+@contextlib.contextmanager
+def _signals_as_ctrl_c() -> Iterator[None]:
+    """SIGTERM and SIGHUP end what is in here as Ctrl-C does, once; where they are ignored they stay so."""
+    signals = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+
+    def end(number: int, frame: object) -> None:
+        for each in signals:  # what is done at the first one is not cut short by the next
+            signal.signal(each, lambda number, frame: None)
+        if number == signal.SIGHUP:  # the terminal is gone: what is said would fail
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for stream in (1, 2):
+                os.dup2(nowhere, stream)
+            os.close(nowhere)
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _started(name: str, state: StateDir) -> tuple[Cluster, _Folder]:
     known = sorted(path.parent.name for path in (state.root / "clusters").glob("*/cluster.json"))
     if name not in known:  # `../x` would lead out of the state directory
@@ -165,12 +247,12 @@ def _started(name: str, state: StateDir) -> tuple[Cluster, _Folder]:
 # --- providers -----------------------------------------------------------------------------------------------
 
 
-def _tool(cluster: Cluster, file: Path) -> _Tool:
+def _tool(cluster: Cluster, file: Path, job: bool = False) -> _Tool:
     provider = cluster.provider
     if isinstance(provider, Kubernetes):
         space = ("--namespace", provider.namespace)
         return _Tool(
-            up=("kubectl", "apply", "-f", str(file)),
+            up=[("kubectl", "apply", "-f", str(file)), *_kubernetes_wait(cluster.name, provider, job)],
             down=[("kubectl", "delete", "--ignore-not-found", "-f", str(file))],
             status=("kubectl", "get", "rayclusters,rayjobs,pods", *space),
             needs=("kubectl",),
@@ -180,7 +262,7 @@ def _tool(cluster: Cluster, file: Path) -> _Tool:
         )
     if isinstance(provider, Slurm):
         return _Tool(
-            up=("sbatch", str(file)),
+            up=[("sbatch", str(file))],
             down=[("scancel", "--me", f"--name={cluster.name}")],
             status=("squeue", "--me", f"--name={cluster.name}"),
             needs=("sbatch", "scancel", "squeue"),
@@ -193,7 +275,7 @@ def _tool(cluster: Cluster, file: Path) -> _Tool:
     # Ray's newer autoscaler counts the head as one of the hosts: of N that should always be there it starts N - 1.
     older = ("env", "RAY_UP_enable_autoscaler_v2=0") if isinstance(provider, Hosts) else ()
     return _Tool(
-        up=(*older, *_RAY, "up", "-y", "--no-config-cache", str(file)),
+        up=[(*older, *_RAY, "up", "-y", "--no-config-cache", str(file))],
         down=_launcher_down(cluster, file),
         status=(*_RAY, "exec", str(file), status),
         needs=("ssh", "rsync", *needs),
@@ -201,6 +283,15 @@ def _tool(cluster: Cluster, file: Path) -> _Tool:
         probe=probe,
         login=login,
     )
+
+
+def _kubernetes_wait(name: str, provider: Kubernetes, job: bool) -> list[Sequence[str]]:
+    """Until the nodes to begin with are there, or the job has begun; a queue admits it when it does."""
+    if provider.queue:
+        return []
+    kind, field = ("rayjob", "jobDeploymentStatus}=Running") if job else ("raycluster", "state}=ready")
+    wait = ("kubectl", "wait", f"{kind}/{name}", "--namespace", provider.namespace)
+    return [(*wait, f"--for=jsonpath={{.status.{field}", "--timeout=-1s")]  # for a week; `_run` ends it
 
 
 _Needs = tuple[Sequence[str], Sequence[str], Sequence[str], str]
@@ -274,6 +365,12 @@ def _run_all(commands: Sequence[Sequence[str]], timeout_s: float) -> bool:
     return all(worked)
 
 
+def _run_until_one_fails(commands: Sequence[Sequence[str]], timeout_s: float) -> bool:
+    """Run one after the other, for `timeout_s` in all; False where one failed."""
+    until = time.monotonic() + timeout_s
+    return all(_run(command, max(until - time.monotonic(), 0.0)) for command in commands)
+
+
 def _run(command: Sequence[str], timeout_s: float) -> bool:
     """Run with the output shown; False if it failed, took too long or was interrupted."""
     shown = shlex.join(command[1:] if command[0] == sys.executable else command)
@@ -283,7 +380,7 @@ def _run(command: Sequence[str], timeout_s: float) -> bool:
     except subprocess.TimeoutExpired:
         print(f"no end after {timeout_s:.0f} s: {shown}")
         return False
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # of `_signals_as_ctrl_c`
         print(f"interrupted: {shown}")
         return False
     if status:

@@ -193,7 +193,7 @@ def _begun(request: Request, name: str, job: Job, job_dir: Path) -> RunFolder | 
     if name in request.state.runs():
         run = request.state.run(name)
     else:
-        adopted = request.state.adopt(name, job.checkpoint.storage or str(request.state.checkpoints), job_dir)
+        adopted = request.state.adopt(name, request.state.storage_of(job), job_dir)
         if adopted is None:
             return None
         run = adopted
@@ -307,7 +307,7 @@ def _resumed_from(plan: _Plan, storage: str, record: RunRecord, run: str, report
 
 def _storage(request: Request, job: Job) -> str:
     """Where checkpoints go: a URI as it is, a folder absolute, and with room."""
-    storage = job.checkpoint.storage or str(request.state.checkpoints)
+    storage = request.state.storage_of(job)
     if "://" in storage:
         return storage.rstrip("/")
     folder = Path(storage).absolute()

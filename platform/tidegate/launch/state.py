@@ -5,8 +5,8 @@
   data/                            token shards (tidegate.data)
   mlflow/                          the embedded store (tidegate.track)
   runs/<run>/                      job.json (resolved), run.json (what `resume` needs), undelivered metrics
-  checkpoints/<run>-<MLflow run>/   unless checkpoint.storage says elsewhere; job.json and run.json stand there again,
-                                    so that a run can go on where there is only its storage
+  checkpoints/<run>-<MLflow run>/   unless checkpoint.storage or TIDEGATE_STORAGE says elsewhere; job.json and run.json
+                                    stand there again, so that a run can go on where there is only its storage
 """
 
 from __future__ import annotations
@@ -139,6 +139,10 @@ class StateDir:
         except FileExistsError:
             raise ConfigError(f"{self._runs / name} is there without a run in it; remove it or take another") from None
         return RunFolder(self._runs / name)
+
+    def storage_of(self, job: Job) -> str:
+        """Folder or URI of checkpoints: the job's, else `TIDEGATE_STORAGE`, else one in here."""
+        return job.checkpoint.storage or os.environ.get("TIDEGATE_STORAGE") or str(self.checkpoints)
 
     def adopt(self, name: str, storage: str, job_dir: Path) -> RunFolder | None:
         """The folder of a run that another state directory began, from what stands beside its checkpoints.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import stat
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -73,7 +75,7 @@ def test_a_cluster_is_remembered_and_goes_by_what_was_stored(kubectl, state, mon
     assert launch.cluster_status("kuberay", state)
     monkeypatch.chdir(tmp_path)  # where there is no cluster/
     assert launch.cluster_down("kuberay", state, 30)
-    assert said_to(kubectl) == ["get", "apply", "get", "apply", "get", "delete"]
+    assert said_to(kubectl) == ["get", "apply", "wait", "get", "apply", "wait", "get", "delete"]
     assert not folder.exists()
     with pytest.raises(ConfigError, match=r"kuberay: no such cluster in .*; started from here: none"):
         launch.cluster_down("kuberay", state, 30)
@@ -109,12 +111,78 @@ def test_a_provider_that_does_not_answer_takes_bounded_time(kubectl, state, monk
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.parametrize("verb", ["apply", "wait"])
 @pytest.mark.parametrize("problem", ["fail", "hang"])
-def test_what_does_not_start_is_taken_down(kubectl, state, capsys, problem):
-    make(kubectl, "apply", problem)
+def test_what_does_not_start_is_taken_down(kubectl, state, capsys, verb, problem):
+    make(kubectl, verb, problem)
     assert not up(state, timeout_s=3 if problem == "hang" else 30)
-    assert said_to(kubectl)[-2:] == ["apply", "delete"]
+    assert said_to(kubectl)[-2:] == [verb, "delete"]
     assert "did not start; what was there of it is taken down" in capsys.readouterr().out
+    assert not (state.root / "clusters" / "kuberay").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_takes_down_as_ctrl_c_does(kubectl, state, number):
+    make(kubectl, "wait", "hang")
+    before, streams = signal.getsignal(number), [os.dup(1), os.dup(2)]
+
+    def send():
+        while "wait" not in said_to(kubectl):
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGTERM)  # as systemd sends two; the second does not end the taking down
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        assert not up(state)
+    finally:
+        sender.join()
+        for stream, kept in enumerate(streams, 1):
+            os.dup2(kept, stream)
+            os.close(kept)
+    assert said_to(kubectl)[-1] == "delete"
+    assert signal.getsignal(number) == before
+
+
+def test_up_waits_until_nodes_are_ready_or_the_job_has_begun(kubectl, state):
+    assert up(state)
+    assert launch.cluster_down("kuberay", state, 30)
+    assert launch.cluster_up("kuberay", FILLED, 1, Path("jobs/h100.yaml"), state, 30)
+    waits = [line for line in Path(f"{kubectl}.log").read_text().splitlines() if line.startswith("wait")]
+    assert [wait.split()[1] for wait in waits] == ["raycluster/kuberay", "rayjob/kuberay"]
+    assert "--for=jsonpath={.status.state}=ready" in waits[0]
+    assert "--for=jsonpath={.status.jobDeploymentStatus}=Running" in waits[1]
+    with pytest.raises(ConfigError, match="kuberay is started, and a RayJob is not changed; first tidegate"):
+        up(state)
+
+
+def test_another_place_is_refused_while_one_is_started(kubectl, state):
+    assert up(state)
+    stored = (state.root / "clusters" / "kuberay" / "cluster.json").read_text()
+    with pytest.raises(ConfigError, match=r"provider\.namespace=lab: a cluster kuberay was started with default"):
+        up(state, "provider.namespace=lab")
+    with pytest.raises(ConfigError, match=r"provider\.kind=slurm: a cluster kuberay was started with kubernetes"):
+        launch.cluster_up("slurm", ["name=kuberay", "provider.partition=gpu"], 1, None, state, 30)
+    assert (state.root / "clusters" / "kuberay" / "cluster.json").read_text() == stored
+    assert said_to(kubectl) == ["get", "apply", "wait"]
+
+
+def test_slurm_gets_a_cluster_once(tmp_path, state, monkeypatch):
+    for name in ("sbatch", "scancel", "squeue"):
+        path = program(tmp_path / "bin", name, '#!/bin/bash\necho "$*" >>"$0.log"\n')
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+
+    def submit():
+        filled = ["image=r/tidegate:1", "provider.partition=gpu"]
+        return launch.cluster_up("slurm", filled, 2, None, state, 30)
+
+    assert submit()
+    path.write_text("#!/bin/bash\necho '  77 gpu slurm PD'\n")
+    with pytest.raises(ConfigError, match=r"slurm waits or runs in Slurm already \(77 gpu slurm PD\); end it first"):
+        submit()
+    assert len((tmp_path / "bin" / "sbatch.log").read_text().splitlines()) == 1
 
 
 def test_what_cannot_be_taken_down_is_said_with_the_command(kubectl, state, capsys):
