@@ -60,6 +60,11 @@ class Reader:
         assert self.browser.save_screenshot(str(self._screenshots / f"{name}.png"))
 
 
+def cell(metric: str) -> str:
+    """XPath of a cell of the table of runs."""
+    return f"//*[@role='gridcell' and @col-id='metrics.`{metric}`']"
+
+
 @pytest.fixture
 def reader(tmp_path) -> Iterator[Reader]:
     screenshots = Path(os.environ.get("TIDEGATE_SCREENSHOTS") or tmp_path / "screenshots")
@@ -83,7 +88,15 @@ def reader(tmp_path) -> Iterator[Reader]:
 def address(tiny_job, tmp_path, unused_port, wait_until, answers) -> Iterator[str]:
     """Where `tidegate ui` says that it shows two runs, one with an attention gate and one without."""
     state, tidegate = ["--state-dir", str(tmp_path / "state")], [sys.executable, "-m", "tidegate.cli"]
-    train = [*tidegate, "train", str(tiny_job(train={"eval_every": 4})), "--local", "--workers", "1", *state]
+    train = [
+        *tidegate,
+        "train",
+        str(tiny_job(train={"eval_every": 4}, resources={"price_per_hour": 3600.0})),
+        "--local",
+        "--workers",
+        "1",
+        *state,
+    ]
     for name, gate in (("gated", "sdpa_output"), ("plain", "none")):
         changes = ["--set", f"name={name}", "--set", f"model.attention.gate={{kind: {gate}}}"]
         done = subprocess.run([*train, *changes], capture_output=True, text=True)
@@ -106,9 +119,15 @@ def test_a_newcomer_finds_compares_and_opens_runs(address, reader, wait_until):
     reader.browser.get(address)
     reader.presses("//button[contains(@data-component-id, 'assistant') and @aria-label='Close']")  # MLflow's, at first
     reader.sees("//a[.='plain-1']")
-    assert reader.sees("//*[@role='gridcell' and @col-id='metrics.`tokens`']").text == "6144"
+    assert reader.sees(cell("tokens")).text == "6144"
     wait_until(lambda: reader.columns()[:6] == COLUMNS, 20, f"the columns in our order, not {reader.columns()}")
     reader.keeps("runs")
+    reader.browser.set_window_size(3000, 1100)  # columns beyond the edge are not drawn
+    for name in ("attention/sink_heads", "cost/gpu_hours", "cost/money"):
+        for row in ("gated-1", "plain-1"):
+            assert float(reader.sees(f"//*[@row-id=//*[@row-id][.//a[.='{row}']]/@row-id]{cell(name)}").text) >= 0, name
+    reader.keeps("costs")
+    reader.browser.set_window_size(2000, 1100)
 
     for name in ("gated-1", "plain-1"):
         reader.presses(f"//*[@role='row'][.//a[.='{name}']]//*[contains(@class, 'ag-checkbox-input-wrapper')]")
