@@ -241,12 +241,13 @@ def checkpoints(
 def report(
     run: Annotated[str, typer.Argument(help="Name of a run, or its MLflow id", show_default=False)],
     out: Annotated[Path | None, typer.Option(help="File to write [default: RUN.html]", show_default=False)] = None,
+    store: Annotated[str | None, typer.Option(help="URI of an MLflow store [default: as train would use]")] = None,
     state_dir: StateOption = None,
 ) -> None:
     """Write the page of a run, training or not: one HTML file that needs no network."""
     from tidegate.launch.run_page import write_report
 
-    print(write_report(run, _state(state_dir), out))
+    print(write_report(run, _state(state_dir), out, store))
 
 
 @app.command()

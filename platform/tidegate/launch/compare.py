@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import html
+import logging
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,17 +17,19 @@ from tidegate.config import ConfigError
 from tidegate.launch.comparison import Comparison, Setting
 from tidegate.launch.run_page import find_recorded
 from tidegate.launch.state import StateDir
-from tidegate.track import RunData, TrackConfig, find_run, find_runs, resolve_tracking_uri
+from tidegate.track import RunData, TrackConfig, find_runs, resolve_tracking_uri
 
 __all__ = ["compare", "wanted_runs"]
 
 _PAGE_WIDTH = 160
 
+_log = logging.getLogger(__name__)
+
 
 def wanted_runs(
     names: Sequence[str], state: StateDir, store: str | None, experiment: str | None, filter: str
 ) -> list[RunData]:
-    """Those that are named, then those of an experiment or that a filter finds.
+    """Those that are named, then those of an experiment or that a filter finds and that have records.
 
     Args:
         names: names or MLflow ids.
@@ -37,13 +40,15 @@ def wanted_runs(
     Raises:
         ConfigError: there is no such run, or the store cannot be read.
     """
-    uri = resolve_tracking_uri(TrackConfig(tracking_uri=store), state.root)
-    # Without another store a run of this state directory is found wherever it is tracked.
-    found = [find_recorded(name, state) if store is None else find_run(uri, name) for name in names]
+    found = [find_recorded(name, state, store) for name in names]
     if filter or (experiment is not None and not names):
         known = {run.id for run in found}
-        searched = find_runs(uri, experiment=experiment, filter=filter)
-        found += [run for run in searched if run.id not in known and "tokens" in run.metrics]  # a sweep has none itself
+        uri = resolve_tracking_uri(TrackConfig(tracking_uri=store), state.root)
+        searched = [run for run in find_runs(uri, experiment=experiment, filter=filter) if run.id not in known]
+        found += [run for run in searched if "tokens" in run.metrics]
+        empty = [f"{run.name} ({run.status})" for run in searched if "tokens" not in run.metrics]
+        if empty:  # a sweep has no records itself, nor has a run that failed before its first
+            _log.warning("left out, as they have recorded nothing: %s", ", ".join(empty))
     return found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import product
 from pathlib import PurePosixPath
@@ -43,6 +43,9 @@ METRICS = (
     "hidden/max_mean",
     "speed/tokens_per_s",
     "speed/mfu",
+    "cost/hours",
+    "cost/gpu_hours",
+    "cost/money",
 )
 """What is compared. For a layer, a `*` is every one, and the mean counts; for a domain it is a row each."""
 _NO_SETTINGS = ("name", "train.seed", "track.", "checkpoint.")
@@ -63,7 +66,7 @@ class Traced:
         label: its name.
         settings: parameters that make it another setting than others.
         seed: of its training.
-        flops_per_token: of training; None if its job cannot be read.
+        flops_per_token: of training; None if its job cannot be read and it has no such tag.
     """
 
     def __init__(self, run: RunData) -> None:
@@ -93,14 +96,14 @@ class Traced:
         return self.history["tokens"][known].to_numpy(float), values[known].to_numpy(float)
 
     def at(self, metric: str, tokens: float) -> float | None:
-        """A metric after so many tokens: of evaluations between the two around it, of training a mean before it.
+        """A metric after so many tokens: of evaluations and costs between the two around it, else a mean before it.
 
         None where the run has not come that far, or did not record it.
         """
         when, values = self.series(metric)
         if not len(when) or tokens > when[-1] * (1 + 1e-9):
             return None
-        if metric.startswith("val/"):
+        if metric.startswith(("val/", "cost/")):
             return float(np.interp(tokens, when, values)) if tokens >= when[0] else None
         end = int(np.searchsorted(when, tokens * (1 + 1e-9), side="right"))
         begin = min(int(np.searchsorted(when, (1 - _LAST) * tokens, side="right")), end - 1)  # at least the last
@@ -292,11 +295,10 @@ def _letters(place: int) -> str:
 
 
 def _flops_per_token(run: RunData) -> float | None:
-    document: Mapping[str, object] | None = run.job()
-    if document is None:
-        return None
+    """By its job as this version counts, else by its tag."""
     try:
-        job: Job = load_stored(json.dumps(document), Job, f"run {run.name}")
-    except ConfigError:  # of another version
-        return None
+        job: Job = load_stored(json.dumps(run.job()), Job, f"run {run.name}")
+    except ConfigError:  # of another version, or its artifacts are out of reach
+        tag = run.tags.get("flops_per_token", "")
+        return float(tag) if tag.isdecimal() else None
     return total(job.model, job.data.sequence_length).flops_per_token

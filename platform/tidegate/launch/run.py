@@ -134,7 +134,7 @@ def run(request: Request) -> Ran:
             ledger.write()
             finish_run(tracking, status)
         limit = ledger.limit if ended.outcome.stopped else ""
-        if limit or plan.resumed is not None:  # of the stop before, if there was one
+        if limit:
             tag_run(tracking, "tidegate.stopped_by", limit)
         _conclude(request, job, run_folder, dataset, tracking, reporter, ended, limit)
         reporter.say(f"cost: {ledger.in_words()}")

@@ -163,17 +163,18 @@ class RunPage:
             _log.warning("run %s: its page was not written: %s", self._tracking.name, redact(str(error)))
 
 
-def write_report(run: str, state: StateDir, out: Path | None) -> Path:
-    """Write the page of a run of this state directory, or of the store that it uses.
+def write_report(run: str, state: StateDir, out: Path | None, store: str | None = None) -> Path:
+    """Write the page of a run that `find_recorded` finds.
 
     Args:
         run: its name or MLflow id.
         out: the file; None: `RUN.html` in the current folder.
+        state, store: as for `find_recorded`.
 
     Raises:
         ConfigError: there is no such run, its store cannot be read, or the file cannot be written.
     """
-    found = find_recorded(run, state)
+    found = find_recorded(run, state, store)
     from tidegate.track.page import run_page
 
     path = out or Path(f"{found.name.replace('/', '_')}.html")
@@ -185,13 +186,18 @@ def write_report(run: str, state: StateDir, out: Path | None) -> Path:
     return path
 
 
-def find_recorded(run: str, state: StateDir) -> RunData:
+def find_recorded(run: str, state: StateDir, store: str | None = None) -> RunData:
     """A run by name or MLflow id: of this state directory, wherever it is tracked, else of the store in use.
+
+    Args:
+        run: its name or id.
+        state: this state directory.
+        store: URI of a store to look in instead; None: as above.
 
     Raises:
         ConfigError: there is none, or its store cannot be read.
     """
-    if run in state.runs():
+    if store is None and run in state.runs():
         record = state.run(run).read()
         return find_run(recorded_uri(record.tracking_uri), record.run_id)
-    return find_run(resolve_tracking_uri(TrackConfig(), state.root), run)
+    return find_run(resolve_tracking_uri(TrackConfig(tracking_uri=store), state.root), run)

@@ -255,6 +255,8 @@ def _resume(
     note = {"time": now, "tags": tags, "differs": differs, "resolved": document}
     client.log_text(run_id, _pretty(note), f"job/resumed-{resumed}.json")
     client.set_tag(run_id, "tidegate.resumed", str(resumed))
+    if run.data.tags.get("tidegate.stopped_by"):
+        client.set_tag(run_id, "tidegate.stopped_by", "")
     client.update_run(run_id, status="RUNNING")
     return RunHandle(uri, run.info.experiment_id, run_id, run.info.run_name)
 

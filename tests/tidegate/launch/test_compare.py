@@ -65,7 +65,7 @@ class Store:
         metrics = []
         for step in range(1, steps + 1):
             values = {"tokens": STEP_TOKENS * step, "train/loss": loss(step), "speed/tokens_per_s": 100.0 + step}
-            values |= {"moe/0/maxvio": 0.5, "moe/1/maxvio": 1.5, "moe/0/prose/maxvio": 9.0}
+            values |= {"cost/gpu_hours": step / 10, "moe/0/maxvio": 0.5, "moe/1/maxvio": 1.5, "moe/0/prose/maxvio": 9.0}
             if step % every == 0:
                 values |= {"val/loss": loss(step), "val/prose/ppl": math.exp(loss(step)), "val/bpb": loss(step) / 2}
             metrics += [Metric(key, value, step, step) for key, value in values.items()]
@@ -143,7 +143,27 @@ def test_equal_tokens_are_as_far_as_all_have_come(store: Store) -> None:
         assert value == pytest.approx(5 - 0.05 * 20)
         (value,) = found.values("train/loss", setting, at="tokens").values()
         assert value == pytest.approx(5 - 0.05 * 24)
+        assert [*found.values("cost/gpu_hours", setting, at="tokens").values()] == [pytest.approx(2.5)]
     assert "with one seed in common: whether chance would make it so is not known" in found.conclusions()[0]
+
+
+@pytest.mark.parametrize("text", [None, "{torn", "null", '{"model": 1}'])
+def test_a_run_whose_job_cannot_be_read_has_the_flops_of_its_tag(store: Store, text: str | None) -> None:
+    name = f"without {text}"
+    store.plant(name, lambda step: 1.0, tags={"flops_per_token": "1000"})
+    (found,) = wanted_runs([name], store.state, None, None, "")
+    (path,) = store.state.root.rglob(f"{found.id}/artifacts/job/resolved.json")
+    path.unlink()
+    if text is not None:
+        path.write_text(text)
+    assert store.compared("narrow-0", name).flops == STEP_TOKENS * STEPS * 1000
+
+
+def test_runs_that_a_search_finds_without_records_are_named(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    found = wanted_runs([], store.state, None, None, "attributes.run_name LIKE '%e%'")
+    assert "empty" not in [run.name for run in found]
+    assert "narrow-0" not in caplog.text
+    assert "left out, as they have recorded nothing: empty (FINISHED)" in caplog.text
 
 
 def test_losses_of_other_tokens_are_compared_by_force_only(store: Store) -> None:

@@ -160,6 +160,11 @@ def test_a_report_is_written_for_a_run_of_here_or_of_the_store(state, tmp_path, 
     assert here.run_id in write_report("ours-1", state, None).read_text()
 
 
+def test_a_report_is_written_for_a_run_of_another_store(state, tmp_path):
+    there = opened(StateDir(tmp_path / "there"), "gate-1")
+    assert there.run_id in write_report("gate-1", state, tmp_path / "page.html", there.uri).read_text()
+
+
 def test_a_report_that_cannot_be_written_names_run_or_file(state, tmp_path):
     opened(state, "gate-1")
     with pytest.raises(ConfigError, match="'gate-2': no such run"):

@@ -23,6 +23,7 @@ from tidegate.track import (
     open_run,
     resolve_tracking_uri,
     run_url,
+    tag_run,
 )
 from tidegate.track.client import connect, one_line
 from tidegate.track.provenance import git_commit
@@ -190,6 +191,15 @@ def test_a_resumed_run_keeps_id_params_and_name_and_notes_what_differs(uri):
     open_job(uri, resolved, run_id=first.run_id)
     assert connect(uri).get_run(first.run_id).data.tags["tidegate.resumed"] == "2"
     assert json.loads(artifact(first, "job/resumed-2.json"))["resolved"] == resolved
+
+
+def test_a_resumed_run_is_no_longer_stopped_by_anything(uri):
+    first = open_job(uri, {})
+    tag_run(first, "tidegate.stopped_by", "limits.max_hours=2")
+    finish_run(first, "KILLED")
+    open_job(uri, {}, run_id=first.run_id)
+    run = connect(uri).get_run(first.run_id)
+    assert (run.info.status, run.data.tags["tidegate.stopped_by"]) == ("RUNNING", "")
 
 
 def test_an_unchanged_resume_says_nothing(uri):
