@@ -22,7 +22,7 @@ import numpy as np
 
 from tidegate.config import ConfigError
 from tidegate.redact import redact
-from tidegate.track.client import connect, database_file, one_line
+from tidegate.track.client import connect, database_file, is_database, one_line, schema_of
 from tidegate.track.spool import TOKENS
 
 if TYPE_CHECKING:
@@ -123,11 +123,11 @@ class RunData:
         import pandas as pd
 
         with _answering(self._store.uri):
-            if self._store.uri.startswith(("http://", "https://")):
+            if is_database(self._store.uri):
+                points = self._points_of_database(names, steps)
+            else:
                 points = pd.DataFrame(self._points_of_server(names), columns=["key", "step", "time_ms", "value"])
                 points = points if steps is None else points[points["step"].isin(steps)]
-            else:
-                points = self._points_of_database(names, steps)
         points["value"] = points["value"].astype(float).replace({_LARGEST: np.inf, -_LARGEST: -np.inf})
         return points.sort_values("time_ms", kind="stable", ignore_index=True)
 
@@ -144,15 +144,21 @@ class RunData:
             ConfigError: the store does not answer.
         """
         points = self.points if only is None else self.points_of({TOKENS, *only} & self.metrics.keys())
-        records = points[points["key"] == TOKENS]
-        points = points[~points["key"].str.startswith(SYSTEM) | points["time_ms"].isin(records["time_ms"])]
-        # A record is left behind if a later one is of an earlier step. The values of a record share its time.
-        earliest_from_here = records["step"][::-1].cummin()[::-1]
-        left_behind = records["time_ms"][records["step"] > earliest_from_here]
-        points = points[~points["time_ms"].isin(left_behind)].drop_duplicates(["step", "key"], keep="last")
-        table = points.pivot(index="step", columns="key", values="value").rename_axis(columns=None)
+        table = _standing(points).pivot(index="step", columns="key", values="value").rename_axis(columns=None)
         others = [name for name in table.columns if name != TOKENS]
         return table.reindex(columns=[TOKENS, *others])
+
+    def not_finite_from(self, metric: str) -> int | None:
+        """The step from which a metric was NaN or infinite to the end; None if its last value is finite, or not there.
+
+        Raises:
+            ConfigError: the store does not answer.
+        """
+        points = _standing(self.points)
+        values = points[points["key"] == metric].set_index("step")["value"].sort_index()
+        finite_later = np.logical_or.accumulate(np.isfinite(values.to_numpy())[::-1])[::-1]
+        steps = values.index[~finite_later]
+        return int(steps[0]) if len(steps) else None
 
     def job(self) -> dict[str, Any] | None:
         """The resolved job of the first start; None for a run that recorded none."""
@@ -225,6 +231,16 @@ class RunData:
 
         with ThreadPoolExecutor(_REQUESTS_AT_A_TIME) as pool:
             return [point for series in pool.map(read, names) for point in series]
+
+
+def _standing(points: pd.DataFrame) -> pd.DataFrame:
+    """Points of the run as it stands: the last of each metric at each step, without what was left behind."""
+    records = points[points["key"] == TOKENS]
+    points = points[~points["key"].str.startswith(SYSTEM) | points["time_ms"].isin(records["time_ms"])]
+    # A record is left behind if a later one is of an earlier step. The values of a record share its time.
+    earliest_from_here = records["step"][::-1].cummin()[::-1]
+    left_behind = records["time_ms"][records["step"] > earliest_from_here]
+    return points[~points["time_ms"].isin(left_behind)].drop_duplicates(["step", "key"], keep="last")
 
 
 def find_run(uri: str, run: str, *, experiment: str | None = None) -> RunData:
@@ -313,31 +329,9 @@ def _open(uri: str) -> _Store:
     if database and not database.is_file():
         raise ConfigError(f"{redact(uri)}: no such store; nothing has been recorded there")
     with _answering(uri):
-        if not uri.startswith(("http://", "https://")) and uri != "databricks":
-            _check_schema(uri)
+        if is_database(uri) and schema_of(uri) is None:
+            raise ConfigError(f"{redact(uri)}: a database, but not of MLflow")
         return _Store(uri, connect(uri))
-
-
-def _check_schema(uri: str) -> None:
-    import mlflow
-    import sqlalchemy
-    from alembic.runtime.migration import MigrationContext
-    from mlflow.store.db.utils import _get_latest_schema_revision  # private, but else opening would migrate
-
-    engine = sqlalchemy.create_engine(uri)
-    try:
-        with engine.connect() as connection:
-            there = MigrationContext.configure(connection).get_current_revision()
-    finally:
-        engine.dispose()
-    if there is None:
-        raise ConfigError(f"{redact(uri)}: a database, but not of MLflow")
-    expected = _get_latest_schema_revision()
-    if there != expected:
-        raise ConfigError(
-            f"{redact(uri)}: written by another MLflow (schema {there}; {mlflow.__version__} has {expected}); read it "
-            "with that one, or back it up and run `mlflow db upgrade`"
-        )
 
 
 @contextmanager

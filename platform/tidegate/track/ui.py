@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tidegate.config import ConfigError
 from tidegate.redact import redact
-from tidegate.track.client import connect, database_file, import_mlflow, one_line
+from tidegate.track.client import connect, database_file, import_mlflow, one_line, schema_of
 from tidegate.track.preset import experiment_pages
 from tidegate.track.store import artifact_root, embedded_uri
 
@@ -57,6 +57,8 @@ def serve_ui(state_dir: Path, host: str = "127.0.0.1", port: int = 5000) -> int:
         )
     try:
         pages = experiment_pages(uri)
+    except ConfigError:
+        raise
     except Exception as error:  # MLflow lets errors of SQLAlchemy and the file system through
         raise ConfigError(f"state_dir: {database} cannot be opened: {one_line(error)}") from error
     for page in pages:
@@ -101,7 +103,8 @@ def _check_database(database: Path) -> str:
         read_only = sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True, timeout=CHECK_TIMEOUT_S)
         with closing(read_only):
             runs = read_only.execute("SELECT count(*) FROM runs").fetchone()[0]
-    except sqlite3.Error as error:
+        schema_of(f"sqlite:///{database}")
+    except (sqlite3.Error, ConfigError) as error:
         return f"not reachable: {database}: {error}"
     return f"reachable: {database} ({runs} runs)"
 

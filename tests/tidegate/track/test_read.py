@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import math
+import re
 import sqlite3
+import threading
 from contextlib import closing
 
 import pytest
 
 from tidegate.config import ConfigError
-from tidegate.track import TrackConfig, find_run, find_runs, finish_run, log_text, open_run
-from tidegate.track.client import connect, database_file
+from tidegate.track import (
+    RunHandle,
+    TrackConfig,
+    check_tracking,
+    find_run,
+    find_runs,
+    finish_run,
+    log_text,
+    logged_model,
+    open_run,
+    register_model,
+    serve_ui,
+    tag_run,
+)
+from tidegate.track.client import connect, database_file, is_database, schema_of
 
 
 def start(uri, name, *, experiment="tidegate", tags=None, resolved=None):
@@ -220,15 +235,52 @@ def test_a_server_that_does_not_answer_is_named(unused_port):
         find_run(f"http://127.0.0.1:{unused_port}", "gate-1")
 
 
-def test_a_store_of_another_schema_is_refused_and_left_alone(uri):
+def test_a_store_of_another_schema_is_refused_and_left_alone(uri, state_dir):
     database = database_file(uri)
     with closing(sqlite3.connect(database)) as tables:
         tables.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
         tables.commit()
+        tables.execute("DROP TABLE webhooks")  # MLflow migrates where one of its tables is missing
+        tables.commit()
     before = database.read_bytes()
-    with pytest.raises(ConfigError, match=r"written by another MLflow \(schema 451aebb31d03; .*mlflow db upgrade"):
-        find_runs(uri)
+    handle = RunHandle(uri, "1", "0" * 32, "a")
+    for use in (
+        lambda: find_runs(uri),
+        lambda: start(uri, "gate-1"),
+        lambda: open_run(uri, TrackConfig(), job="j", resolved={}, changes={}, command=[], run_id="0" * 32),
+        lambda: serve_ui(state_dir),
+        lambda: logged_model(handle),
+        lambda: register_model(handle, "name", None, "m"),
+    ):
+        with pytest.raises(ConfigError, match=r"written by another MLflow \(schema 451aebb31d03; .*mlflow db upgrade"):
+            use()
+    assert not tag_run(handle, "key", "value")
+    assert re.match(r"not reachable: .*written by another MLflow", check_tracking(uri))
     assert database.read_bytes() == before
+
+
+def test_tables_that_are_being_made_are_waited_for(uri):
+    with closing(sqlite3.connect(database_file(uri), check_same_thread=False)) as tables:
+
+        def set_to(revision):
+            tables.execute("UPDATE alembic_version SET version_num = ?", [revision])
+            tables.commit()
+
+        last = schema_of(uri)
+        set_to("451aebb31d03")
+        timers = [threading.Timer(after_s, set_to, [revision]) for after_s, revision in ((0.5, "next"), (1.5, last))]
+        for timer in timers:
+            timer.start()
+        assert schema_of(uri) == last
+        for timer in timers:
+            timer.join()
+
+
+@pytest.mark.parametrize("uri", ["databricks", "databricks://profile", "databricks-uc", "uc:http://host:1"])
+def test_a_store_that_is_no_database_is_left_to_mlflows_client(uri):
+    assert not is_database(uri)
+    assert schema_of(uri) is None
+    assert is_database("postgresql+psycopg2://host/name")
 
 
 def test_another_programs_database_is_refused_and_left_alone(tmp_path):
