@@ -32,6 +32,7 @@ __all__ = [
     "check_tuning_windows",
     "eval_batches",
     "eval_windows",
+    "scored_bytes",
     "scored_fingerprint",
 ]
 
@@ -234,6 +235,18 @@ def scored_fingerprint(dataset: TokenDataset, config: DataConfig) -> str:
         parts += [domain.name, str(eval_windows(dataset, config, index))]
         parts += [shard.sha256 for shard in domain.held_out.shards]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def scored_bytes(dataset: TokenDataset, config: DataConfig) -> int | None:
+    """Bytes of UTF-8 text that evaluation reads in all domains; None if tokens have no length (see `token_bytes`)."""
+    lengths_V = dataset.token_bytes
+    if lengths_V is None:
+        return None
+    total = 0
+    for index in range(len(dataset.domains)):
+        end = eval_windows(dataset, config, index) * config.sequence_length
+        total += int(lengths_V[dataset.stream(index, "held_out").read(0, end)].sum())
+    return total
 
 
 def check_tuning_windows(dataset: TokenDataset, config: DataConfig) -> None:

@@ -91,7 +91,7 @@ def _runs(comparison: Comparison) -> Table:
             table.add_row(
                 setting.label,
                 run.label,
-                str(run.seed),
+                run.seed,
                 run.run.status,
                 f"{tokens:,.0f}",
                 "" if run.flops_per_token is None else f"{tokens * run.flops_per_token:.3g}",
@@ -116,10 +116,12 @@ def _metrics(comparison: Comparison) -> list[Table]:
     tables = []
     for at, moment in moments:
         table = Table(
-            "metric", *(s.label for s in comparison.settings), title=f"after {moment}, or as far as all have it"
+            "metric", at, *(s.label for s in comparison.settings), title=f"after {moment}, or as far as all have it"
         )
         for metric in comparison.metrics:
-            table.add_row(metric, *(_cell(comparison, metric, setting, at) for setting in comparison.settings))
+            read_at = comparison.moment(metric, at)
+            shown = "-" if read_at is None else f"{read_at:,.0f}" if at == "tokens" else f"{read_at:.3g}"
+            table.add_row(metric, shown, *(_cell(comparison, metric, setting, at) for setting in comparison.settings))
         tables.append(table)
     return tables
 
@@ -135,13 +137,16 @@ def _cell(comparison: Comparison, metric: str, setting: Setting, at: str) -> str
 
 def _write_csv(comparison: Comparison, file: TextIO) -> None:
     writer = csv.writer(file)
-    writer.writerow(["setting", "run", "seed", "metric", "at", "value"])
+    writer.writerow(["setting", "run", "seed", "metric", "at", "tokens", "value"])
     for metric in comparison.metrics:
         for setting in comparison.settings:
             for at in ("tokens", *(["FLOPs"] if comparison.flops is not None else [])):
-                seeds = {run.label: run.seed for run in setting.runs}
-                for label, value in comparison.values(metric, setting, at=at).items():
-                    writer.writerow([setting.label, label, seeds[label], metric, at, repr(value)])
+                values = comparison.values(metric, setting, at=at)
+                for run in setting.runs:
+                    if run.label in values:
+                        tokens = round(comparison.tokens_at(metric, run, at))
+                        value = repr(values[run.label])
+                        writer.writerow([setting.label, run.label, run.seed, metric, at, tokens, value])
 
 
 def _page(comparison: Comparison) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import product
@@ -22,6 +23,7 @@ from tidegate.launch.paired import verdict
 from tidegate.model.flops import total
 from tidegate.track import RunData
 from tidegate.train.job import Job
+from tidegate.train.metric_path import parse_metric
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,14 +49,19 @@ METRICS = (
     "cost/gpu_hours",
     "cost/money",
 )
-"""What is compared. For a layer, a `*` is every one, and the mean counts; for a domain it is a row each."""
+"""What is compared. For a layer, a `*` is every one, and the mean counts; else it is a row each."""
 _NO_SETTINGS = ("name", "train.seed", "track.", "checkpoint.")
 """Parameters that make no other setting."""
-_TOKENIZER, _HELD_OUT = ("data.tokenizer.",), ("data.domains.", "data.sequence_length", "data.eval_sequences")
-_NOT_OF_TEXT = ".weight"
+_TOKENIZER, _EVALUATED = ("data.tokenizer.",), ("data.eval_sequences",)
+_TEXT = ("data.domains.", "data.sequence_length", "data.documents", "data.seed")
+_WEIGHT = ".weight"
 """Of a domain: says how often training draws it."""
+_LOSSES = ("val/loss", "val/bpb", "train/loss")
+"""The first that can be compared says which setting is better."""
 _DRAWN = ("val/loss", "val/bpb", "train/loss", "moe/*/maxvio")
 _COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
+_SAME_STRETCH = 0.99
+"""Of the bytes that runs with other tokenizers score: for the same text, but for the end of its last sequence."""
 _LAST = 0.1
 """Of the tokens before a moment: what a metric of training is a mean over."""
 
@@ -65,14 +72,14 @@ class Traced:
     Attributes:
         label: its name.
         settings: parameters that make it another setting than others.
-        seed: of its training.
+        seed: of its training, as recorded; empty if none was.
         flops_per_token: of training; None if its job cannot be read and it has no such tag.
     """
 
     def __init__(self, run: RunData) -> None:
         self.run, self.label = run, run.name
         self.settings = {path: value for path, value in run.params.items() if not path.startswith(_NO_SETTINGS)}
-        self.seed = int(run.params.get("train.seed", 0))
+        self.seed = run.params.get("train.seed", "")
         self.flops_per_token = _flops_per_token(run)
         self._series: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -82,7 +89,7 @@ class Traced:
         return self.run.history()
 
     def series(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and values of a metric, or of the mean of those that a pattern matches; empty if there are none."""
+        """Tokens and finite values of a metric, or of the mean of those that a pattern matches; empty without any."""
         if metric not in self._series:
             self._series[metric] = self._read(metric)
         return self._series[metric]
@@ -92,7 +99,7 @@ class Traced:
         if not columns:
             return np.empty(0), np.empty(0)
         values = self.history[columns].mean(axis=1, skipna=False)
-        known = values.notna() & self.history["tokens"].notna()
+        known = np.isfinite(values) & self.history["tokens"].notna()
         return self.history["tokens"][known].to_numpy(float), values[known].to_numpy(float)
 
     def at(self, metric: str, tokens: float) -> float | None:
@@ -132,12 +139,15 @@ class Comparison:
         more: metrics beside `METRICS`, as patterns.
 
     Raises:
-        ConfigError: there is no run, or one without a record.
+        ConfigError: there is no run, or one without a record, or a pattern is empty.
     """
 
     def __init__(self, runs: Sequence[RunData], *, force: bool = False, more: Sequence[str] = ()) -> None:
         if not runs:
             raise ConfigError("no run to compare")
+        for pattern in more:
+            if not PurePosixPath(pattern).parts:
+                raise ConfigError(f"--metric {pattern!r}: no name or pattern of metrics")
         traced = [Traced(run) for run in runs]
         for one in traced:
             if "tokens" not in one.history.columns or one.history["tokens"].notna().sum() == 0:
@@ -151,11 +161,24 @@ class Comparison:
         self.warnings: list[str] = []
         self._other_tokens = self._differ("tokenizer", _TOKENIZER)
         # Evaluations of the same text differ in the tag too where tokens do.
-        self._other_text = self._differ("" if self._other_tokens else "validation", _HELD_OUT)
+        self._other_text = self._differ("" if self._other_tokens else "validation", (*_TEXT, *_EVALUATED))
+        only_evaluated = self._differ("", _EVALUATED) and not self._differ("", _TEXT)
+        other_mixture = self._differ("", ("data.domains.",), weights=True)
+        self._other_training = (self._other_text and not only_evaluated) or other_mixture
         if self._other_tokens:
             self.warnings.append("tokenizers differ: loss and perplexity are of other tokens; bits per byte compare")
+        other_stretches = self._other_tokens and not self._score_as_much()
+        if other_stretches:
+            self.warnings.append(
+                "bits per byte are not known to be of the same stretch of the held-out text (their tags scored_bytes "
+                "differ or are missing): no winner is named by them without --force"
+            )
+        self._deciding = [name for name in _LOSSES if force or not (name == "val/bpb" and other_stretches)]
         if self._other_text:
             self.warnings.append("held-out text differs: nothing of val/ is of the same text")
+        if self._other_training:
+            self.warnings.append("training text or its mixture differs: train/loss is of other text")
+        self.warnings += [line for run in self.runs if (line := _diverged(run))]
         refused = [name for name in self._recorded() if self._is_refused(name)]
         if refused and not force:
             self.warnings.append(f"not compared without --force: {', '.join(refused)}")
@@ -185,6 +208,16 @@ class Comparison:
             return None
         return min(float(run.history["tokens"].max()) * (run.flops_per_token or 0.0) for run in self.runs)
 
+    def moment(self, metric: str, at: str) -> float | None:
+        """Where a metric is read: as far as all have come that recorded it, in tokens or FLOPs; None without any."""
+        ends = [(run, when[-1]) for run in self.runs if len(when := run.series(metric)[0])]
+        return min((end * _price(run, at) for run, end in ends), default=None)
+
+    def tokens_at(self, metric: str, run: Traced, at: str) -> float:
+        """After how many of a run's tokens a metric is read, which all or some recorded."""
+        moment = self.moment(metric, at)
+        return math.inf if moment is None else moment / _price(run, at)
+
     def values(self, metric: str, setting: Setting, *, at: str) -> dict[str, float]:
         """By run, of a setting.
 
@@ -195,14 +228,14 @@ class Comparison:
         """
         found: dict[str, float] = {}
         for run in setting.runs:
-            value = run.at(metric, self._moment(run, metric, at))
+            value = run.at(metric, self.tokens_at(metric, run, at))
             if value is not None:
                 found[run.label] = value
         return found
 
     def conclusions(self) -> list[str]:
         """The best setting against each other one, over paired seeds; by bits per byte where losses cannot be used."""
-        metric = next((name for name in ("val/loss", "val/bpb", "train/loss") if name in self.metrics), None)
+        metric = next((name for name in self._deciding if name in self.metrics), None)
         if metric is None or len(self.settings) < 2:
             return []
         lines = []
@@ -248,43 +281,47 @@ class Comparison:
             return f"at equal {at}, {best.label} has the lower {metric} than {other.label}; no seed is common to both"
         return f"at equal {at}, {verdict(ours, theirs).in_words(best.label, other.label, metric)}"
 
-    def _by_seed(self, metric: str, setting: Setting, at: str) -> dict[int, float]:
-        values = self.values(metric, setting, at=at)
-        return {run.seed: values[run.label] for run in setting.runs if run.label in values}
+    def _by_seed(self, metric: str, setting: Setting, at: str) -> dict[str, float]:
+        """Runs of one seed count as their mean."""
+        values, found = self.values(metric, setting, at=at), defaultdict(list)
+        for run in setting.runs:
+            if run.label in values:
+                found[run.seed].append(values[run.label])
+        return {seed: statistics.fmean(same) for seed, same in found.items()}
 
     def _mean(self, metric: str, setting: Setting, at: str) -> float | None:
-        values = self.values(metric, setting, at=at)
+        values = self._by_seed(metric, setting, at)
         return statistics.fmean(values.values()) if values else None
 
-    def _moment(self, run: Traced, metric: str, at: str) -> float:
-        """In tokens: as far as all have come that recorded the metric."""
-        ends = {one: when[-1] for one in self.runs if len(when := one.series(metric)[0])}
-        if not ends or run not in ends:
-            return float("inf")
-        if at == "tokens":
-            return min(ends.values())
-        return min(end * (one.flops_per_token or 0.0) for one, end in ends.items()) / (run.flops_per_token or 1.0)
-
     def _recorded(self, more: Sequence[str] = ()) -> list[str]:
-        """Of what some run recorded: a domain each for `val/`, the pattern itself for layers."""
+        """Of what some run recorded: the pattern itself for layers, heads or nodes, or else each that it matches."""
         columns = {name for run in self.runs for name in run.history.columns}
         names: list[str] = []
         for pattern in (*METRICS, *more):
             matching = sorted(name for name in columns if PurePosixPath(name).match(pattern))
-            names += matching if pattern.startswith("val/") else [pattern] if matching else []
+            of_places = matching and all(parse_metric(name).place.keys() - {"domain"} for name in matching)
+            names += [pattern] if of_places else matching
         return list(dict.fromkeys(names))
 
     def _is_refused(self, name: str) -> bool:
-        of_tokens = name == "train/loss" or (name.startswith("val/") and name.endswith(("/loss", "/ppl")))
-        return (self._other_tokens and of_tokens) or (self._other_text and name.startswith("val/"))
+        if name == "train/loss":
+            return self._other_tokens or self._other_training
+        of_tokens = name.endswith(("/loss", "/ppl"))
+        return name.startswith("val/") and (self._other_text or (self._other_tokens and of_tokens))
 
-    def _differ(self, tag: str, prefixes: tuple[str, ...]) -> bool:
-        """By a fingerprint that runs are tagged with, or by parameters where one has none."""
+    def _score_as_much(self) -> bool:
+        """Whether evaluation reads as many bytes in all runs, which then are of the same text."""
+        tags = [run.run.tags.get("scored_bytes", "") for run in self.runs]
+        sizes = [int(tag) if tag.isdecimal() else 0 for tag in tags]
+        return min(sizes) > _SAME_STRETCH * max(sizes)
+
+    def _differ(self, tag: str, prefixes: tuple[str, ...], *, weights: bool = False) -> bool:
+        """By a fingerprint that runs are tagged with, or by parameters where one has none; weights, or all but them."""
         prints = [run.run.tags.get(tag) for run in self.runs]
         if None not in prints:
             return len(set(prints)) > 1
         parts = [
-            {p: v for p, v in run.settings.items() if p.startswith(prefixes) and not p.endswith(_NOT_OF_TEXT)}
+            {p: v for p, v in run.settings.items() if p.startswith(prefixes) and p.endswith(_WEIGHT) == weights}
             for run in self.runs
         ]
         return any(part != parts[0] for part in parts)
@@ -292,6 +329,20 @@ class Comparison:
 
 def _letters(place: int) -> str:
     return (_letters(place // 26 - 1) if place >= 26 else "") + chr(ord("A") + place % 26)
+
+
+def _price(run: Traced, at: str) -> float:
+    """Of a token, in tokens or FLOPs."""
+    return 1.0 if at == "tokens" else run.flops_per_token or math.nan
+
+
+def _diverged(run: Traced) -> str | None:
+    """Says from where a run's losses are not finite."""
+    steps = {metric: step for metric in _LOSSES if (step := run.run.not_finite_from(metric)) is not None}
+    if not steps:
+        return None
+    metric = min(steps, key=lambda name: steps[name])
+    return f"{run.label} is not finite from step {steps[metric]} ({metric}): all are read before it"
 
 
 def _flops_per_token(run: RunData) -> float | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tidegate.config import ConfigError
-from tidegate.data.loader import scored_fingerprint
+from tidegate.data.loader import scored_bytes, scored_fingerprint
 from tidegate.data.shards import TokenDataset
 from tidegate.launch.export import chosen
 from tidegate.launch.state import StateDir
@@ -53,6 +53,7 @@ def job_tags(job: Job, dataset: TokenDataset, base: str | None, cluster: str) ->
         "active_params": str(cost.active_params),
         "flops_per_token": f"{cost.flops_per_token:.0f}",
         "tokenizer": dataset.tokenizer_sha256[:FINGERPRINT_DIGITS],
+        "scored_bytes": str(scored_bytes(dataset, job.data)),
         "validation": scored_fingerprint(dataset, job.data)[:FINGERPRINT_DIGITS],
     }
 

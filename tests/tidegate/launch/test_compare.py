@@ -48,6 +48,7 @@ class Store:
         steps: int = STEPS,
         every: int = 10,
         tags: Mapping[str, str] | None = None,
+        seed: str | None = None,
     ) -> None:
         """A run that evaluates every so many steps."""
         from mlflow.entities import Metric
@@ -56,7 +57,7 @@ class Store:
             self.uri,
             TrackConfig(),
             job="tiny",
-            resolved=job_with(*changes),
+            resolved=_seeded(job_with(*changes), seed),
             changes={},
             command=["x"],
             name=name,
@@ -82,9 +83,16 @@ def job_with(*changes: str) -> Job:
     return job
 
 
+def _seeded(job: Job, seed: str | None) -> dict[str, Any]:
+    """The job, perhaps with a seed as another program may record it."""
+    document = job.model_dump(mode="json")
+    return document if seed is None else {**document, "train": {**document["train"], "seed": seed}}
+
+
 WIDE = ("model.ffn.expert_dim=256",)
 HEAVIER = [domain.model_dump(mode="json") for domain in job_with().data.domains]
 HEAVIER[0]["weight"] = 2
+OTHER = [{**domain, "held_out": 2 * domain["held_out"]} for domain in HEAVIER]
 RUNS: Mapping[str, tuple[Losses, tuple[str, ...], dict[str, int]]] = {
     "narrow-0": (lambda step: 5 - 0.05 * step, ("train.seed=0",), {}),
     "narrow-1": (lambda step: 6 - 0.05 * step, ("train.seed=1",), {}),
@@ -94,6 +102,7 @@ RUNS: Mapping[str, tuple[Losses, tuple[str, ...], dict[str, int]]] = {
     "words": (lambda step: 5 - 0.05 * step, ("data.tokenizer.vocab_size=4000",), {}),
     "longer": (lambda step: 5 - 0.05 * step, ("data.eval_sequences=33",), {}),
     "heavier": (lambda step: 5 - 0.05 * step, (f"data.domains={json.dumps(HEAVIER)}",), {}),
+    "other domain": (lambda step: 4 - 0.05 * step, (f"data.domains={json.dumps(OTHER)}",), {}),
     "empty": (lambda step: 0.0, (), {"steps": 0}),
     "diverged": (lambda step: math.nan if step > 15 else 5.0, ("model.ffn.top_k=3",), {}),
 }
@@ -171,8 +180,22 @@ def test_losses_of_other_tokens_are_compared_by_force_only(store: Store) -> None
     assert found.warnings[0].startswith("tokenizers differ")
     assert {"val/bpb", "moe/*/maxvio"} <= set(found.metrics)
     assert not {"val/loss", "val/prose/ppl", "train/loss"} & set(found.metrics)
-    assert "val/bpb" in found.conclusions()[0]
     assert {"val/loss", "val/prose/ppl"} <= set(store.compared("narrow-0", "words", force=True).metrics)
+
+
+@pytest.mark.parametrize(("size", "decides"), [("9950", True), ("9800", False), ("unknown", False), (None, False)])
+def test_bits_per_byte_decide_where_the_same_text_is_scored(store: Store, size: str | None, decides: bool) -> None:
+    words = ("data.tokenizer.vocab_size=4000",)
+    store.plant(f"here {size}", lambda step: 5.0, tags={"tokenizer": "a", "scored_bytes": "10000"})
+    tags = {"tokenizer": "b"} | ({} if size is None else {"scored_bytes": size})
+    store.plant(f"there {size}", lambda step: 4.0, *words, tags=tags)
+    found = store.compared(f"here {size}", f"there {size}")
+    assert "val/bpb" in found.metrics
+    assert any("val/bpb" in line for line in found.conclusions()) == decides
+    assert any("same stretch of the held-out text" in text for text in found.warnings) != decides
+    if not decides:
+        assert found.conclusions() == []
+        assert store.compared(f"here {size}", f"there {size}", force=True).conclusions()
 
 
 def test_losses_on_other_text_are_compared_by_force_only(store: Store) -> None:
@@ -180,7 +203,16 @@ def test_losses_on_other_text_are_compared_by_force_only(store: Store) -> None:
     assert found.warnings[0].startswith("held-out text differs")
     assert not [name for name in found.metrics if name.startswith("val/")]
     assert "train/loss" in found.metrics
-    assert store.compared("narrow-0", "heavier").warnings == [], "how often a domain is drawn is no other text"
+    heavier = store.compared("narrow-0", "heavier")
+    assert heavier.warnings == [
+        "training text or its mixture differs: train/loss is of other text",
+        "not compared without --force: train/loss",
+    ], "how often a domain is drawn is no other held-out text"
+    assert "val/loss" in heavier.conclusions()[0]
+    other = store.compared("narrow-0", "other domain", more=["*/loss", "train/*"])
+    assert not [name for name in other.metrics if name.startswith(("val/", "train/")) or "*/loss" in name]
+    assert other.conclusions() == []
+    assert "at equal tokens" in store.compared("narrow-0", "other domain", force=True).conclusions()[0]
 
 
 def test_fingerprints_say_more_than_parameters(store: Store) -> None:
@@ -198,10 +230,43 @@ def test_fingerprints_say_more_than_parameters(store: Store) -> None:
     assert store.compared("narrow-0", "tagged").warnings == [], "the first has no tags"
 
 
-def test_a_run_that_diverged_has_no_value_afterwards(store: Store) -> None:
+def test_a_run_that_diverged_has_no_value_afterwards_and_all_are_read_before(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = store.compared("narrow-0", "diverged")
     assert found.settings[1].runs[0].at("train/loss", 15_000) == 5.0
     assert found.settings[1].runs[0].at("train/loss", 30_000) is None
+    assert found.warnings == ["diverged is not finite from step 16 (train/loss): all are read before it"]
+    rows = {metric: found.moment(metric, "tokens") for metric in found.metrics}
+    assert (rows["val/loss"], rows["train/loss"], rows["moe/*/maxvio"]) == (10_000, 15_000, 40_000)
+    compare([run.run for run in found.runs], force=False, more=[], out=tmp_path)
+    printed = capsys.readouterr().out
+    assert printed.startswith("warning: diverged is not finite from step 16")
+    assert re.search(r"train/loss +\S +15,000 ", printed)
+    with (tmp_path / "compare.csv").open(encoding="utf-8") as file:
+        row = next(row for row in csv.DictReader(file) if row["metric"] == "val/loss")
+    assert (row["run"], row["tokens"]) == ("narrow-0", "10000")
+
+
+def test_a_run_that_came_back_is_finite(store: Store) -> None:
+    store.plant("one bad step", lambda step: math.inf if step == 20 else 5.0)
+    assert store.compared("one bad step").warnings == []
+
+
+def test_seeds_are_what_was_recorded_and_runs_of_one_count_as_their_mean(store: Store) -> None:
+    same, other = ("model.ffn.top_k=3",), ("model.ffn.top_k=5",)
+    store.plant("a", lambda step: 4.0, *same, seed="x")
+    store.plant("b", lambda step: 2.0, *same, seed="x")
+    store.plant("c", lambda step: 3.5, *other, seed="x")
+    found = store.compared("a", "b", "c")
+    assert [run.seed for run in found.runs] == ["x", "x", "x"]
+    assert found.conclusions()[0].startswith("at equal tokens, A is ahead of B in val/loss by 0.5000 with one seed")
+
+
+@pytest.mark.parametrize("pattern", ["", "."])
+def test_an_empty_pattern_is_named(store: Store, pattern: str) -> None:
+    with pytest.raises(ConfigError, match=rf"--metric '{re.escape(pattern)}': no name or pattern"):
+        store.compared("narrow-0", more=[pattern])
 
 
 @pytest.mark.parametrize(

@@ -135,10 +135,12 @@ def test_fingerprints_change_with_what_they_stand_for(tiny_job: Callable[..., Pa
         other = tags_of(job, tmp_path / "a", **changes)
         return {name for name in base if base[name] != other[name]}
 
-    assert changed(**{"data.eval_sequences": 3}) == {"validation"}
+    first = tags_of(job, tmp_path / "a", **{"data.eval_sequences": 1})
+    assert int(base["scored_bytes"]) == pytest.approx(4 * int(first["scored_bytes"]), rel=0.2)
+    assert changed(**{"data.eval_sequences": 3}) == {"validation", "scored_bytes"}
     assert changed(**{"data.documents": "join"}) == {"validation"}
     assert changed(**{"data.domains.0.weight": 3}) == set(), "training text in another mixture"
-    assert changed(**{"data.seed": 1}) == {"validation", "tokenizer"}
+    assert changed(**{"data.seed": 1}) - {"scored_bytes"} == {"validation", "tokenizer"}
     assert changed(**{"balance.loss_weight": 0}) == {"balance"}
     config: Job = load(job, Job).config
     dataset = TokenDataset.open(prepare(config.data, cache_dir=tmp_path / "a", job_dir=job.parent), verify=False)
