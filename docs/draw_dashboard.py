@@ -22,7 +22,16 @@ from matplotlib.axes import Axes
 STEP_S = 5
 COLUMNS = 24
 """Of Grafana's grid."""
-SCALES = {"percentunit": (100, " %"), "s": (1, " s"), "ms": (1, " ms"), "short": (1, "")}
+SCALES = {
+    "percentunit": (100, " %"),
+    "percent": (1, " %"),
+    "s": (1, " s"),
+    "ms": (1, " ms"),
+    "watt": (1, " W"),
+    "Bps": (1e-6, " MB/s"),
+    "bytes": (2**-30, " GiB"),
+    "short": (1, ""),
+}
 """Factor and sign of Grafana's units."""
 
 

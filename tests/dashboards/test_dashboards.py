@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -63,6 +64,11 @@ def test_every_metric_that_is_named_is_exported() -> None:
     assert RECORDED.keys() <= names, "a rule that nobody reads"
 
 
+def test_every_unit_can_be_drawn_without_grafana() -> None:
+    units = {panel["fieldConfig"]["defaults"]["unit"] for panel in panels()}
+    assert units <= runpy.run_path(str(ROOT / "docs" / "draw_dashboard.py"))["SCALES"].keys()
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_grafanas_fields(file: Path) -> None:
     """What its JSON model asks for, and that no panel lies on another."""
@@ -115,6 +121,14 @@ class Case(NamedTuple):
 
 
 RUN, LAYER, GPU = 'run="r"', 'run="r", layer="3"', 'ip="10.0.0.1", GpuIndex="5"'
+
+
+def a_save_every(steps: int) -> dict[str, str]:
+    """Of 512 tokens a step and a step a second."""
+    values = {"checkpoint_every": steps, "tokens": 512 * 7, "step": 7, "speed_tokens_per_s": 512}
+    return {f"ray_tidegate_{name}{{{RUN}}}": f"{value}x70" for name, value in values.items()}
+
+
 CASES = (
     Case(
         "TidegateLossSpike",
@@ -154,11 +168,12 @@ CASES = (
     Case(
         "TidegateWorkerLost",
         {
-            f"ray_tidegate_workers_wanted{{{RUN}}}": "4x60",
-            f"ray_tidegate_workers_present{{{RUN}}}": "4x20 0x1 4x10 3x30",
+            f"ray_tidegate_workers_wanted{{{RUN}}}": "4x80",
+            f"ray_tidegate_workers_present{{{RUN}}}": "0x15 4x4 0x1 4x10 3x30",  # at first it waits for machines
+            f"ray_tidegate_step{{{RUN}}}": "_x15 10+10x60",
         },
         40,
-        (20, 22, 33),
+        (14, 20, 22, 33),
         {"run": "r"},
         "run r: 1 workers fewer than it asks for",
     ),
@@ -167,11 +182,24 @@ CASES = (
         {
             f"ray_tidegate_checkpoint_age_s{{{RUN}}}": "5x60",
             f"ray_tidegate_recorded_at_s{{{RUN}}}": "0+60x10 600x50",
+            **a_save_every(100),
         },
         45,
         (9, 39),
         {"run": "r"},
         "run r: nothing saved for 35m 5s",
+    ),
+    Case(  # the same, of a job that saves every 25 minutes
+        "TidegateCheckpointStale",
+        {
+            f"ray_tidegate_checkpoint_age_s{{{RUN}}}": "5x70",
+            f"ray_tidegate_recorded_at_s{{{RUN}}}": "0+60x10 600x60",
+            **a_save_every(1500),
+        },
+        61,
+        (45, 59),
+        {"run": "r"},
+        "run r: nothing saved for 51m 5s",
     ),
     Case(
         "TidegateGPUMemoryNearFull",
@@ -188,7 +216,7 @@ CASES = (
 
 
 def test_every_alert_has_a_case_and_is_explained() -> None:
-    assert [case.alert for case in CASES] == [alert.name for alert in ALERTS]
+    assert [*dict.fromkeys(case.alert for case in CASES)] == [alert.name for alert in ALERTS]
     text = (HERE / "README.md").read_text(encoding="utf-8")
     for alert in ALERTS:
         row = f"| `{alert.name}` | `{alert.when}` | {alert.lasting} | {alert.action} |"

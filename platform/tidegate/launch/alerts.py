@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 __all__ = ["ALERTS", "DEAD_EXPERTS", "GPU_MEMORY", "MAX_VIOLATION", "RECORDED", "STALE_S", "Alert", "rules"]
 
 MAX_VIOLATION, DEAD_EXPERTS, GPU_MEMORY, STALE_S, MFU_DROP = 1.0, 0.05, 0.95, 1800, 0.8
-"""Where alerts begin. Panels draw the lines, and an organisation's own values go here."""
+"""Where alerts begin. Panels draw the lines, and an organisation's own values go here. A checkpoint is stale after two
+of the job's intervals, and never before `STALE_S`, which leaves room for evaluations."""
 
 RECORDED = {
     "tidegate:moe_maxvio:avg10m": "max by (run, layer) (avg_over_time(ray_tidegate_moe_maxvio[10m]))",
@@ -19,6 +20,10 @@ RECORDED = {
     # Goes on where records stop: a run that hangs saves nothing either.
     "tidegate:checkpoint_age_s": (
         "max by (run) (ray_tidegate_checkpoint_age_s + (time() - ray_tidegate_recorded_at_s))"
+    ),
+    "tidegate:checkpoint_interval_s": (
+        "max by (run) (ray_tidegate_checkpoint_every * (ray_tidegate_tokens / ray_tidegate_step)"
+        " / ray_tidegate_speed_tokens_per_s)"
     ),
     "tidegate:workers_missing": (
         "max by (run) (ray_tidegate_workers_wanted) - max by (run) (ray_tidegate_workers_present)"
@@ -82,7 +87,7 @@ ALERTS = (
     ),
     Alert(
         "TidegateWorkerLost",
-        "tidegate:workers_missing > 0",
+        "tidegate:workers_missing > 0 and on (run) ray_tidegate_step",  # a run that waits for its first has no step
         "3m",
         "critical",
         "run {{ $labels.run }}: {{ $value }} workers fewer than it asks for",
@@ -91,7 +96,7 @@ ALERTS = (
     ),
     Alert(
         "TidegateCheckpointStale",
-        f"tidegate:checkpoint_age_s > {STALE_S}",
+        f"tidegate:checkpoint_age_s > clamp_min(2 * tidegate:checkpoint_interval_s, {STALE_S})",
         "0m",
         "critical",
         "run {{ $labels.run }}: nothing saved for {{ $value | humanizeDuration }}",

@@ -32,6 +32,7 @@ OF_THE_RUN: Mapping[str, str] = {
     "tidegate_tokens": "tokens so far",
     "tidegate_tokens_wanted": "tokens of the whole run",
     "tidegate_workers_wanted": "resources.workers",
+    "tidegate_checkpoint_every": "checkpoint.every, in optimizer steps",
     "tidegate_workers_present": "workers that train; 0 until they start, and between a failure and the next start",
     "tidegate_recorded_at_s": "when the last record came, in seconds since 1970",
 }
@@ -57,9 +58,10 @@ class LiveMetrics:
         sweep: name of the sweep that it is a trial of, or nothing.
         tokens: of the whole run.
         workers: that it asks for.
+        checkpoint_every: optimizer steps.
     """
 
-    def __init__(self, run: str, sweep: str, *, tokens: int, workers: int) -> None:
+    def __init__(self, run: str, sweep: str, *, tokens: int, workers: int, checkpoint_every: int) -> None:
         self._labels = {"run": run, "sweep": sweep}
         self._gauges: dict[str, Gauge] = {}
         self._series: dict[str, tuple[Gauge, dict[str, str]] | None] = {}  # by name of metric
@@ -69,7 +71,8 @@ class LiveMetrics:
         self._thread = threading.Thread(target=self._keep, name="tidegate-live", daemon=True)
         for name, description in OF_THE_RUN.items():
             self._series[name] = self._gauge(name, description), self._labels | dict.fromkeys(_PLACES, "")
-        self._set({"tidegate_tokens_wanted": tokens, "tidegate_workers_wanted": workers, "tidegate_workers_present": 0})
+        wanted = {"tidegate_tokens_wanted": tokens, "tidegate_workers_wanted": workers}
+        self._set(wanted | {"tidegate_checkpoint_every": checkpoint_every, "tidegate_workers_present": 0})
 
     def take(self, record: Record) -> None:
         """Export a record's metrics."""

@@ -198,7 +198,11 @@ def _worker(task: _WorkerJob) -> tuple[Outcome, Delivery] | None:
         logger.tag("gpu", device_name(collectives.default_device()))
         meter = Meter(ray.get(task.board.begin.remote(job.resources.workers)), job.resources.price_per_hour)
         meter.set_workers(job.resources.workers)
-    wishes = _Wishes(task.board if rank_zero else None)
+
+    def ask() -> Any:
+        return task.board.wish.remote(job.resources.workers, meter.read())
+
+    wishes = _Wishes(ask if rank_zero else None)
 
     def record(record: Record) -> None:
         assert logger is not None
@@ -231,29 +235,22 @@ class _Wishes:
     """Why this rank should end, as far as it knows; never waits.
 
     Args:
-        board: to ask, on rank 0, which asks for all.
+        ask: asks the board, on rank 0, which does so for all.
     """
 
-    def __init__(self, board: Any) -> None:
+    def __init__(self, ask: Callable[[], Any] | None) -> None:
         self.reason: Reason = ""
-        self._board = board
-        self._question: Any = board.wish.remote() if board is not None else None
+        self._ask = ask
+        self._question: Any = ask() if ask is not None else None
 
     def should_stop(self) -> bool:
-        if self._board is not None:
-            self._ask()
+        if self._ask is not None and ray.wait([self._question], timeout=0)[0]:
+            with contextlib.suppress(ray.exceptions.RayActorError):  # a board that died comes back without records
+                self.reason = ray.get(self._question) or self.reason
+            self._question = self._ask()
         if not self.reason and is_preempted():
             self.reason = "preemption"
         return bool(self.reason)
-
-    def _ask(self) -> None:
-        """Take the latest answer of the board, and ask again."""
-        if self._question is not None and ray.wait([self._question], timeout=0)[0]:
-            with contextlib.suppress(ray.exceptions.RayActorError):  # a board that died comes back without records
-                self.reason = ray.get(self._question) or self.reason
-            self._question = None
-        if self._question is None:
-            self._question = self._board.wish.remote()
 
 
 @ray.remote
@@ -267,9 +264,12 @@ class _Board:
     """
 
     def __init__(self, run: str, sweep: str, job: Job, spent: Spent) -> None:
-        self._live = LiveMetrics(run, sweep, tokens=job.train.tokens, workers=job.resources.workers)
+        tokens, workers, every = job.train.tokens, job.resources.workers, job.checkpoint.every
+        self._live = LiveMetrics(run, sweep, tokens=tokens, workers=workers, checkpoint_every=every)
         self._live.__enter__()  # and left when this actor's process ends
-        self._meter = Meter(spent, job.resources.price_per_hour)
+        self._price = job.resources.price_per_hour
+        self._meter = Meter(spent, self._price)
+        self._forgot = ray.get_runtime_context().was_current_actor_reconstructed
         self._records: list[Record | str] = []
         self._wish: Reason = ""
 
@@ -281,18 +281,29 @@ class _Board:
     @ray.method(max_task_retries=-1)
     def begin(self, workers: int) -> Spent:
         """So many workers begin, as many as there is room for; what the run has cost until then."""
-        self._live.set_workers(workers)
-        self._meter.set_workers(workers)
+        self._set_workers(workers)
         self._wish = "" if self._wish == "growth" else self._wish
         return self._meter.read()
 
-    def wish(self) -> Reason:
-        """Why the run should end."""
+    def wish(self, workers: int, spent: Spent) -> Reason:
+        """Why the run should end.
+
+        Args:
+            workers: that train.
+            spent: by the run until now; a board that was started again knows neither.
+        """
+        if self._forgot:
+            self._meter = Meter(spent, self._price)
+            self._set_workers(workers)
         return self._wish
 
     def workers_ended(self) -> None:
-        self._live.set_workers(0)
-        self._meter.set_workers(0)
+        self._set_workers(0)
+
+    def _set_workers(self, number: int) -> None:
+        self._forgot = False
+        self._live.set_workers(number)
+        self._meter.set_workers(number)
 
     def drain(self) -> tuple[list[Record | str], Spent]:
         records, self._records = self._records, []

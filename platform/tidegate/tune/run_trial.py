@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from tidegate.config import ConfigError
+from tidegate.config import ConfigError, load_stored
 from tidegate.launch.live import LiveMetrics
 from tidegate.launch.run import Request, run
 from tidegate.launch.state import RunFolder, StateDir
@@ -96,7 +96,11 @@ def run_trial(number: int, task: Task, judge: Callable[[dict[str, Any]], None] |
     def opened(name: str) -> None:
         put(run=name)
         if task.alone:  # others train on workers, and are shown from there
-            live.append(exits.enter_context(LiveMetrics(name, folder.name, tokens=task.tokens, workers=1)))
+            job_file = state.run(name).job_file
+            job = load_stored(job_file.read_text(encoding="utf-8"), Job, str(job_file))
+            every = job.checkpoint.every
+            shown = LiveMetrics(name, folder.name, tokens=task.tokens, workers=1, checkpoint_every=every)
+            live.append(exits.enter_context(shown))
             live[0].set_workers(1)
 
     def watch(record: Record) -> bool:

@@ -107,6 +107,7 @@ def test_a_run_is_seen_at_rays_endpoint_and_a_lost_worker_is_missed(
         assert first["tidegate_tokens_wanted", ""] == 512 * 100_000
         assert first["tidegate_workers_wanted", ""] == first["tidegate_workers_present", ""] == 1
         assert first["tidegate_tokens", ""] == 512 * first["tidegate_step", ""]
+        assert first["tidegate_checkpoint_every", ""] == 2
         assert abs(first["tidegate_recorded_at_s", ""] - time.time()) < 10
         assert 0 <= first["tidegate_checkpoint_age_s", ""] < 60
         assert 0 < first["tidegate_train_loss", ""] < 6

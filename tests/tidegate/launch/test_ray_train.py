@@ -120,3 +120,46 @@ def test_what_the_user_has_set_wins(
     ray_train._keep_to_this_machine()
     assert os.environ.get("RAY_AUTH_TOKEN") == token
     assert ray_constants.ENABLE_RAY_CLUSTER is not loopback
+
+
+_BOARD_DIES = """
+import contextlib, json, sys, time
+import ray
+from tidegate.config import load
+from tidegate.launch.ray_train import _Board
+from tidegate.train.job import Job
+from tidegate.train.limits import Spent
+
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+board = _Board.options(num_cpus=0, max_restarts=-1).remote("tiny-1", "", load(sys.argv[1], Job).config, Spent())
+spent = lambda: ray.get(board.drain.remote())[1]
+ray.get(board.begin.remote(3))
+ray.kill(board, no_restart=False)
+seen = []
+while not seen:
+    with contextlib.suppress(ray.exceptions.RayActorError):
+        seen.append(spent())
+    time.sleep(0.2)
+ray.get(board.wish.remote(3, Spent(hours=1, gpu_hours=3, money=5)))
+time.sleep(0.2)
+seen.append(spent())
+ray.get(board.wish.remote(3, Spent(hours=9, gpu_hours=27, money=45)))
+seen.append(spent())
+ray.get(board.workers_ended.remote())
+seen.append(spent())
+ray.get(board.wish.remote(3, Spent(hours=9, gpu_hours=27, money=45)))
+seen.append(spent())
+print(json.dumps([one.gpu_hours for one in seen]))
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_board_that_died_learns_from_its_run_how_many_train_and_what_they_cost(tiny_job: Callable[..., Path]) -> None:
+    command = [sys.executable, "-c", _BOARD_DIES, str(tiny_job())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    forgot, told, again, ended, late = json.loads(done.stdout.splitlines()[-1])
+    assert forgot == 0
+    assert 3 + 3 * 0.2 / 3600 <= told <= again < 4
+    assert ended == late, "no worker trains any more"
