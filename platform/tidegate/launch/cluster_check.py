@@ -18,8 +18,9 @@ from tidegate.config import ConfigError
 from tidegate.launch.cluster_links import Link, measure_links
 from tidegate.launch.cluster_nodes import Node, nodes_alive
 from tidegate.launch.doctor import LITTLE_SPACE_BYTES, Finding, show_findings
-from tidegate.launch.node_report import ASKED, NodeReport, Wanted, report, versions
+from tidegate.launch.node_report import ASKED, CODE, PYTHON, NodeReport, Wanted, report, versions
 from tidegate.launch.ray_train import join
+from tidegate.launch.versions import mismatches
 from tidegate.redact import redact
 from tidegate.track import TrackConfig, resolve_tracking_uri
 from tidegate.train.job import Job
@@ -187,9 +188,10 @@ def _judge(seen: Mapping[Node, Seen | str]) -> dict[str, list[Finding]]:
 
 
 def _of_software(found: NodeReport, here: Mapping[str, str]) -> Iterator[Finding]:
-    wrong = [
-        f"{name} {version}, here {here[name]}" for name, version in found.versions.items() if version != here[name]
-    ]
+    packages, there = {name: here[name] for name in here.keys() - {CODE, PYTHON}}, found.versions
+    wrong = [*mismatches(dict(sorted(packages.items())), here[PYTHON], there, there[PYTHON])]
+    if there[CODE] != here[CODE]:
+        wrong.append(f"{CODE} {there[CODE]}, here {here[CODE]}")
     if wrong:
         yield Finding("FAIL", ", ".join(wrong), "give all nodes one image")
     else:
@@ -202,10 +204,11 @@ def _of_software(found: NodeReport, here: Mapping[str, str]) -> Iterator[Finding
     reached = found.tracking.startswith("reachable")
     fix = "" if reached else "set MLFLOW_TRACKING_URI to a server that all nodes reach"
     yield Finding("ok" if reached else "FAIL", f"MLflow {found.tracking}", fix)
-    if found.auth == "disabled":
-        yield Finding("warn", "RAY_AUTH_MODE=disabled", "start Ray with RAY_AUTH_MODE=token (docs/security.md)")
+    said = f"RAY_AUTH_MODE={found.auth}" if found.auth else "RAY_AUTH_MODE is not set"
+    if found.auth == "token":
+        yield Finding("ok", said)
     else:
-        yield Finding("ok", f"RAY_AUTH_MODE={found.auth}" if found.auth else "RAY_AUTH_MODE is not set")
+        yield Finding("warn", said, "start Ray with RAY_AUTH_MODE=token (docs/security.md)")
 
 
 def _of_clock(found: Seen, head_s: float) -> Iterator[Finding]:

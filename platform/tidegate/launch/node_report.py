@@ -20,10 +20,12 @@ from tidegate.track import check_tracking
 from tidegate.train.nvml import Gpu, GpuState, gpus
 from tidegate.train.storage import Storage
 
-__all__ = ["ASKED", "NodeReport", "Wanted", "report", "versions"]
+__all__ = ["ASKED", "CODE", "PYTHON", "NodeReport", "Wanted", "report", "versions"]
 
 ASKED = "asked"
 """The file that the machine that asks writes; nodes write one with their id beside it."""
+CODE, PYTHON = "tidegate's code", "python"
+"""In `versions`, beside packages."""
 _PACKAGES = ("ray", "torch", "deepspeed", "mlflow")
 
 
@@ -68,19 +70,19 @@ def report(wanted: Wanted, me: str) -> NodeReport:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, the packages that must be the same everywhere, and a hash of Tidegate's own code."""
-    found = {"python": platform.python_version()}
+    """Of Python, the packages that are installed of those that must be the same, and a hash of Tidegate's own code."""
+    found = {PYTHON: platform.python_version()}
     for package in _PACKAGES:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "none"
+            continue
     code = hashlib.sha256()
     for module in (tidegate, tidegate_kernels):
         folder = Path(str(module.__file__)).parent
         for path in sorted(folder.rglob("*.py")):
             code.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
-    return found | {"tidegate's code": code.hexdigest()[:12]}
+    return found | {CODE: code.hexdigest()[:12]}
 
 
 def _trouble(folder: str, mark: str, me: str) -> str:

@@ -13,14 +13,13 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from platform import python_version
 from typing import Any, NamedTuple
 
 from packaging.requirements import Requirement
-from packaging.version import Version
 
 from tidegate.config import ConfigError, JobFile
 from tidegate.data.config import TokenizerFile
@@ -28,6 +27,7 @@ from tidegate.launch import probe
 from tidegate.launch.ray_train import SHIPPED, forwarded_environment
 from tidegate.launch.state import check_name
 from tidegate.launch.submissions import STOP_WAIT_S, Cluster, follow
+from tidegate.launch.versions import mismatches
 from tidegate.train.job import Job
 
 __all__ = ["Submit", "resume", "submit"]
@@ -153,7 +153,7 @@ def _examine(cluster: Cluster, state_dir: str | None, paths: Sequence[str]) -> s
     if answer is None:
         raise ConfigError(f"--address {cluster.address}: the head answers with {printed[-300:]!r}")
     there = json.loads(answer[1])
-    differ = [*_mismatches(here, python_version(), there["packages"], there["python"])]
+    differ = [*mismatches(here, python_version(), there["packages"], there["python"])]
     if differ:
         raise ConfigError(
             f"--address {cluster.address}: the job would run with other versions there than here: {'; '.join(differ)}; "
@@ -176,17 +176,3 @@ def _versions() -> dict[str, str]:
     requirements = map(Requirement, metadata.requires("tidegate") or [])
     names = [wanted.name for wanted in requirements if wanted.marker is None or wanted.marker.evaluate({"extra": ""})]
     return {name: metadata.version(name) for name in names}
-
-
-def _mismatches(
-    here: Mapping[str, str], python_here: str, there: Mapping[str, str | None], python_there: str
-) -> Iterator[str]:
-    """In words. Of Python two numbers count, of packages what stands before `+`: builds for CUDA and CPU compare."""
-    if Version(python_here).release[:2] != Version(python_there).release[:2]:
-        yield f"python {python_there}, here {python_here}"
-    for name, version in here.items():
-        found = there.get(name)
-        if found is None:
-            yield f"no {name}, here {version}"
-        elif Version(found).public != Version(version).public:
-            yield f"{name} {found}, here {version}"

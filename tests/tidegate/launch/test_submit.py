@@ -154,8 +154,8 @@ def test_an_address_that_leads_nowhere(address: str | None, monkeypatch: pytest.
 
 def test_which_versions_differ() -> None:
     here = {"torch": "2.13.0+cpu", "ray": "2.60.0"}
-    assert [*submitting._mismatches(here, "3.11.7", {"torch": "2.13.0+cu130", "ray": "2.60.0"}, "3.11.2")] == []
-    assert [*submitting._mismatches(here, "3.11.7", {"torch": "2.13.1+cpu", "ray": None}, "3.12.7")] == [
+    assert [*submitting.mismatches(here, "3.11.7", {"torch": "2.13.0+cu130", "ray": "2.60.0"}, "3.11.2")] == []
+    assert [*submitting.mismatches(here, "3.11.7", {"torch": "2.13.1+cpu", "ray": None}, "3.12.7")] == [
         "python 3.12.7, here 3.11.7",
         "torch 2.13.1+cpu, here 2.13.0+cpu",
         "no ray, here 2.60.0",
