@@ -16,7 +16,7 @@ from tidegate.train.limits import Spent
 from tidegate.train.storage import Storage, StorageError
 from tidegate.train.telemetry import Record
 
-__all__ = ["Ledger", "Meter"]
+__all__ = ["Ledger", "Meter", "spent_by"]
 
 WRITE_S = 10.0
 """Between two writings of the ledger: what a driver that is killed forgets."""
@@ -57,6 +57,20 @@ class Meter:
         return record._replace(metrics={**record.metrics, **self.read().metrics()})
 
 
+def spent_by(checkpoints: str) -> Spent:
+    """What the run with these checkpoints, a folder or URI, has cost; nothing where no ledger is.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    storage = Storage(checkpoints)
+    try:
+        document = storage.read(_FILE).decode()
+    except FileNotFoundError:
+        return Spent()
+    return load_stored(document, Spent, storage.path(_FILE))
+
+
 class Ledger:
     """What a run has cost over all its starts.
 
@@ -75,12 +89,7 @@ class Ledger:
     ) -> None:
         self._storage, self._limits, self._notice = Storage(checkpoints), job.limits, notice
         self._resources, self._share = job.resources, share
-        try:
-            document = self._storage.read(_FILE).decode()
-        except FileNotFoundError:
-            self.spent = Spent()
-        else:
-            self.spent = load_stored(document, Spent, self._storage.path(_FILE))
+        self.spent = spent_by(checkpoints)
         self._written_at = -WRITE_S
         self._writes = True
         self.limit = self._limits.reached(self.spent)

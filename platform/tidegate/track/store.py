@@ -36,6 +36,7 @@ __all__ = [
     "finish_run",
     "log_dict",
     "log_file",
+    "log_metrics",
     "log_text",
     "open_run",
     "recorded_uri",
@@ -179,6 +180,16 @@ def finish_run(handle: RunHandle, status: RunStatus) -> bool:
 def tag_run(handle: RunHandle, key: str, value: str) -> bool:
     """Set a tag; False, with a warning logged, when the store does not answer."""
     return best_effort(handle, f"its tag {key}", lambda client: client.set_tag(handle.run_id, key, value))
+
+
+def log_metrics(handle: RunHandle, metrics: Mapping[str, float]) -> bool:
+    """Store values of now, as of no step; False, with a warning logged, when that fails."""
+
+    def log(client: MlflowClient) -> None:
+        for name, value in metrics.items():
+            client.log_metric(handle.run_id, name, value)
+
+    return best_effort(handle, "its metrics", log)
 
 
 def log_file(handle: RunHandle, path: Path, folder: str | None = None) -> bool:

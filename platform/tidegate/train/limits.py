@@ -19,6 +19,10 @@ class Spent(Config):
     money: float | None = Field(default=None, ge=0)
     """At the price of the time; hours without a price cost none, and None says that no hour had one."""
 
+    def __add__(self, other: Spent) -> Spent:
+        money = None if self.money is None and other.money is None else (self.money or 0.0) + (other.money or 0.0)
+        return Spent(hours=self.hours + other.hours, gpu_hours=self.gpu_hours + other.gpu_hours, money=money)
+
     def metrics(self) -> dict[str, float]:
         """Under the names of docs/metrics.md."""
         return {f"cost/{name}": value for name, value in self if value is not None}

@@ -12,21 +12,22 @@ from rich.console import Console
 from rich.table import Table
 
 from tidegate.config import ConfigError
+from tidegate.launch.cost import spent_by
 from tidegate.launch.paired import verdict
+from tidegate.launch.state import StateDir
 from tidegate.quantities import cost_shown
 from tidegate.train.job import Job
 from tidegate.train.limits import Spent
 from tidegate.tune.budget import QUANTITIES, shown
 from tidegate.tune.found import write_found
 from tidegate.tune.front import pareto
-from tidegate.tune.measured import workers_of
 from tidegate.tune.pictures import Panel, Point, draw_page, draw_picture
 from tidegate.tune.population import recipe, schedule_of
 from tidegate.tune.searchers import cost_axis, importances
 from tidegate.tune.space import Space, overrides_of
 from tidegate.tune.trials import Result, SweepFolder
 
-__all__ = ["console_of_width", "field_of", "ranked_results", "report", "short"]
+__all__ = ["console_of_width", "cost_of", "field_of", "ranked_results", "report", "short"]
 
 _PAGE_WIDTH = 140
 
@@ -83,7 +84,7 @@ def report(
         *_conclusions(final, ranked, by_seed, results, smaller, config.has_baseline),
         *_population(won, results),
         *_importance(space, results),
-        _cost(space.base, results),
+        f"cost of all {len(results)} trials: {cost_shown(cost_of(folder).metrics(), space.base.resources.gpu)}",
         *notes,
     ]
     for line in lines:
@@ -113,11 +114,11 @@ def report(
     text.file.close()
 
 
-def _cost(job: Job, results: Sequence[Result]) -> str:
-    """Of all trials, those that failed too."""
-    hours, price = workers_of(job) * sum(result.seconds for result in results) / 3600, job.resources.price_per_hour
-    spent = Spent(gpu_hours=hours, money=None if price is None else price * hours)
-    return f"cost of all {len(results)} trials: {cost_shown(spent.metrics(), job.resources.gpu)}"
+def cost_of(folder: SweepFolder) -> Spent:
+    """Of all trials, those that failed too, as their runs have counted it."""
+    state = StateDir(folder.folder.parents[1])
+    runs, known = {result.run for result in folder.results()}, set(state.runs())
+    return sum((spent_by(state.run(run).read().checkpoints) for run in sorted(runs & known)), Spent())
 
 
 class _Axis(NamedTuple):

@@ -19,13 +19,13 @@ from tidegate.launch.report import Reporter
 from tidegate.launch.run import prepare_data
 from tidegate.launch.state import StateDir
 from tidegate.redact import redact
-from tidegate.track import finish_run, log_file, run_url
+from tidegate.track import finish_run, log_file, log_metrics, run_url
 from tidegate.train.job import Job
 from tidegate.tune.budget import known_of, shown
 from tidegate.tune.measured import estimate
 from tidegate.tune.population import begin_round, recipe, rounds, schedule_of
 from tidegate.tune.queue import Limits, Queue
-from tidegate.tune.report import console_of_width, field_of, ranked_results, report, short
+from tidegate.tune.report import console_of_width, cost_of, field_of, ranked_results, report, short
 from tidegate.tune.run_trial import Task, gpus_of, open_parent
 from tidegate.tune.searchers import build_searcher
 from tidegate.tune.space import Candidate, Space, draw
@@ -103,6 +103,7 @@ def sweep(request: SweepRequest) -> SweepFolder:
         finished = True
     finally:
         finish_run(parent, "FINISHED" if finished else "KILLED")
+        log_metrics(parent, cost_of(folder).metrics())
     return folder
 
 

@@ -160,13 +160,23 @@ def test_a_sweep_goes_on_when_a_trial_fails_and_its_scheduler_stops_those_behind
     assert failed
     assert stopped
     report = (sweeps.folder / "report.md").read_text()
-    hours = sum(result["seconds"] for result in found.values()) / 3600
+    ledgers = [json.loads(file.read_text()) for file in (sweeps.state / "checkpoints").glob("*/cost.json")]
+    assert len(ledgers) == 6, "those that failed cost too"
+    hours = sum(ledger["gpu_hours"] for ledger in ledgers)
     assert f"cost of all 6 trials: {hours:.3g} worker-hours, {250 * hours:.3g} in money" in report
     for result in failed:
         assert f"trial {result['trial']['number']} failed: {result['error'][:40]}" in report
     with closing(sqlite3.connect(sweeps.state / "mlflow" / "mlflow.db")) as database:
         statuses = dict(database.execute("select run_uuid, status from runs").fetchall())
         tagged = dict(database.execute("select run_uuid, value from tags where key = 'tidegate.stopped_by'").fetchall())
+        trials = "select run_uuid from tags where key = 'mlflow.parentRunId'"
+        whole = f"select key, value from latest_metrics where run_uuid not in ({trials})"
+        of_sweep = dict(database.execute(whole).fetchall())
+    assert of_sweep == {
+        "cost/hours": pytest.approx(sum(ledger["hours"] for ledger in ledgers)),
+        "cost/gpu_hours": pytest.approx(hours),
+        "cost/money": pytest.approx(250 * hours),
+    }
     for result in stopped:
         assert result["stopped_by"] == "asha"
         assert 512 <= result["tokens"] < 5120
