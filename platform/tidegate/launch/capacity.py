@@ -7,16 +7,17 @@ with another job is waited for without end, as in a queue; one that is not there
 from __future__ import annotations
 
 import json
+import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import ray
 import ray._private.state
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
-from ray.autoscaler.sdk import request_resources
 from ray.autoscaler.v2.sdk import get_cluster_status
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import DefaultAutoscalingCoordinator
 
 from tidegate.config import ConfigError
 from tidegate.train.job import Job
@@ -24,6 +25,8 @@ from tidegate.train.job import Job
 __all__ = ["Needs", "Patience", "check_capacity", "room", "wait_for_room"]
 
 _LOOK_EVERY_S = 1.0
+_ASKED_FOR_S = 60.0
+"""How long a request outlives a driver that asks no more, however it ended."""
 _QUIET_S = 30.0
 """Within which an autoscaler begins to bring a machine that it can bring; it looks every five seconds."""
 
@@ -49,7 +52,7 @@ class Needs(NamedTuple):
 
     def times(self, number: int) -> Needs:
         """Of so many jobs at a time."""
-        return self._replace(workers=number * self.workers)
+        return self._replace(workers=number * self.workers, field=f"{number} at a time with {self.field}")
 
     def __str__(self) -> str:
         each = " and ".join(f"{self.workers * number:g} {kind}s" for kind, number in self.per_worker.items())
@@ -91,13 +94,17 @@ def wait_for_room(needs: Needs, where: str, notice: Callable[[str], None]) -> No
     if room(needs.per_worker, _machines_there()) >= needs.workers:
         return
     notice(f"waiting up to {needs.wait_s / 60:g} minutes for machines: {needs}")
-    patience, seen, moved = Patience(needs), len(_machines_there()), time.monotonic()
+    patience, seen, begun = Patience(needs), len(_machines_there()), time.time()
+    moved = time.monotonic()
+    # Ray keeps one request for the whole cluster; its coordinator, which Ray Train asks too, adds up those of many.
+    coordinator = DefaultAutoscalingCoordinator(f"tidegate-{secrets.token_hex(8)}")
     try:
         while room(needs.per_worker, _machines_there()) < needs.workers:
-            request_resources(bundles=[needs.per_worker] * needs.workers)  # of more than can be, none come
+            # Of more than there can be none come, so not for more than it cannot do without.
+            coordinator.request_resources([needs.per_worker] * needs.workers, expire_after_s=_ASKED_FOR_S)
             if patience.is_out():
                 raise ConfigError(patience.said())
-            if len(_machines_there()) != seen or _are_coming():
+            if len(_machines_there()) != seen or _are_coming(begun):
                 seen, moved = len(_machines_there()), time.monotonic()
             if time.monotonic() - moved > _QUIET_S:
                 raise ConfigError(
@@ -106,18 +113,24 @@ def wait_for_room(needs: Needs, where: str, notice: Callable[[str], None]) -> No
                 )
             time.sleep(_LOOK_EVERY_S)
     finally:
-        request_resources(bundles=[])  # else they would stay for ever; from here on Ray Train asks
+        coordinator.cancel_request()  # from here on Ray Train asks
 
 
 class Patience:
-    """How long machines may be missing; begins again whenever there are enough."""
+    """How long machines may be missing; begins again whenever there are enough.
 
-    def __init__(self, needs: Needs, clock: Callable[[], float] = time.monotonic) -> None:
-        self._needs, self._clock = needs, clock
+    Args:
+        needs: of a job.
+        without: ids of machines that do not count.
+        clock: in seconds.
+    """
+
+    def __init__(self, needs: Needs, without: Sequence[str] = (), clock: Callable[[], float] = time.monotonic) -> None:
+        self._needs, self._without, self._clock = needs, without, clock
         self._since: float | None = None
 
     def is_out(self) -> bool:
-        if room(self._needs.per_worker, _machines_there()) >= self._needs.workers:
+        if self._room() >= self._needs.workers:
             self._since = None
             return False
         if self._since is None:
@@ -130,30 +143,32 @@ class Patience:
 
     def said(self) -> str:
         """What is missing, in words."""
-        there = room(self._needs.per_worker, _machines_there())
-        fewer = f"resources.workers={there} would fit now" if there else "no worker fits now"
         return (
-            f"resources.wait_minutes={self._needs.wait_s / 60:g}: the machines have not come; {self._needs}, there is "
-            f"room for {there}; {fewer}. Look at the autoscaler (ray status) for a quota, a spot pool without "
+            f"resources.wait_minutes={self._needs.wait_s / 60:g}: the machines have not come; {self._needs}, and there "
+            f"is room for {self._room()}. Look at the autoscaler (ray status) for a quota, a spot pool without "
             "machines or a wrong type"
         )
 
-
-def _machines_there() -> list[Mapping[str, float]]:
-    """Resources of every machine that stays."""
-    leaving = ray._private.state.state.get_draining_nodes() or {}
-    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+    def _room(self) -> int:
+        return room(self._needs.per_worker, _machines_there(self._without))
 
 
-def _are_coming() -> bool:
-    """Whether an autoscaler starts machines, or tries to."""
+def _machines_there(without: Sequence[str] = ()) -> list[Mapping[str, float]]:
+    """Resources of every machine that stays, but for some by their ids."""
+    out = {*without, *(ray._private.state.state.get_draining_nodes() or {})}
+    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in out]
+
+
+def _are_coming(begun: float) -> bool:
+    """Whether an autoscaler starts machines, or has tried to since `begun`, in seconds since the epoch."""
     gcs = ray.get_runtime_context().gcs_address
     old = GcsClient(address=gcs).internal_kv_get(DEBUG_AUTOSCALING_STATUS.encode(), None)
     if old is not None:  # the first autoscaler's
         report = json.loads(old).get("autoscaler_report") or {}
         return any(report.get(kind) for kind in ("pending_launches", "pending_nodes", "failed_nodes"))
     status = get_cluster_status(gcs)
-    return bool(status.pending_launches or status.pending_nodes or status.failed_launches)
+    failed = any((launch.failed_ts_s or 0) >= begun for launch in status.failed_launches)  # old ones are kept
+    return bool(status.pending_launches or status.pending_nodes or failed)
 
 
 def _in_words(resources: Mapping[str, float]) -> str:

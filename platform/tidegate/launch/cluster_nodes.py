@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from tidegate.launch.capacity import Needs, room
 from tidegate.train.job import Job
 
 __all__ = ["Node", "nodes_alive"]
@@ -28,8 +29,7 @@ class Node(NamedTuple):
 
     def room(self, job: Job) -> int:
         """Workers of the job that fit."""
-        needs = {"CPU": job.resources.cpus_per_worker, "GPU": int(job.resources.gpu)}
-        return min(int(self.resources.get(kind, 0) / number) for kind, number in needs.items() if number)
+        return room(Needs.of(job).per_worker, [self.resources])
 
     def __hash__(self) -> int:
         return hash(self.id)

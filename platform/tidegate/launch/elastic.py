@@ -11,6 +11,7 @@ Ray changes them.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -41,6 +42,7 @@ __all__ = [
     "NoRoom",
     "Notices",
     "Reason",
+    "Stopped",
     "Trainer",
     "Yielded",
     "causes",
@@ -90,13 +92,11 @@ class Trainer(TorchTrainer):
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
         failures: Any = self.run_config.failure_config
         settings["failure_policy"] = Failures(failures, self._board)
-        patience = Patience(self._needs)
+        waiting = self.scaling_config, self._board, Patience(self._needs, self._without)
         if self._sizes is None:
-            settings["scaling_policy"] = FixedSize(self.scaling_config, patience)
+            settings["scaling_policy"] = FixedSize(*waiting)
         else:
-            settings["scaling_policy"] = AllowedSizes(
-                self.scaling_config, patience, self._sizes, self._board, self._without
-            )
+            settings["scaling_policy"] = AllowedSizes(*waiting, self._sizes, self._without)
         return super()._initialize_and_run_controller(**settings)
 
 
@@ -104,14 +104,21 @@ class NoRoom(Exception):
     """The machines that a run needs have not come in time."""
 
 
-class _Patient:
-    """Of a scaling policy: it waits for machines as long as the job says."""
+class Stopped(Exception):
+    """The user's wish to stop, where there are no workers to save and end."""
 
-    def __init__(self, scaling_config: Any, patience: Patience) -> None:
+
+class _Patient:
+    """Of a scaling policy: it waits for machines as long as the job says, or until the user wishes it to stop."""
+
+    def __init__(self, scaling_config: Any, board: Any, patience: Patience) -> None:
         super().__init__(scaling_config)  # type: ignore[call-arg]
-        self._patience = patience
+        self._board, self._patience = board, patience
 
     def make_decision_for_non_running_worker_group(self) -> Any:
+        with contextlib.suppress(ray.exceptions.RayActorError):  # a board that died comes back
+            if ray.get(self._board.is_stopping.remote()):
+                raise Stopped
         if self._patience.is_out():
             raise NoRoom(self._patience.said())
         return super().make_decision_for_non_running_worker_group()  # type: ignore[misc]
@@ -129,10 +136,10 @@ class AllowedSizes(_Patient, ElasticScalingPolicy):
     """As many workers as there is room for, of the sizes that the job allows; runs in Ray Train's controller."""
 
     def __init__(
-        self, scaling_config: Any, patience: Patience, sizes: Sequence[int], board: Any, without: Sequence[str]
+        self, scaling_config: Any, board: Any, patience: Patience, sizes: Sequence[int], without: Sequence[str]
     ) -> None:
-        super().__init__(scaling_config, patience)
-        self._sizes, self._board, self._without = tuple(sizes), board, without
+        super().__init__(scaling_config, board, patience)
+        self._sizes, self._without = tuple(sizes), without
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
         leaving = ray._private.state.state.get_draining_nodes() or {}

@@ -33,7 +33,7 @@ from tidegate.config import ConfigError
 from tidegate.launch.capacity import Needs, check_capacity
 from tidegate.launch.cost import Ledger, Meter
 from tidegate.launch.doctor import why_no_ray
-from tidegate.launch.elastic import NoRoom, Notices, Reason, Trainer, Yielded, causes, is_preempted
+from tidegate.launch.elastic import NoRoom, Notices, Reason, Stopped, Trainer, Yielded, causes, is_preempted
 from tidegate.launch.ended import Ended
 from tidegate.launch.live import LiveMetrics
 from tidegate.launch.spot import watch_cloud
@@ -47,11 +47,15 @@ from tidegate.train.loop import Outcome, World, train
 from tidegate.train.telemetry import Record
 from tidegate.train.throughput import device_name
 
-__all__ = ["SHIPPED", "connect", "forwarded_environment", "join", "run_on_ray", "storage_filesystem"]
+__all__ = ["SHIPPED", "SUBMITTED", "connect", "forwarded_environment", "join", "run_on_ray", "storage_filesystem"]
 
+SUBMITTED = RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ
+"""Whether this process was submitted to its cluster."""
 SHIPPED = tuple(str(Path(str(module.__file__)).parent) for module in (tidegate, tidegate_kernels))
 """Folders of the packages that a cluster gets with a job."""
 
+
+_log = logging.getLogger(__name__)
 
 RESIZE_INTERVAL_S = 60.0
 """Between two looks at whether there is room for more of workers."""
@@ -74,8 +78,9 @@ def connect(address: str | None, job: Job) -> None:
     Raises:
         ConfigError: no Ray answers there, or this machine has less than the job asks for.
     """
+    mine = address is None and not ray.is_initialized()
     join(address)
-    if address is None:  # a cluster may grow
+    if mine:  # and not a cluster, which may grow
         check_capacity(Needs.of(job), "this machine")
 
 
@@ -97,7 +102,7 @@ def _start(address: str | None) -> None:
     if address is None:
         _keep_to_this_machine()
     # A submitted job's processes have its packages already, and Ray refuses a second word on them.
-    packages = {} if RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ else {"py_modules": list(SHIPPED)}
+    packages = {} if SUBMITTED else {"py_modules": list(SHIPPED)}
     runtime_env = {**packages, "env_vars": forwarded_environment(devices=True)} if address else None
     try:
         ray.init(address=address or "local", runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR)
@@ -165,6 +170,9 @@ def run_on_ray(
         try:
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
+            if isinstance(error, ray.train.ControllerError) and isinstance(error.controller_failure, Stopped):
+                notice("stopped while there were no workers: the run is as its last checkpoint has it")
+                raise SystemExit(143) from None  # as a process that SIGTERM ended
             raise _cause(error, job) from error
     outcome, delivery = result.return_value  # type: ignore[attr-defined]
     return Ended(outcome, delivery)
@@ -309,6 +317,9 @@ class _Board:
         records, self._records = self._records, []
         return records, self._meter.read()
 
+    def is_stopping(self) -> bool:
+        return self._wish == "stop"
+
     def request_stop(self) -> None:
         self._wish = "stop"
 
@@ -329,10 +340,13 @@ def _watch(board: Any, show: Callable[[Record], bool], notice: Callable[[str], N
                 if ledger.take(spent):
                     board.request_stop.remote()
                 for record in records:
-                    if isinstance(record, str):
-                        notice(record)
-                    elif show(record):
-                        board.request_stop.remote()
+                    try:
+                        if isinstance(record, str):
+                            notice(record)
+                        elif show(record):
+                            board.request_stop.remote()
+                    except Exception:  # a terminal that is gone must not end the counting of limits
+                        _log.exception("a record could not be shown")
             if finished:
                 return
 

@@ -249,7 +249,7 @@ def _open(request: Request, plan: _Plan, storage: str, dataset: TokenDataset, re
             tags=job_tags(job, dataset, plan.loaded.base, cluster) | dict(request.tags),
             notice=reporter.say,
         )
-    except ConfigError:
+    except BaseException:
         if resumed is None:
             run_folder.folder.rmdir()  # nothing half-written: the name is free again
         raise
@@ -269,6 +269,12 @@ def _tracking_uri(request: Request, plan: _Plan) -> str:
     if plan.resumed is not None:
         return recorded_uri(plan.resumed.read().tracking_uri)
     return resolve_tracking_uri(plan.job.track, request.state.root)
+
+
+def _is_submitted() -> bool:
+    from tidegate.launch.ray_train import SUBMITTED
+
+    return SUBMITTED
 
 
 def _unfit_nodes(request: Request, plan: _Plan, storage: str, reporter: Reporter) -> tuple[str, ...]:
@@ -382,11 +388,13 @@ def _conclude(
         summary = {"perplexity": outcome.evaluation.perplexity(), "unigram_perplexity": unigram}
         log_dict(tracking, summary, "summary.json")
     if not outcome.finished:
-        flags = " --local" if request.local else f" --address {request.address}" if request.address else ""
+        submitted = request.address is not None and _is_submitted()
+        where = f" --address {request.address}" if request.address and not submitted else ""
+        flags = " --local" if request.local else where
         flags += "" if job.train.pause_at_tokens is None else " --set train.pause_at_tokens=null"
         flags += f" --set {limit.partition('=')[0]}=..." if limit else ""
         why = f", {limit} is reached" if limit else ""
-        resume = f"tidegate train --resume {run_folder.name}{flags}"
+        resume = f"tidegate {'resume' if submitted else 'train --resume'} {run_folder.name}{flags}"
         reporter.say(f"stopped at step {outcome.step}{why}; continue with: {resume}")
     if delivery.undelivered:
         reporter.say(

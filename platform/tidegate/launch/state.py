@@ -134,11 +134,11 @@ class StateDir:
             ConfigError: it is no name of a folder, or there is such a folder.
         """
         check_name(name)
-        try:
-            (self._runs / name).mkdir(parents=True)
-        except FileExistsError:
-            raise ConfigError(f"{self._runs / name} is there without a run in it; remove it or take another") from None
-        return RunFolder(self._runs / name)
+        folder = self._runs / name
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):  # an empty one is what a start left that was killed
+            raise ConfigError(f"{folder} is there without a run in it; remove it or take another --name")
+        return RunFolder(folder)
 
     def storage_of(self, job: Job) -> str:
         """Folder or URI of checkpoints: the job's, else `TIDEGATE_STORAGE`, else one in here."""

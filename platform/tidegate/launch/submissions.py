@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple
 
+import aiohttp
 from ray.dashboard.modules.job.common import JobStatus
 from ray.dashboard.modules.job.sdk import JobSubmissionClient
 from ray.exceptions import AuthenticationError
@@ -29,7 +30,7 @@ __all__ = ["Cluster", "Submission", "exit_status", "follow", "list_jobs", "show_
 
 STOP_WAIT_S = 600
 """How long a job that is stopped may take for its last step and checkpoint before Ray kills it."""
-_AGENT_TIMEOUT_S = 60.0
+_AGENT_TIMEOUT_S, _ANSWER_TIMEOUT_S = 60.0, 60.0
 _NAME, _STATE = "tidegate.name", "tidegate.state"
 _EXIT_STATUS = {JobStatus.SUCCEEDED: 0, JobStatus.STOPPED: 143}
 
@@ -51,6 +52,18 @@ class Submission(NamedTuple):
     @property
     def running(self) -> bool:
         return not self.status.is_terminal()
+
+    @property
+    def attempt(self) -> int:
+        """Counted from one."""
+        return int(self.id.rpartition(".")[2])
+
+
+class _Client(JobSubmissionClient):
+    """Waits for an answer, but not for ever."""
+
+    def _do_request(self, method: str, endpoint: str, **settings: Any) -> Any:
+        return super()._do_request(method, endpoint, **{"timeout": _ANSWER_TIMEOUT_S, **settings})
 
 
 class Cluster:
@@ -74,7 +87,7 @@ class Cluster:
         if problem:
             raise ConfigError(f"--address {address}: no Ray cluster answers ({problem})")
         with self._explained():
-            self.client = JobSubmissionClient(address)
+            self.client = _Client(address)
 
     def submissions(self) -> list[Submission]:
         """All of Tidegate's, the oldest first."""
@@ -102,13 +115,15 @@ class Cluster:
         with self._explained():
             return self.client.get_job_info(submission_id)
 
-    def submit(self, name: str, state: str, entrypoint: str, runtime_env: dict[str, Any]) -> str:
-        """Hand a job to Ray; returns the submission's id.
+    def submit(
+        self, name: str, before: Submission | None, state: str, entrypoint: str, runtime_env: dict[str, Any]
+    ) -> str:
+        """Hand a job to Ray, after the submission `before` of its name; returns the new one's id.
 
         Raises:
             ConfigError: Ray refuses, or another submission of that name was faster.
         """
-        attempt = 1 + sum(submission.name == name for submission in self.submissions())
+        attempt = 1 + (before.attempt if before else 0)
         return self._submit(
             entrypoint=entrypoint,
             submission_id=f"{name}.{attempt}",  # Ray refuses one that it has seen: two cannot both be the next
@@ -168,7 +183,7 @@ class Cluster:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except (AuthenticationError, RuntimeError, ConnectionError, ValueError) as error:  # all that the client raises
+        except (AuthenticationError, RuntimeError, OSError, aiohttp.ClientError, ValueError) as error:
             said = str(error)
             if isinstance(error, AuthenticationError):
                 said = "it does not know you; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the cluster's"
@@ -216,6 +231,8 @@ def follow(cluster: Cluster, submission_id: str) -> int:
     except KeyboardInterrupt:
         print(f"\n{name} goes on; see it with: tidegate logs {name} --wait; stop it with: tidegate stop {name}")
         return 130
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {name} goes on there: tidegate logs {name} --wait") from error
     if info.status != JobStatus.SUCCEEDED:
         print(f"{name}: {info.status.lower()}: {redact(info.message or '')}", file=sys.stderr)
     # A job that ends by itself says why by its own, as by 124 at a limit.
@@ -238,7 +255,7 @@ def stop_job(address: str | None, name: str) -> int:
         if time.monotonic() > until:
             raise ConfigError(f"{name} has not ended within {STOP_WAIT_S} s; see tidegate logs {name}")
         time.sleep(0.5)
-    print(f"{name}: {info.status.lower()}; go on with: tidegate resume {name}")
+    print(f"{name}: {info.status.lower()}; go on with: tidegate resume {name}, or submit it again")
     return 0
 
 

@@ -26,7 +26,7 @@ from tidegate.data.config import TokenizerFile
 from tidegate.launch import probe
 from tidegate.launch.ray_train import SHIPPED, forwarded_environment
 from tidegate.launch.state import check_name
-from tidegate.launch.submissions import STOP_WAIT_S, Cluster, follow
+from tidegate.launch.submissions import STOP_WAIT_S, Cluster, Submission, follow
 from tidegate.launch.versions import mismatches
 from tidegate.train.job import Job
 
@@ -72,7 +72,7 @@ def submit(job_file: Path, request: Submit) -> int:
     folder, sent = _pack(files.paths)
     try:
         arguments = [sent, "--name", name, "--job-dir", job_dir, *_as_flags(request.overrides)]
-        return _start(cluster, name, state, arguments, request.wait, folder)
+        return _start(cluster, name, before, state, arguments, request.wait, folder)
     finally:
         shutil.rmtree(folder)
 
@@ -85,11 +85,17 @@ def resume(name: str, request: Submit) -> int:
         raise ConfigError(f"{name} is {before.status.lower()}; stop it first with: tidegate stop {name}")
     state = _examine(cluster, request.state_dir or before.state, [])
     arguments = ["--resume", name, *_as_flags(request.overrides)]
-    return _start(cluster, name, state, arguments, request.wait)
+    return _start(cluster, name, before, state, arguments, request.wait)
 
 
 def _start(
-    cluster: Cluster, name: str, state: str, arguments: Sequence[str], wait: bool, folder: Path | None = None
+    cluster: Cluster,
+    name: str,
+    before: Submission | None,
+    state: str,
+    arguments: Sequence[str],
+    wait: bool,
+    folder: Path | None = None,
 ) -> int:
     command = ["python", "-m", "tidegate.cli", "train", *arguments, "--address", "auto", "--state-dir", state]
     settings = {
@@ -104,7 +110,7 @@ def _start(
     }
     if folder is not None:
         runtime_env["working_dir"] = str(folder)
-    submission = cluster.submit(name, state, shlex.join(command), runtime_env)
+    submission = cluster.submit(name, before, state, shlex.join(command), runtime_env)
     print(f"submitted {name} to {cluster.address}; see it with: tidegate logs {name} --wait")
     return follow(cluster, submission) if wait else 0
 

@@ -94,12 +94,13 @@ def end(pids: Sequence[int]) -> None:
 
 
 @contextmanager
-def autoscaling_head(pool: dict[str, object], idle_minutes: float = 0.2) -> Iterator[Head]:
+def autoscaling_head(pool: dict[str, object], *, idle_minutes: float = 0.2, sold_out: bool = False) -> Iterator[Head]:
     """A head without room for work, whose autoscaler starts and ends nodes of this machine.
 
     Args:
         pool: the one kind of worker node, as in a file for Ray's cluster launcher.
         idle_minutes: after which a node goes.
+        sold_out: the cloud has no machine to give.
     """
     port, folder = free_port(), tempfile.mkdtemp(prefix="cloud")
     gcs = f"{ray._private.services.get_node_ip_address()}:{port}"
@@ -116,6 +117,7 @@ def autoscaling_head(pool: dict[str, object], idle_minutes: float = 0.2) -> Iter
             "module": "pretended_cloud.PretendedCloud",
             "gcs_address": gcs,
             "folder": folder,
+            "sold_out": sold_out,
             "use_node_id_as_ip": True,
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
@@ -158,6 +160,12 @@ def head() -> Iterator[Head]:
 def cloud() -> Iterator[Head]:
     """An autoscaling cluster of up to two machines with one CPU."""
     with autoscaling_head({"resources": {"CPU": 1, "object_store_memory": 80_000_000}, "max_workers": 2}) as started:
+        yield started
+
+
+@pytest.fixture
+def cloud_sold_out() -> Iterator[Head]:
+    with autoscaling_head({"resources": {"CPU": 1}, "max_workers": 2}, sold_out=True) as started:
         yield started
 
 

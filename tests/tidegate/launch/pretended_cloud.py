@@ -17,6 +17,8 @@ class PretendedCloud(FakeMultiNodeProvider):
     """Ray's own, with a folder for each machine: in one folder nodes delete the packages that the others use."""
 
     def _create_node_with_resources_and_labels(self, *args: Any) -> None:
+        if self.provider_config["sold_out"]:
+            raise RuntimeError("InsufficientInstanceCapacity")
         parent = self.provider_config["folder"]
         own = functools.partial(ray._private.parameter.RayParams, temp_dir=tempfile.mkdtemp(dir=parent))
         with mock.patch.object(ray._private.parameter, "RayParams", own):

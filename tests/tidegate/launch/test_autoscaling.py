@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -205,12 +206,58 @@ def test_a_job_that_is_larger_than_the_cluster_can_become_ends_and_leaves_no_mac
     wait_until(lambda: machines(cloud) == [])
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_pool_that_never_comes_is_waited_for_as_long_as_the_job_says(
+    cloud_sold_out: Any, tiny_job: Callable[..., Path], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "tidegate.cli", "train", str(tiny_job()), "--set", "resources.wait_minutes=0.2"]
+    where = ["--address", cloud_sold_out.gcs, "--state-dir", str(tmp_path / "state")]
+    done = subprocess.run([*command, *where], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2, done.stdout + done.stderr
+    said = " ".join(done.stderr.split())
+    assert "resources.wait_minutes=0.2: the machines have not come; resources.workers=1 needs 1 CPUs" in said
+    assert "there is room for 0" in said
+    assert machines(cloud_sold_out) == []
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray, about itself
+def test_a_run_of_one_size_waits_for_another_machine_and_stops_while_it_waits(
+    cloud: Any, tiny_job: Callable[..., Path], tmp_path: Path
+) -> None:
+    job = tiny_job(train={"tokens": 512 * 100_000}, checkpoint={"every": 5})
+    fixed = ["resources.max_failures=-1"]
+    assert submit(job, Submit(cloud.address, fixed, "fixed", str(tmp_path / "state"))) == 0
+    client = Cluster(cloud.address).client
+
+    def printed() -> str:
+        return client.get_job_logs("fixed.1")[-20_000:]
+
+    def steps() -> list[int]:
+        return [int(step) for step in re.findall(r"^ *step (\d+)/", client.get_job_logs("fixed.1"), re.MULTILINE)]
+
+    wait_until(lambda: len(steps()) > 7, why=printed)
+    lost = next(filter(works, machines(cloud)))
+    take(lost)
+    wait_until(lambda: any(works(other) for other in machines(cloud) if other != lost), why=printed)
+    before = len(steps())
+    wait_until(lambda: len(steps()) > before + 2, why=printed)
+
+    take(next(filter(works, machines(cloud))))
+    time.sleep(1)
+    assert stop_job(cloud.address, "fixed") == 0
+    with contextlib.closing(sqlite3.connect(tmp_path / "state" / "mlflow" / "mlflow.db")) as store:
+        assert store.execute("select status from runs where name = 'fixed'").fetchall() == [("KILLED",)]
+
+
 def test_patience_is_for_machines_that_are_missing_and_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     there: list[dict[str, float]] = []
-    monkeypatch.setattr(capacity, "_machines_there", lambda: there)
+    monkeypatch.setattr(capacity, "_machines_there", lambda without=(): there)
     now = 0.0
     needs = capacity.Needs({"CPU": 2.0, "GPU": 1.0}, 2, "resources.min_workers=2", wait_s=60)
-    patience = capacity.Patience(needs, lambda: now)
+    patience = capacity.Patience(needs, clock=lambda: now)
     assert not patience.is_out()
     now = 61.0
     assert patience.is_out()
@@ -218,7 +265,7 @@ def test_patience_is_for_machines_that_are_missing_and_begins_anew(monkeypatch: 
     assert (
         "resources.wait_minutes=1: the machines have not come; resources.min_workers=2 needs 4 CPUs and 2 GPUs" in said
     )
-    assert "no worker fits now" in said
+    assert "there is room for 0" in said
     there += [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 3.0, "GPU": 2.0}]
     assert not patience.is_out(), "they are there, if busy"
     there.pop()
@@ -228,7 +275,7 @@ def test_patience_is_for_machines_that_are_missing_and_begins_anew(monkeypatch: 
     patience.renew()
     now = 270.0
     assert not patience.is_out()
-    assert "there is room for 1; resources.workers=1 would fit now" in patience.said()
+    assert "there is room for 1" in patience.said()
 
 
 @pytest.mark.parametrize(

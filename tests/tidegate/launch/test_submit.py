@@ -129,7 +129,7 @@ def test_what_cannot_run_there_is_said_before_anything_is_sent(
 def test_an_entrypoints_own_exit_status_comes_back(head: Any) -> None:
     cluster = Cluster(head.address)
     for attempt, status in enumerate((124, 0), 1):
-        assert cluster.submit("limited", "", f"exit {status}", {}) == f"limited.{attempt}"
+        assert cluster.submit("limited", cluster.latest("limited"), "", f"exit {status}", {}) == f"limited.{attempt}"
         assert follow(cluster, f"limited.{attempt}") == status
 
 
