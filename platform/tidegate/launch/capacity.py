@@ -1,7 +1,9 @@
 """Whether a Ray cluster has room for a job, can get it, and how long to wait for that.
 
 Room is counted in whole workers machine by machine, of what machines have rather than of what is free: one that is busy
-with another job is waited for without end, as in a queue; one that is not there, for `resources.wait_minutes`.
+with another job is waited for without end; one that is not there, for `resources.wait_minutes`.
+
+What we use of Ray's private parts to that end is in this file; tests/tidegate/launch/test_elastic.py looks at it.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator impor
 from tidegate.config import ConfigError
 from tidegate.train.job import Job
 
-__all__ = ["Needs", "Patience", "check_capacity", "room", "wait_for_room"]
+__all__ = ["Needs", "Patience", "check_capacity", "machines_there", "room", "wait_for_room"]
 
 _LOOK_EVERY_S = 1.0
 _ASKED_FOR_S = 60.0
@@ -60,7 +62,7 @@ class Needs(NamedTuple):
 
     def shortage(self, where: str) -> str:
         """That the machines at `where` are too few, in words."""
-        machines = _machines_there()
+        machines = machines_there().values()
         total = {kind: sum(machine.get(kind, 0.0) for machine in machines) for kind in self.per_worker}
         there = " and ".join(f"{number:g} {kind}s" for kind, number in total.items())
         fits = room(self.per_worker, machines)
@@ -81,7 +83,7 @@ def check_capacity(needs: Needs, where: str) -> None:
     Raises:
         ConfigError: with what is asked for, what there is and how many would fit.
     """
-    if room(needs.per_worker, _machines_there()) < needs.workers:
+    if room(needs.per_worker, machines_there().values()) < needs.workers:
         raise ConfigError(f"{needs.shortage(where)}; Ray would wait for ever")
 
 
@@ -91,21 +93,21 @@ def wait_for_room(needs: Needs, where: str, notice: Callable[[str], None]) -> No
     Raises:
         ConfigError: no machine is on its way, or they have not come within `resources.wait_minutes`.
     """
-    if room(needs.per_worker, _machines_there()) >= needs.workers:
+    seen = len(machines := machines_there().values())
+    if room(needs.per_worker, machines) >= needs.workers:
         return
     notice(f"waiting up to {needs.wait_s / 60:g} minutes for machines: {needs}")
-    patience, seen, begun = Patience(needs), len(_machines_there()), time.time()
-    moved = time.monotonic()
+    patience, begun, moved = Patience(needs), time.time(), time.monotonic()
     # Ray keeps one request for the whole cluster; its coordinator, which Ray Train asks too, adds up those of many.
     coordinator = DefaultAutoscalingCoordinator(f"tidegate-{secrets.token_hex(8)}")
     try:
-        while room(needs.per_worker, _machines_there()) < needs.workers:
+        while room(needs.per_worker, machines := machines_there().values()) < needs.workers:
             # Of more than there can be none come, so not for more than it cannot do without.
             coordinator.request_resources([needs.per_worker] * needs.workers, expire_after_s=_ASKED_FOR_S)
             if patience.is_out():
                 raise ConfigError(patience.said())
-            if len(_machines_there()) != seen or _are_coming(begun):
-                seen, moved = len(_machines_there()), time.monotonic()
+            if len(machines) != seen or _are_coming(begun):
+                seen, moved = len(machines), time.monotonic()
             if time.monotonic() - moved > _QUIET_S:
                 raise ConfigError(
                     f"{needs.shortage(where)}; no machine is on its way: there is no autoscaler, or no more "
@@ -150,13 +152,13 @@ class Patience:
         )
 
     def _room(self) -> int:
-        return room(self._needs.per_worker, _machines_there(self._without))
+        return room(self._needs.per_worker, machines_there(self._without).values())
 
 
-def _machines_there(without: Sequence[str] = ()) -> list[Mapping[str, float]]:
-    """Resources of every machine that stays, but for some by their ids."""
+def machines_there(without: Sequence[str] = ()) -> dict[str, Mapping[str, float]]:
+    """Resources of every machine that stays, by its id, but for some."""
     out = {*without, *(ray._private.state.state.get_draining_nodes() or {})}
-    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in out]
+    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in out}
 
 
 def _are_coming(begun: float) -> bool:

@@ -19,7 +19,6 @@ from types import FrameType
 from typing import Any, Literal
 
 import ray
-import ray._private.state
 from ray.train import PreemptionInfo
 from ray.train.v2._internal.execution.callback import WorkerCallback
 from ray.train.v2._internal.execution.context import get_train_context
@@ -33,7 +32,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
 from ray.train.v2.api.exceptions import PreemptionError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-from tidegate.launch.capacity import Needs, Patience
+from tidegate.launch.capacity import Needs, Patience, machines_there
 
 __all__ = [
     "AllowedSizes",
@@ -142,10 +141,8 @@ class AllowedSizes(_Patient, ElasticScalingPolicy):
         self._sizes, self._without = tuple(sizes), without
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
-        leaving = ray._private.state.state.get_draining_nodes() or {}
-        staying = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - leaving.keys()
-        usable = staying.difference(self._without)
-        reserved_resources = {node: reserved_resources[node] for node in usable & reserved_resources.keys()}
+        usable = machines_there(self._without).keys() & reserved_resources.keys()
+        reserved_resources = {node: reserved_resources[node] for node in usable}
         possible = super()._count_possible_workers(reserved_resources)
         return max((size for size in self._sizes if size <= possible), default=0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -190,16 +191,15 @@ def _begun(request: Request, name: str, job: Job, job_dir: Path) -> RunFolder | 
         ConfigError: it is of another job.
     """
     check_name(name)
-    if name in request.state.runs():
-        run = request.state.run(name)
-    else:
-        adopted = request.state.adopt(name, request.state.storage_of(job), job_dir)
-        if adopted is None:
-            return None
-        run = adopted
+    known = name in request.state.runs()
+    run = request.state.run(name) if known else request.state.adopt(name, request.state.storage_of(job), job_dir)
+    if run is None:
+        return None
     stored = load_stored(run.job_file.read_text(encoding="utf-8"), Job, str(run.job_file))
     differs = {field: value for field, value in diff(stored, job).items() if not field.startswith(_WHERE)}
     if differs:
+        if not known:
+            shutil.rmtree(run.folder)  # it is not this one, and stays where it is
         was, (field, value) = flatten(stored), next(iter(differs.items()))
         raise ConfigError(
             f"{request.job_file}: {field}={value}, but the run {name} has begun with {was.get(field)}"
@@ -312,13 +312,11 @@ def _resumed_from(plan: _Plan, storage: str, record: RunRecord, run: str, report
 
 
 def _storage(request: Request, job: Job) -> str:
-    """Where checkpoints go: a URI as it is, a folder absolute, and with room."""
+    """Where checkpoints go, with room for them if that is a folder."""
     storage = request.state.storage_of(job)
-    if "://" in storage:
-        return storage.rstrip("/")
-    folder = Path(storage).absolute()
-    check_space(job, folder)
-    return str(folder)
+    if "://" not in storage:
+        check_space(job, Path(storage))
+    return storage
 
 
 def _introduce(request: Request, run_folder: RunFolder, tracking: RunHandle, reporter: Reporter) -> None:

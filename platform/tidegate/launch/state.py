@@ -141,8 +141,9 @@ class StateDir:
         return RunFolder(folder)
 
     def storage_of(self, job: Job) -> str:
-        """Folder or URI of checkpoints: the job's, else `TIDEGATE_STORAGE`, else one in here."""
-        return job.checkpoint.storage or os.environ.get("TIDEGATE_STORAGE") or str(self.checkpoints)
+        """Whole folder or URI of checkpoints: the job's, else `TIDEGATE_STORAGE`, else one in here."""
+        storage = job.checkpoint.storage or os.environ.get("TIDEGATE_STORAGE") or str(self.checkpoints)
+        return storage.rstrip("/") if "://" in storage else str(Path(storage).absolute())
 
     def adopt(self, name: str, storage: str, job_dir: Path) -> RunFolder | None:
         """The folder of a run that another state directory began, from what stands beside its checkpoints.

@@ -26,13 +26,12 @@ from tidegate.config import ConfigError
 from tidegate.launch.doctor import why_no_ray
 from tidegate.redact import redact
 
-__all__ = ["Cluster", "Submission", "exit_status", "follow", "list_jobs", "show_logs", "stop_job"]
+__all__ = ["Cluster", "Submission", "follow", "list_jobs", "show_logs", "stop_job"]
 
 STOP_WAIT_S = 600
 """How long a job that is stopped may take for its last step and checkpoint before Ray kills it."""
 _AGENT_TIMEOUT_S, _ANSWER_TIMEOUT_S = 60.0, 60.0
 _NAME, _STATE = "tidegate.name", "tidegate.state"
-_EXIT_STATUS = {JobStatus.SUCCEEDED: 0, JobStatus.STOPPED: 143}
 
 
 class Submission(NamedTuple):
@@ -48,6 +47,15 @@ class Submission(NamedTuple):
     begun: float
     """Seconds since the epoch."""
     ended: float | None
+    own_status: int | None
+    """The exit status of its command, such as 124 at a limit; None where it has none."""
+
+    @property
+    def exit_status(self) -> int:
+        """For a shell: 0 of what runs or ended well, 143 of what was stopped, else its own."""
+        if self.running or self.status == JobStatus.SUCCEEDED:
+            return 0
+        return 143 if self.status == JobStatus.STOPPED else self.own_status or 1
 
     @property
     def running(self) -> bool:
@@ -86,14 +94,14 @@ class Cluster:
         problem = why_no_ray(address)
         if problem:
             raise ConfigError(f"--address {address}: no Ray cluster answers ({problem})")
-        with self._explained():
+        with self.explained():
             self.client = _Client(address)
 
     def submissions(self) -> list[Submission]:
         """All of Tidegate's, the oldest first."""
-        with self._explained():
+        with self.explained():
             jobs = self.client.list_jobs()
-        found = [self._submission(job) for job in jobs if job.submission_id and _NAME in (job.metadata or {})]
+        found = [_submission(job) for job in jobs if job.submission_id and _NAME in (job.metadata or {})]
         return sorted(found, key=lambda submission: submission.begun)
 
     def latest(self, name: str) -> Submission | None:
@@ -110,9 +118,12 @@ class Cluster:
             )
         return found
 
-    def status(self, submission_id: str) -> Any:
-        """Ray's record of one submission."""
-        with self._explained():
+    def submission(self, submission_id: str) -> Submission:
+        """As it is now."""
+        return _submission(self._info(submission_id))
+
+    def _info(self, submission_id: str) -> Any:
+        with self.explained():
             return self.client.get_job_info(submission_id)
 
     def submit(
@@ -139,7 +150,7 @@ class Cluster:
         """
         probe = self._submit(entrypoint=entrypoint)
         until = time.monotonic() + timeout_s
-        while not (info := self.status(probe)).status.is_terminal():
+        while not (info := self._info(probe)).status.is_terminal():
             if time.monotonic() > until:
                 self.client.stop_job(probe)
                 raise ConfigError(
@@ -147,7 +158,7 @@ class Cluster:
                     f"({info.status.lower()}: {info.message}); it may have no room, or no worker process starts"
                 )
             time.sleep(0.5)
-        with self._explained():
+        with self.explained():
             printed = self.client.get_job_logs(probe)
             self.client.delete_job(probe)
         if info.status != JobStatus.SUCCEEDED:
@@ -160,7 +171,7 @@ class Cluster:
         until = time.monotonic() + _AGENT_TIMEOUT_S
         while True:
             try:
-                with self._explained():
+                with self.explained():
                     return self.client.submit_job(**job)
             except ConfigError as error:
                 # A head answers some seconds before it can run anything.
@@ -168,26 +179,29 @@ class Cluster:
                     raise
             time.sleep(0.5)
 
-    def _submission(self, job: Any) -> Submission:
-        return Submission(
-            id=job.submission_id,
-            name=job.metadata[_NAME],
-            state=job.metadata.get(_STATE, ""),
-            status=job.status,
-            message=job.message or "",
-            begun=(job.start_time or 0) / 1000,
-            ended=job.end_time / 1000 if job.end_time else None,
-        )
-
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def explained(self) -> Iterator[None]:
+        """What the client raises in the block, as a ConfigError that names the address."""
         try:
             yield
         except (AuthenticationError, RuntimeError, OSError, aiohttp.ClientError, ValueError) as error:
-            said = str(error)
+            said = str(error).strip() or type(error).__name__
             if isinstance(error, AuthenticationError):
                 said = "it does not know you; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the cluster's"
-            raise ConfigError(f"--address {self.address}: {said.strip().splitlines()[-1][:500]}") from error
+            raise ConfigError(f"--address {self.address}: {said.splitlines()[-1][:500]}") from error
+
+
+def _submission(job: Any) -> Submission:
+    return Submission(
+        id=job.submission_id,
+        name=job.metadata[_NAME],
+        state=job.metadata.get(_STATE, ""),
+        status=job.status,
+        message=job.message or "",
+        begun=(job.start_time or 0) / 1000,
+        ended=job.end_time / 1000 if job.end_time else None,
+        own_status=job.driver_exit_code,
+    )
 
 
 def list_jobs(address: str | None) -> None:
@@ -210,9 +224,9 @@ def show_logs(address: str | None, name: str, *, wait: bool) -> int:
     submission = cluster.known(name)
     if wait and submission.running:
         return follow(cluster, submission.id)
-    with cluster._explained():
+    with cluster.explained():
         print(cluster.client.get_job_logs(submission.id), end="")
-    return 0 if submission.running else exit_status(submission.status)
+    return submission.exit_status
 
 
 def follow(cluster: Cluster, submission_id: str) -> int:
@@ -224,20 +238,18 @@ def follow(cluster: Cluster, submission_id: str) -> int:
 
     name = submission_id.rpartition(".")[0]
     try:
-        with cluster._explained():
+        with cluster.explained():
             asyncio.run(tail())
-        while not (info := cluster.status(submission_id)).status.is_terminal():
+        while (found := cluster.submission(submission_id)).running:
             time.sleep(0.5)  # its output ends before it does
     except KeyboardInterrupt:
         print(f"\n{name} goes on; see it with: tidegate logs {name} --wait; stop it with: tidegate stop {name}")
         return 130
     except ConfigError as error:
         raise ConfigError(f"{error}; {name} goes on there: tidegate logs {name} --wait") from error
-    if info.status != JobStatus.SUCCEEDED:
-        print(f"{name}: {info.status.lower()}: {redact(info.message or '')}", file=sys.stderr)
-    # A job that ends by itself says why by its own, as by 124 at a limit.
-    failed = info.status == JobStatus.FAILED
-    return info.driver_exit_code or 1 if failed else exit_status(info.status)
+    if found.status != JobStatus.SUCCEEDED:
+        print(f"{name}: {found.status.lower()}: {redact(found.message)}", file=sys.stderr)
+    return found.exit_status
 
 
 def stop_job(address: str | None, name: str) -> int:
@@ -247,17 +259,13 @@ def stop_job(address: str | None, name: str) -> int:
     if not submission.running:
         print(f"{name} has ended already: {submission.status.lower()}")
         return 0
-    with cluster._explained():
+    with cluster.explained():
         cluster.client.stop_job(submission.id)
     print(f"{name} ends its step and saves")
     until = time.monotonic() + STOP_WAIT_S + 30
-    while not (info := cluster.status(submission.id)).status.is_terminal():
+    while (found := cluster.submission(submission.id)).running:
         if time.monotonic() > until:
             raise ConfigError(f"{name} has not ended within {STOP_WAIT_S} s; see tidegate logs {name}")
         time.sleep(0.5)
-    print(f"{name}: {info.status.lower()}; go on with: tidegate resume {name}, or submit it again")
+    print(f"{name}: {found.status.lower()}; go on with: tidegate resume {name}, or submit it again")
     return 0
-
-
-def exit_status(status: JobStatus) -> int:
-    return _EXIT_STATUS.get(status, 1)

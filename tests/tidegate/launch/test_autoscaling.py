@@ -68,6 +68,27 @@ def works(node: str) -> bool:
     return raylet is not None and any("RayTrainWorker" in " ".join(child.cmdline()) for child in raylet.children())
 
 
+class Printed:
+    """What a submitted run has printed so far."""
+
+    def __init__(self, head: Any, submission: str) -> None:
+        self._client, self._submission = Cluster(head.address).client, submission
+
+    def all(self) -> str:
+        return self._client.get_job_logs(self._submission)
+
+    def last(self) -> str:
+        return self.all()[-2000:]
+
+    def steps(self) -> list[int]:
+        return [int(step) for step in re.findall(r"^ *step (\d+)/", self.all(), re.MULTILINE)]
+
+    def trains_on(self, steps: int = 3) -> None:
+        """Wait for so many more."""
+        before = len(self.steps())
+        wait_until(lambda: len(self.steps()) >= before + steps, why=self.last)
+
+
 class Timeline:
     """The number of machines over the time of a story, and what happened; for the picture in the docs."""
 
@@ -106,49 +127,36 @@ def test_a_job_brings_its_machines_survives_their_loss_and_lets_them_go(
     timeline = Timeline(cloud)
     timeline.mark("submitted")
     assert submit(job, Submit(cloud.address, elastic, "spot", str(tmp_path / "state"))) == 0
-    client = Cluster(cloud.address).client
-
-    def printed() -> str:
-        return client.get_job_logs("spot.1")
-
-    def last() -> str:
-        return printed()[-2000:]
+    run = Printed(cloud, "spot.1")
 
     def groups() -> list[str]:
         """Of workers, as they began: their number and expert parallelism."""
-        return re.findall(r"(\d of at most 2 workers: EP \d)", printed())
+        return re.findall(r"(\d of at most 2 workers: EP \d)", run.all())
 
-    def steps() -> list[int]:
-        return [int(step) for step in re.findall(r"^ *step (\d+)/", printed(), re.MULTILINE)]
-
-    def trains_on() -> None:
-        before = len(steps())
-        wait_until(lambda: len(steps()) > before + 2, why=last)
-
-    wait_until(lambda: groups()[-1:] == ["2 of at most 2 workers: EP 2"], timeout_s=200, why=last)
-    trains_on()
+    wait_until(lambda: groups()[-1:] == ["2 of at most 2 workers: EP 2"], timeout_s=200, why=run.last)
+    run.trains_on()
     timeline.mark("2 workers train, EP 2")
     assert len(machines(cloud)) == 2
 
     drained, saved = machines(cloud)[0], len(groups())
     timeline.mark("a machine gets its notice")
     drain(cloud, drained)
-    wait_until(lambda: len(groups()) > saved, why=last)
-    trains_on()
+    wait_until(lambda: len(groups()) > saved, why=run.last)
+    run.trains_on()
     timeline.mark("training goes on")
-    assert re.search(r"after step (\d+) the workers start again .*: a machine will be taken away", printed())
-    assert steps() == list(range(1, steps()[-1] + 1)), "a notice costs no step"
+    assert re.search(r"after step (\d+) the workers start again .*: a machine will be taken away", run.all())
+    assert run.steps() == list(range(1, run.steps()[-1] + 1)), "a notice costs no step"
     take(drained)
-    wait_until(lambda: drained not in machines(cloud), why=last)
+    wait_until(lambda: drained not in machines(cloud), why=run.last)
 
     saved = len(groups())
     timeline.mark("a machine is gone without one")
-    wait_until(lambda: any(map(works, machines(cloud))), why=last)
+    wait_until(lambda: any(map(works, machines(cloud))), why=run.last)
     take(next(filter(works, machines(cloud))))
-    wait_until(lambda: len(groups()) > saved, why=last)
-    trains_on()
+    wait_until(lambda: len(groups()) > saved, why=run.last)
+    run.trains_on()
     timeline.mark("training goes on")
-    again = [now for before, now in itertools.pairwise(steps()) if now <= before]
+    again = [now for before, now in itertools.pairwise(run.steps()) if now <= before]
     assert len(again) == 1, "one loss of machines without a notice"
 
     timeline.mark("stopped")
@@ -230,20 +238,12 @@ def test_a_run_of_one_size_waits_for_another_machine_and_stops_while_it_waits(
     job = tiny_job(train={"tokens": 512 * 100_000}, checkpoint={"every": 5})
     fixed = ["resources.max_failures=-1"]
     assert submit(job, Submit(cloud.address, fixed, "fixed", str(tmp_path / "state"))) == 0
-    client = Cluster(cloud.address).client
-
-    def printed() -> str:
-        return client.get_job_logs("fixed.1")[-20_000:]
-
-    def steps() -> list[int]:
-        return [int(step) for step in re.findall(r"^ *step (\d+)/", client.get_job_logs("fixed.1"), re.MULTILINE)]
-
-    wait_until(lambda: len(steps()) > 7, why=printed)
+    run = Printed(cloud, "fixed.1")
+    run.trains_on(8)
     lost = next(filter(works, machines(cloud)))
     take(lost)
-    wait_until(lambda: any(works(other) for other in machines(cloud) if other != lost), why=printed)
-    before = len(steps())
-    wait_until(lambda: len(steps()) > before + 2, why=printed)
+    wait_until(lambda: any(works(other) for other in machines(cloud) if other != lost), why=run.last)
+    run.trains_on()
 
     take(next(filter(works, machines(cloud))))
     time.sleep(1)
@@ -254,7 +254,7 @@ def test_a_run_of_one_size_waits_for_another_machine_and_stops_while_it_waits(
 
 def test_patience_is_for_machines_that_are_missing_and_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     there: list[dict[str, float]] = []
-    monkeypatch.setattr(capacity, "_machines_there", lambda without=(): there)
+    monkeypatch.setattr(capacity, "machines_there", lambda without=(): dict(enumerate(there)))
     now = 0.0
     needs = capacity.Needs({"CPU": 2.0, "GPU": 1.0}, 2, "resources.min_workers=2", wait_s=60)
     patience = capacity.Patience(needs, clock=lambda: now)

@@ -28,7 +28,9 @@ HINT = f"Ray {version('ray')} changed what platform/tidegate/launch/elastic.py s
 
 def test_what_is_used_of_rays_private_parts() -> None:
     import ray._private.state
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import DefaultAutoscalingCoordinator
     from ray.train.v2._internal.execution.callback import WorkerCallback
+    from ray.train.v2._internal.execution.controller.controller import TrainController
     from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
     from ray.train.v2._internal.execution.train_fn_utils import DistributedTrainFnUtils
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -46,6 +48,9 @@ def test_what_is_used_of_rays_private_parts() -> None:
     spread = inspect.getsource(DistributedTrainFnUtils.get_preemption_info)
     assert "get_internal_train_context().preemption_context.preemption_info" in spread, HINT + "notices"
     assert hasattr(ray._private.state.GlobalState, "get_draining_nodes"), HINT
+    assert "make_decision_for_non_running_worker_group(" in inspect.getsource(TrainController), HINT + "waiting"
+    asked = inspect.signature(DefaultAutoscalingCoordinator.request_resources).parameters
+    assert {"resources", "expire_after_s"} <= asked.keys(), HINT.replace("elastic.py", "capacity.py")
 
 
 @pytest.mark.parametrize(
