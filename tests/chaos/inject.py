@@ -306,7 +306,7 @@ class Run:
             for step, at, _, metrics in self.records(start):
                 tokens[step].add(at)
                 for name, value in metrics.items():
-                    if not name.startswith(("speed/", "checkpoint/")):
+                    if not name.startswith(("speed/", "checkpoint/", "system/", "time/")):
                         numbers[step, name].add(repr(value))
         newest = sorted(self._folder.glob("checkpoints/step_*"))[-1]
         manifest = json.loads((newest / "manifest.json").read_text())

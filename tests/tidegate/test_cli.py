@@ -232,7 +232,8 @@ def test_show_prints_the_totals(tidegate):
     ]
 
 
-def test_tokenize_and_doctor_run(folder, tidegate):
+def test_tokenize_and_doctor_run(folder, tidegate, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # a cell of doctor's table is one line
     ended = tidegate("tokenize", "job.yaml", "--state-dir", "state")
     assert ended.status == 0
     assert "│ words" in ended.out
@@ -400,6 +401,6 @@ def test_more_workers_than_the_machine_has(folder):
     ended = process("train", "job.yaml", *too_many, timeout_s=120, RAY_AUTH_MODE="disabled")
     assert ended.status == 2
     message = ended.err.splitlines()[-1]
-    assert message.startswith("tidegate: resources.workers=64 needs 64000 CPUs, this machine has ")
+    assert message.startswith("tidegate: resources.workers=64 needs 64000 CPUs, as 64 x 1000 CPU; this machine has ")
     assert "Traceback" not in ended.err
     assert leaves_nothing(folder / ".tidegate")

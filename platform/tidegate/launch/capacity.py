@@ -65,8 +65,8 @@ class Needs(NamedTuple):
         machines = machines_there().values()
         total = {kind: sum(machine.get(kind, 0.0) for machine in machines) for kind in self.per_worker}
         there = " and ".join(f"{number:g} {kind}s" for kind, number in total.items())
-        fits = room(self.per_worker, machines)
-        return f"{self}; {where} has {there} on {len(machines)} machines, which is room for {fits}"
+        fits, many = room(self.per_worker, machines), "s" * (len(machines) != 1)
+        return f"{self}; {where} has {there} on {len(machines)} machine{many}, which is room for {fits}"
 
 
 def room(per_worker: Mapping[str, float], machines: Iterable[Mapping[str, float]]) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+
+import torch
 
 from tidegate.launch.cost import Ledger
 from tidegate.launch.ended import Ended
@@ -31,6 +34,8 @@ def run_local(
     ledger: Ledger,
 ) -> Ended:
     """Train here until the end, a signal, a limit, or `show` says so; continues from the run's newest checkpoint."""
+    if "OMP_NUM_THREADS" not in os.environ:  # as a worker of Ray: sums of another number of threads differ
+        torch.set_num_threads(job.resources.cpus_per_worker)
     made = collectives.start(alone=True)
     assert made
     logger.tag("gpu", device_name(collectives.default_device()))

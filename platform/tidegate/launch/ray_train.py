@@ -279,9 +279,14 @@ class _Board:
         self._meter = Meter(spent, self._price)
         self._forgot = ray.get_runtime_context().was_current_actor_reconstructed
         self._records: list[Record | str] = []
+        self._last_line = ""
         self._wish: Reason = ""
 
     def push(self, record: Record | str) -> None:
+        if isinstance(record, str):
+            if record == self._last_line:
+                return  # what several ranks say is shown once
+            self._last_line = record
         self._records.append(record)
         if isinstance(record, Record):
             self._live.take(record)
@@ -290,6 +295,7 @@ class _Board:
     def begin(self, workers: int) -> Spent:
         """So many workers begin, as many as there is room for; what the run has cost until then."""
         self._set_workers(workers)
+        self._last_line = ""
         self._wish = "" if self._wish == "growth" else self._wish
         return self._meter.read()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import tempfile
 from collections.abc import Callable
@@ -52,6 +53,7 @@ class _Call(NamedTuple):
 
 
 def _run_rank(rank: int, call: _Call) -> None:
+    faulthandler.enable()  # a crash below Python says where Python was
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

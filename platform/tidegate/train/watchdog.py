@@ -53,7 +53,8 @@ class Watchdog:
         storage: of the run; reports go to `stacks-<attempt>/`.
         attempt: the same on every rank, another at every start of the run.
         rank, world_size: of this process.
-        notice: shows a line to the user; called on one rank.
+        notice: shows a line to the user. Every rank that stands still calls it, with the same line if it knows as much:
+            the link to one of them may be what broke.
     """
 
     def __init__(
@@ -96,12 +97,8 @@ class Watchdog:
         try:
             self._storage.replace(self._file(self._rank), json.dumps(self._report()._asdict()).encode())
             time.sleep(_GRACE_S)
-            reports = self._reports()
-            if self._rank == min(reports):
-                self._notice(self._verdict(reports))
-                time.sleep(1.0)  # notices travel by themselves
-            else:
-                time.sleep(_GRACE_S)  # the first process that ends can take the one that speaks with it
+            self._notice(self._verdict(self._reports()))
+            time.sleep(1.0)  # notices travel by themselves
         finally:
             os._exit(EXIT_STATUS)
 

@@ -129,7 +129,7 @@ def test_a_run_over_two_hosts_a_slow_link_and_one_that_is_cut(
 ) -> None:
     job = tiny_job(
         train={"micro_batch": 1, "tokens": 512 * 100_000},
-        checkpoint={"every": 20},
+        checkpoint={"every": 5},
         guards={"hang_after_s": 10},
     )
     elastic = ["resources.workers=2", "resources.min_workers=1", "parallel.expert=2", "resources.max_failures=2"]
