@@ -1,13 +1,12 @@
 """What it costs to record a run of 10,000 steps with every series of a medium model, and how fast the UI opens it.
 
-    python docs/measure_logging.py [STEPS] [--everything]
+    python docs/measure_logging.py [STEPS]
 
 A model of 8 layers x 32 experts x 4 domains x 8 heads takes two real steps and an evaluation. Their records, with fresh
-noise, are what a `MetricLogger` then writes into a new SQLite store, as often as the loop does; with `--everything`,
-the series of single experts, heads and domains come with every record too. Then MLflow's own server answers, and
-Chromium (Debian: chromium, chromium-driver) opens the run and its metrics. Nothing is trained meanwhile: `logging` is
-what the training thread would spend, and `delivery` the background thread, which takes Python's lock from it now and
-then.
+noise, are what a `MetricLogger` then writes into a new SQLite store, as often as the loop does. Then MLflow's own
+server answers, and Chromium (Debian: chromium, chromium-driver) opens the run and its metrics. Nothing is trained
+meanwhile: `logging` is what the training thread would spend, and `delivery` the background thread, which takes Python's
+lock from it now and then.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from tidegate.launch.run import Request, run
 from tidegate.launch.state import StateDir
+from tidegate.metric_path import without_details
 from tidegate.track import MetricLogger, RunHandle, TrackConfig, open_run
-from tidegate.train.metric_path import parse_metric
 from tidegate.train.telemetry import Record
 
 JOB = Path(__file__).parents[1] / "jobs" / "demo.yaml"
@@ -70,18 +69,16 @@ def records(folder: Path) -> list[Record]:
     return seen
 
 
-def write(handle: RunHandle, folder: Path, seen: list[Record], steps: int, everything: bool) -> None:
+def write(handle: RunHandle, folder: Path, seen: list[Record], steps: int) -> None:
     *_, trained, evaluated = seen
     spent, calls = 0.0, 0
     cpu = time.process_time()
     logger = MetricLogger(handle.uri, handle.run_id, spool=folder / "spool.jsonl")
     began = time.perf_counter()
     for step in range(LOG_EVERY, steps + 1, LOG_EVERY):
-        detailed = everything or step % EVAL_EVERY == 0
+        detailed = step % EVAL_EVERY == 0
         for record in (trained, evaluated) if step % EVAL_EVERY == 0 else (trained,):
-            kept = {
-                name: value for name, value in record.metrics.items() if detailed or not parse_metric(name).is_detail
-            }
+            kept = record.metrics if detailed else without_details(record.metrics)
             noisy = {name: value * random.uniform(0.9, 1.1) for name, value in kept.items()}
             before = time.perf_counter()
             logger.log(noisy, step=step, tokens=step * 4096)
@@ -90,7 +87,7 @@ def write(handle: RunHandle, folder: Path, seen: list[Record], steps: int, every
     cpu = time.process_time() - cpu
     assert delivery.undelivered == 0, delivery
     took = time.perf_counter() - began
-    summary = sum(not parse_metric(name).is_detail for name in trained.metrics)
+    summary = len(without_details(trained.metrics))
     print(f"series: {len(trained.metrics)} {summary} with every record; {len(evaluated.metrics)} of an evaluation")
     print(f"logging: {spent / calls * 1e6:,.0f} us a call, {spent / steps / STEP_S:.4%} of a step of {STEP_S} s")
     print(f"delivery: {took:,.1f} s, {cpu:,.1f} s of a core: {cpu / (steps * STEP_S):.2%} of one while the steps take")
@@ -122,7 +119,7 @@ def open_in_ui(handle: RunHandle, seen: list[Record], folder: Path) -> None:
             except OSError:
                 time.sleep(0.5)
         run_took = timed(port, f"runs/get?run_id={handle.run_id}")
-        names = sorted({name for record in seen for name in record.metrics} | {"tokens"})
+        names = sorted({name for record in seen for name in without_details(record.metrics)} | {"tokens"})
         history = "metrics/get-history-bulk-interval?run_ids={}&metric_key={}&max_results={}"
         took = [timed(port, history.format(handle.run_id, name, POINTS)) for name in names]
         print(
@@ -179,7 +176,7 @@ class Stopwatch:
         return next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration")
 
 
-def main(steps: int, everything: bool) -> None:
+def main(steps: int) -> None:
     with tempfile.TemporaryDirectory(prefix="tidegate-") as scratch:
         folder = Path(scratch)
         seen = records(folder / "state")
@@ -187,13 +184,13 @@ def main(steps: int, everything: bool) -> None:
         handle = open_run(
             f"sqlite:///{database}", TrackConfig(), job="logging", resolved={"steps": steps}, changes={}, command=[]
         )
-        write(handle, folder, seen, steps, everything)
-        print(f"database: {database.stat().st_size / 1e6:,.0f} MB")
+        write(handle, folder, seen, steps)
+        files = [path.stat().st_size for path in folder.rglob("details/*.json")]
+        print(f"database: {database.stat().st_size / 1e6:,.0f} MB; {len(files)} files: {sum(files) / 1e6:,.1f} MB")
         open_in_ui(handle, seen, folder)
 
 
 if __name__ == "__main__":
-    arguments = [argument for argument in sys.argv[1:] if argument != "--everything"]
-    if len(arguments) > 1:
+    if len(sys.argv) > 2:
         raise SystemExit(__doc__)
-    main(int(arguments[0]) if arguments else 10_000, everything="--everything" in sys.argv)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 10_000)

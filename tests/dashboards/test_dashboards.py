@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from tidegate.launch.alerts import ALERTS, RECORDED
 from tidegate.launch.dashboards import DASHBOARDS, write_dashboards, write_rules
@@ -67,6 +70,38 @@ def test_every_metric_that_is_named_is_exported() -> None:
 def test_every_unit_can_be_drawn_without_grafana() -> None:
     units = {panel["fieldConfig"]["defaults"]["unit"] for panel in panels()}
     assert units <= runpy.run_path(str(ROOT / "docs" / "draw_dashboard.py"))["SCALES"].keys()
+
+
+OF_PROMETHEUS = {"definition", "titleFormat", "textFormat"}
+"""Fields that Grafana leaves to its data source."""
+
+
+def not_kept(written: Any, read: Any, at: str = "") -> Iterator[str]:
+    """Where of a document something is not in another that was made from it."""
+    if isinstance(written, dict) and isinstance(read, dict):
+        for name, value in written.items():
+            yield from not_kept(value, read.get(name), f"{at}/{name}")
+    elif isinstance(written, list) and isinstance(read, list) and len(written) == len(read):
+        for number, values in enumerate(zip(written, read, strict=True)):
+            yield from not_kept(*values, f"{at}/{number}")
+    elif written != read and at.rpartition("/")[2] not in OF_PROMETHEUS:
+        yield f"{at}: {written}"
+
+
+def through_grafanas_schema(dashboard: dict[str, Any]) -> list[str]:
+    """What Grafana's own types, made from its schema, do not keep."""
+    return [*not_kept(dashboard, json.loads(json.dumps(Dashboard.from_json(dashboard), cls=JSONEncoder)))]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_grafanas_schema_has_every_field(file: Path) -> None:
+    register_default_plugins()
+    dashboard = json.loads(file.read_text())
+    assert through_grafanas_schema(dashboard) == []
+    panel = next(panel for panel in dashboard["panels"] if panel["type"] == "timeseries")
+    panel["options"]["legend"]["shown"] = True
+    panel["targets"][0]["expression"] = "up"
+    assert [line.rpartition("/")[2] for line in through_grafanas_schema(dashboard)] == ["expression: up", "shown: True"]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

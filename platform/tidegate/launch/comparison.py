@@ -20,10 +20,10 @@ import numpy as np
 
 from tidegate.config import ConfigError, load_stored
 from tidegate.launch.paired import verdict
+from tidegate.metric_path import parse_metric
 from tidegate.model.flops import total
 from tidegate.track import RunData
 from tidegate.train.job import Job
-from tidegate.train.metric_path import parse_metric
 
 if TYPE_CHECKING:
     import pandas as pd

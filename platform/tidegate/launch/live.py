@@ -17,7 +17,7 @@ from types import TracebackType
 
 from ray.util.metrics import Gauge
 
-from tidegate.train.metric_path import parse_metric
+from tidegate.metric_path import parse_metric
 from tidegate.train.telemetry import Record
 
 __all__ = ["OF_THE_RUN", "LiveMetrics", "gauge_of"]

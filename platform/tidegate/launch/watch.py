@@ -19,9 +19,9 @@ from tidegate.config import ConfigError
 from tidegate.launch.alerts import DEAD_EXPERTS, MAX_VIOLATION
 from tidegate.launch.report import SHADES
 from tidegate.launch.state import StateDir
+from tidegate.metric_path import parse_metric
 from tidegate.quantities import cost_shown
 from tidegate.track import RunData, TrackConfig, find_run, resolve_tracking_uri
-from tidegate.train.metric_path import parse_metric
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -85,7 +85,7 @@ def watch(name: str, state: StateDir, store: str | None, *, once: bool, every_s:
 
 def _look(name: str, state: StateDir, store: str | None) -> _Seen:
     run = _find(name, state, store)
-    records = run.points_of({"tokens"} & run.metrics.keys())
+    records = run.points_of({"tokens"})
     quiet_s = None
     if len(records):  # by this machine's clock, which may be behind the run's
         quiet_s = max(0.0, time.time() - float(records["time_ms"].max()) / 1000)

@@ -7,20 +7,26 @@ which records a store already has, whatever became of the answers.
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from tidegate.config import ConfigError
+from tidegate.metric_path import without_details
 from tidegate.redact import redact
 from tidegate.track.client import connect, database_file, one_line
+from tidegate.track.details import details_of, file_of
 from tidegate.track.spool import TOKENS, Record, Spool, read_spool
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 MAX_METRICS_PER_REQUEST = 1000  # MLflow's limit
+
+_log = logging.getLogger(__name__)
 
 
 class Rejection(NamedTuple):
@@ -39,12 +45,32 @@ class Sender:
         self._connected: MlflowClient | None = None
 
     def send(self, records: Sequence[Record]) -> None:
-        """Write records, in order, in as few requests as MLflow allows (one, for what `next_batch` chose)."""
+        """Write records, in order, in as few requests as MLflow allows (one, for what `next_batch` chose).
+
+        Their details go before them, best effort: where a record has arrived, its details have or cannot.
+        """
         from mlflow.entities import Metric
 
-        metrics = (Metric(key, value, r.timestamp_ms, r.step) for r in records for key, value in r.metrics.items())
+        metrics = (
+            Metric(key, value, record.timestamp_ms, record.step)
+            for record in records
+            for key, value in without_details(record.metrics).items()
+        )
+        failure = self._send_details(records)
         while chunk := list(islice(metrics, MAX_METRICS_PER_REQUEST)):
             self._client.log_batch(self._run_id, metrics=chunk, synchronous=True)
+        if failure is not None:
+            where, why = redact(self._uri), one_line(failure)
+            _log.warning("%s takes metrics, but no files: those of single experts and heads are lost (%s)", where, why)
+
+    def _send_details(self, records: Sequence[Record]) -> Exception | None:
+        try:
+            for record in records:
+                if details := details_of(record):
+                    self._client.log_text(self._run_id, json.dumps(details), file_of(record))
+        except Exception as error:  # whatever MLflow and a storage's client raise
+            return error
+        return None
 
     def arrived(self) -> set[int]:
         """The times of the records that the store has, in milliseconds."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from tidegate.config import ConfigError
+from tidegate.metric_path import parse_metric
 from tidegate.redact import redact
+from tidegate.track import details
 from tidegate.track.client import connect, database_file, is_database, one_line, schema_of
 from tidegate.track.spool import TOKENS
 
@@ -55,7 +57,7 @@ class RunData:
         status: RUNNING, FINISHED, FAILED or KILLED; a run whose process was killed stays RUNNING.
         start, end: UTC; `end` is None while it has not ended, also after a resume.
         tags, params: as logged; params are the flattened resolved job.
-        metrics: last value of each.
+        metrics: last value of each, those of single experts, heads, bins and domains of a layer aside.
     """
 
     def __init__(self, store: _Store, run: Run, experiment: str) -> None:
@@ -92,10 +94,8 @@ class RunData:
     def points(self) -> pd.DataFrame:
         """All that was logged, as `points_of` gives it; of a sampled run, what was chosen."""
         if self._sample is None:
-            return self.points_of(self.metrics)
-        import pandas as pd
-
-        of_layers = [name for name in self.metrics if name.startswith(_OF_LAYERS)]
+            return _in_order([self.points_of(self.metrics.keys()), self._details()])
+        of_layers = {name for name in self.metrics if name.startswith(_OF_LAYERS)}
         points = self.points_of(self.metrics.keys() - of_layers)
         keys = TOKENS, "val/loss", "train/loss"
         logged, evaluated, trained = (np.unique(points["step"][points["key"] == key]) for key in keys)
@@ -107,10 +107,9 @@ class RunData:
         after = np.searchsorted(trained, evaluations)
         details_at = trained[after[after < len(trained)]]
         chosen = {*some.tolist(), *evaluations.tolist(), *details_at.tolist()}
-        details = self.points_of(of_layers, chosen)
-        return pd.concat([points, details]).sort_values("time_ms", kind="stable", ignore_index=True)
+        return _in_order([points, self.points_of(of_layers, chosen), self._details(chosen)])
 
-    def points_of(self, names: Collection[str], steps: Collection[int] | None = None) -> pd.DataFrame:
+    def points_of(self, names: Set[str], steps: Collection[int] | None = None) -> pd.DataFrame:
         """What was logged of some metrics by time: columns `key`, `step`, `time_ms` (since 1970), `value`.
 
         Args:
@@ -120,16 +119,27 @@ class RunData:
         Raises:
             ConfigError: the store does not answer.
         """
-        import pandas as pd
-
+        stored = self.metrics.keys() & names
         with _answering(self._store.uri):
             if is_database(self._store.uri):
-                points = self._points_of_database(names, steps)
+                points = self._points_of_database(stored, steps)
             else:
-                points = pd.DataFrame(self._points_of_server(names), columns=["key", "step", "time_ms", "value"])
+                points = _table(self._points_of_server(stored))
                 points = points if steps is None else points[points["step"].isin(steps)]
         points["value"] = points["value"].astype(float).replace({_LARGEST: np.inf, -_LARGEST: -np.inf})
-        return points.sort_values("time_ms", kind="stable", ignore_index=True)
+        parts = [points]
+        if any(parse_metric(name).is_detail for name in names - stored):
+            found = self._details(steps)
+            parts.append(found[found["key"].isin(names)])
+        return _in_order(parts)
+
+    def _details(self, steps: Collection[int] | None = None) -> pd.DataFrame:
+        """As `points_of`: all that is in files of `track.details`."""
+        if not self.artifacts(details.FOLDER):
+            return _table([])
+        with _answering(self._store.uri), TemporaryDirectory(prefix="tidegate-") as scratch:
+            folder = Path(self._store.client.download_artifacts(self.id, details.FOLDER, scratch))
+            return _table(details.points_in(folder.iterdir(), steps))
 
     def history(self, only: Collection[str] | None = None) -> pd.DataFrame:
         """The run as it stands: a row a step, the column `tokens`, then a column a metric; NaN where none was logged.
@@ -143,7 +153,7 @@ class RunData:
         Raises:
             ConfigError: the store does not answer.
         """
-        points = self.points if only is None else self.points_of({TOKENS, *only} & self.metrics.keys())
+        points = self.points if only is None else self.points_of({TOKENS, *only})
         table = _standing(points).pivot(index="step", columns="key", values="value").rename_axis(columns=None)
         others = [name for name in table.columns if name != TOKENS]
         return table.reindex(columns=[TOKENS, *others])
@@ -231,6 +241,21 @@ class RunData:
 
         with ThreadPoolExecutor(_REQUESTS_AT_A_TIME) as pool:
             return [point for series in pool.map(read, names) for point in series]
+
+
+def _table(points: Iterable[details.Point]) -> pd.DataFrame:
+    import pandas as pd
+
+    table = pd.DataFrame(points, columns=["key", "step", "time_ms", "value"])
+    return table.astype({"step": "int64", "time_ms": "int64", "value": float})
+
+
+def _in_order(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.concat([part for part in parts if len(part)] or parts[:1]).sort_values(
+        "time_ms", kind="stable", ignore_index=True
+    )
 
 
 def _standing(points: pd.DataFrame) -> pd.DataFrame:

@@ -16,6 +16,7 @@ from tidegate.config import ConfigError
 from tidegate.data.baseline import token_frequencies
 from tidegate.data.loader import TrainLoader
 from tidegate.data.shards import TokenDataset
+from tidegate.metric_path import without_details
 from tidegate.model.balance import Balancer
 from tidegate.model.clock import Clock
 from tidegate.model.moe import MoEConfig
@@ -33,7 +34,6 @@ from tidegate.train.job import Job
 from tidegate.train.machines import Machines
 from tidegate.train.masks import held_masks
 from tidegate.train.memory import out_of_memory_explained
-from tidegate.train.metric_path import parse_metric
 from tidegate.train.record import read_evaluation, read_step, read_times, read_tuned
 from tidegate.train.replicas import compare_replicas
 from tidegate.train.step import outcome_share, train_step, tune_step, update_routers, update_units
@@ -164,7 +164,7 @@ def train(job: Job, world: World) -> Outcome:
                 metrics |= read_tuned(engine.model) | throughput.read() | checkpoints.read() | judge.metrics()
                 metrics["train/learning_rate"] = learning_rate
                 if not (last or step % job.train.eval_every < job.train.log_every):
-                    metrics = {name: value for name, value in metrics.items() if not parse_metric(name).is_detail}
+                    metrics = without_details(metrics)
                 _record(world, Record(step, tokens, metrics))
 
             if paranoid and (step % paranoid == 0 or saves):

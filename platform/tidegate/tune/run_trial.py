@@ -46,6 +46,8 @@ class Task(NamedTuple):
     judged: bool
     """By a scheduler."""
     against: tuple[Goal, ...] = ()
+    budget: str = ""
+    """That all keep to."""
 
 
 def gpus_of(job: Job) -> float:
@@ -54,7 +56,9 @@ def gpus_of(job: Job) -> float:
     return job.resources.workers * job.resources.gpu * job.search.gpu_share
 
 
-def open_parent(folder: SweepFolder, job: Job, state: StateDir, notice: Callable[[str], None]) -> RunHandle:
+def open_parent(
+    folder: SweepFolder, job: Job, state: StateDir, notice: Callable[[str], None], budget: str = ""
+) -> RunHandle:
     """The run in MLflow that trials are nested in."""
     return open_run(
         resolve_tracking_uri(job.track, state.root),
@@ -64,7 +68,7 @@ def open_parent(folder: SweepFolder, job: Job, state: StateDir, notice: Callable
         changes={},
         command=sys.argv,
         name=folder.name,
-        tags={"tidegate.sweep": folder.name},
+        tags={"tidegate.sweep": folder.name, "budget": budget},
         notice=notice,
     )
 
@@ -138,6 +142,7 @@ def run_trial(number: int, task: Task, judge: Callable[[dict[str, Any]], None] |
             "tidegate.sweep": folder.name,
             "tidegate.trial": str(trial.number),
             "tidegate.trial.kind": trial.kind,
+            "budget": task.budget,
         },
         opened=opened,
         watch=watch,

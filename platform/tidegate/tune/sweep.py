@@ -71,11 +71,12 @@ def sweep(request: SweepRequest) -> SweepFolder:
     limits = Limits(base, concurrent)
     reporter = Reporter(base)
     prepare_data(base, request.state, Path(record.job_file).parent, reporter)
-    parent = open_parent(folder, base, request.state, reporter.say)
+    budget = ", ".join(map(str, space.budgets))
+    parent = open_parent(folder, base, request.state, reporter.say, budget)
     console.print(f"sweep {folder.name}: {config.trials} candidates, {concurrent} at a time; {run_url(parent)}")
     where = Path(record.job_file), record.overrides, folder.folder, request.state.root
     alone, judged = base.resources.workers == 1, config.scheduler in ("asha", "median")
-    task = Task(*where, parent.run_id, config.metric, base.train.tokens, alone, judged, config.against)
+    task = Task(*where, parent.run_id, config.metric, base.train.tokens, alone, judged, config.against, budget)
     finished, notes = False, list[str]()
 
     def run_queue(what: str, queue: Queue, task: Task) -> bool:

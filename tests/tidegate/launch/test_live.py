@@ -19,7 +19,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tidegate.launch.live import OF_THE_RUN, gauge_of
-from tidegate.train.metric_path import parse_metric
+from tidegate.metric_path import parse_metric
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import logging
 import math
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -110,7 +111,60 @@ def test_times_rise_when_the_clock_is_set_back(handle, spool, sent, monkeypatch)
     assert [record.timestamp_ms for record in sent.requests[0]] == [5000, 5001, 5002, 9000]
 
 
+def files_of(handle) -> dict[str, dict[str, float]]:
+    client = connect(handle.uri)
+    paths = [entry.path for entry in client.list_artifacts(handle.run_id, "details")]
+    return {path: json.loads(Path(client.download_artifacts(handle.run_id, path)).read_text()) for path in paths}
+
+
+DETAILED = {"loss": 1.0, "moe/0/maxvio": 2.0, "moe/0/load/3": 0.5, "attention/0/head/1/gate_mean": math.nan}
+
+
+def test_what_single_experts_and_heads_do_is_in_files(handle, spool):
+    with MetricLogger(handle.uri, handle.run_id, spool=spool, flush_every_s=60) as logger:
+        logger.log(DETAILED, step=7, tokens=70)
+        logger.log({"loss": 1.0}, step=8, tokens=80)
+    assert connect(handle.uri).get_run(handle.run_id).data.metrics.keys() == {"loss", "moe/0/maxvio", "tokens"}
+    ((path, values),) = files_of(handle).items()
+    assert path.startswith("details/00000007-")
+    assert values.keys() == {"moe/0/load/3", "attention/0/head/1/gate_mean"}
+    assert values["moe/0/load/3"] == 0.5
+    assert math.isnan(values["attention/0/head/1/gate_mean"])
+
+
+def test_a_store_that_takes_no_files_has_the_metrics(handle, spool, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError("no such bucket")
+
+    monkeypatch.setattr("mlflow.MlflowClient.log_text", refuse)
+    with (
+        caplog.at_level(logging.WARNING, "tidegate.track"),
+        MetricLogger(handle.uri, handle.run_id, spool=spool, flush_every_s=60) as logger,
+    ):
+        logger.log(DETAILED, step=7, tokens=70)
+    assert logger.close() == Delivery(1, 0, None)
+    assert connect(handle.uri).get_run(handle.run_id).data.metrics["loss"] == 1.0
+    (warning,) = caplog.records
+    assert "no such bucket" in warning.getMessage()
+
+
 # --- the server is not
+
+
+def test_files_of_lost_answers_are_there_once(handle, spool, sent, monkeypatch):
+    monkeypatch.setattr(logger_module, "CLOSING_RETRY_S", 0.05)
+    sent.before, sent.after = [ConnectionError("refused")], [ConnectionError("lost")]
+    with MetricLogger(handle.uri, handle.run_id, spool=spool, flush_every_s=60) as logger:
+        logger.log(DETAILED, step=7, tokens=70)
+    assert len(files_of(handle)) == 1
+
+
+def test_a_spool_brings_the_files_too(handle, spool, unused_port):
+    logger = MetricLogger(f"http://127.0.0.1:{unused_port}", handle.run_id, spool=spool)
+    logger.log(DETAILED, step=7, tokens=70)
+    assert logger.close(timeout_s=0.5).undelivered == 1
+    assert replay_spool(spool, handle.uri) == 1
+    assert len(files_of(handle)) == 1
 
 
 def test_lost_answers_are_not_sent_again(handle, spool, sent, history, monkeypatch):

@@ -26,6 +26,8 @@ from tidegate.track import (
     tag_run,
 )
 from tidegate.track.client import connect, database_file, is_database, schema_of
+from tidegate.track.delivery import Sender
+from tidegate.track.spool import Record
 
 
 def start(uri, name, *, experiment="tidegate", tags=None, resolved=None):
@@ -38,12 +40,9 @@ def start(uri, name, *, experiment="tidegate", tags=None, resolved=None):
 
 def log(handle, *records):
     """Records of (step, tokens, metrics), at distinct rising times."""
-    from mlflow.entities import Metric
-
-    client = connect(handle.uri)
+    sender = Sender(handle.uri, handle.run_id)
     for time_ms, (step, tokens, metrics) in enumerate(records, 1):
-        values = {**metrics, "tokens": tokens}
-        client.log_batch(handle.run_id, metrics=[Metric(k, v, time_ms, step) for k, v in values.items()])
+        sender.send([Record(time_ms, step, {**metrics, "tokens": tokens})])
 
 
 def test_a_run_comes_back_by_name_and_by_id(uri):
@@ -150,6 +149,27 @@ def test_a_sampled_run_has_the_details_that_come_after_an_evaluation(uri):
     table = find_run(uri, "after-1").sampled(4).history()
     assert table["moe/0/load/5"].dropna().to_dict() == {21: 0.21, 42: 0.42, 63: 0.63}
     assert table["moe/0/domain_information"].dropna().index.tolist() == [20, 40, 63, 65]
+
+
+def test_what_single_experts_and_heads_do_is_read_from_files_and_from_stores_that_have_it(uri):
+    """Steps 1 and 2, then 2 again after a resume; the metric of an expert stands for a run of an earlier version."""
+    handle = start(uri, "detailed-1")
+    values = {"train/loss": 1.0, "moe/0/load/5": 0.25, "attention/1/head/2/gate_mean": math.nan}
+    again = {**values, "moe/0/load/5": 0.5}
+    log(handle, (1, 10, values), (2, 20, {**values, "moe/0/load/5": math.inf}), (2, 20, again))
+    connect(uri).log_metric(handle.run_id, "moe/0/load/6", 0.75, timestamp=3, step=2)
+    run = find_run(uri, "detailed-1")
+    assert run.metrics.keys() == {"tokens", "train/loss", "moe/0/load/6"}
+    table = run.history()
+    assert table["moe/0/load/5"].tolist() == [0.25, 0.5]
+    assert table["moe/0/load/6"].tolist()[1:] == [0.75]
+    assert "attention/1/head/2/gate_mean" in table
+    assert table["attention/1/head/2/gate_mean"].isna().all()
+    assert run.points.query("key == 'moe/0/load/5'")["value"].tolist() == [0.25, math.inf, 0.5]
+    assert run.history(["moe/0/load/5", "moe/0/load/6"]).columns.tolist() == ["tokens", "moe/0/load/5", "moe/0/load/6"]
+
+    connect(uri).log_text(handle.run_id, '{"moe/0/load/5": 0.', "details/00000003-9.json")
+    assert run.history().equals(table), "a file that is being written"
 
 
 def test_a_run_that_crashed_before_its_first_record_has_an_empty_history(uri):

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 
+from tidegate.metric_path import parse_metric
 from tidegate.model.balance import load_balancing_loss
 from tidegate.model.decoder import Decoder, DecoderOutput, ModelConfig, materialize
 from tidegate.model.observations import AttentionObservations
 from tidegate.model.routers import Observe
 from tidegate.train.limits import Spent
-from tidegate.train.metric_path import parse_metric
 from tidegate.train.telemetry import Observer, Record, summarise
 
 ROOT = Path(__file__).resolve().parents[3]

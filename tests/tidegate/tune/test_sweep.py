@@ -115,6 +115,9 @@ def test_a_sweep_that_was_killed_goes_on_and_loses_no_finished_trial(
 
     with closing(sqlite3.connect(sweeps.state / "mlflow" / "mlflow.db")) as database:
         nested = database.execute("select count(*) from tags where key = 'mlflow.parentRunId'").fetchone()[0]
+        budgets = database.execute("select distinct value from tags where key = 'budget'").fetchall()
+    assert len(budgets) == 1, "of the sweep and of every trial"
+    assert budgets[0][0].startswith("active_params<=")
     assert nested >= sum(result["run"] != "" for result in after.values())
 
     found = job.parent / "found" / "tiny-1.yaml"

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
-__all__ = ["MetricPath", "parse_metric"]
+__all__ = ["MetricPath", "parse_metric", "without_details"]
 
 _PATHS = (
     "moe/<layer>/load/<expert>",
@@ -57,3 +58,8 @@ def parse_metric(name: str) -> MetricPath:
             last = place.pop("name", None)
             return MetricPath(path if last is None else path.replace("<name>", last), place)
     return MetricPath(name, {})
+
+
+def without_details(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What is recorded every time."""
+    return {name: value for name, value in metrics.items() if not parse_metric(name).is_detail}

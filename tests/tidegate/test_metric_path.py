@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tidegate.train.metric_path import parse_metric
+from tidegate.metric_path import parse_metric
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 TABLE = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8"), re.MULTILINE)
 VALUES = {"layer": "0", "block": "11", "expert": "63", "head": "7", "node": "2", "bin": "19", "domain": "web-text.en"}
 
