@@ -1,0 +1,209 @@
+"""Linear mixers: cause before effect, documents apart, a state that goes on, and recall that is learned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tidegate.data.recall import recall_batch
+from tidegate.model.initialisation import Draw
+from tidegate.model.mixers import (
+    GatedDeltaNetConfig,
+    GLAConfig,
+    HGRN2Config,
+    KDAConfig,
+    LinearMixer,
+    MixerState,
+    Place,
+    ScalarGatedConfig,
+)
+from tidegate_kernels.gated_attention import Documents
+
+HEADS: dict[str, Any] = {"num_heads": 2, "key_dim": 8, "value_dim": 12}
+KINDS = {
+    "kda": KDAConfig(**HEADS),
+    "kda unbounded": KDAConfig(**HEADS, bound=None),
+    "gdn": GatedDeltaNetConfig(**HEADS),
+    "gla": GLAConfig(**HEADS),
+    "gla plain": GLAConfig(**HEADS, conv=0),
+    "hgrn2": HGRN2Config(**HEADS),
+    "scalar": ScalarGatedConfig(**HEADS),
+    "mlstm": ScalarGatedConfig(**HEADS, input_gate=True),
+    "retnet": ScalarGatedConfig(**HEADS, decay="fixed", conv=0),
+}
+every_kind = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
+D = 24
+
+
+def filled(module: nn.Module, seed: int = 0) -> Any:
+    for name, part in module.named_modules():
+        if hasattr(part, "init_weights"):
+            part.init_weights(Draw(seed, name))
+    return module
+
+
+def mixer_of(config: Any, std: float = 0.3) -> LinearMixer:
+    """Of a layer in the middle, with gates that are not all about half open."""
+    return filled(config.build(Place(D, 1e-6, std, std, layer=1, num_layers=3)))
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(poisoned_memory: None, seeded_single_thread: None) -> None:
+    """What is not initialised is NaN."""
+
+
+@every_kind
+def test_no_token_sees_a_later_one(config: Any) -> None:
+    mixer, x = mixer_of(config), torch.randn(2, 40, D)
+    y = mixer(x).y_BTD
+    assert y.isfinite().all()
+    for cut in (1, 16, 39):
+        other = torch.cat([x[:, :cut], torch.randn(2, 40 - cut, D)], dim=1)
+        found = mixer(other).y_BTD
+        torch.testing.assert_close(found[:, :cut], y[:, :cut], rtol=0, atol=1e-6)
+        assert not torch.allclose(found[:, cut], y[:, cut])
+
+
+@every_kind
+def test_documents_are_apart(config: Any) -> None:
+    mixer, x = mixer_of(config), torch.randn(1, 45, D, requires_grad=True)
+    begins = [0, 2, 3, 20]
+    ids = torch.tensor([[sum(place >= begin for begin in begins) for place in range(45)]])
+    y, state = mixer(x, Documents(ids))
+    for begin, end in zip(begins, [*begins[1:], 45], strict=True):
+        alone = mixer(x[:, begin:end])
+        torch.testing.assert_close(y[:, begin:end], alone.y_BTD, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state.memory_BHKV, alone.state.memory_BHKV, rtol=1e-4, atol=1e-5)
+    if state.last_BWC is not None:
+        torch.testing.assert_close(state.last_BWC, alone.state.last_BWC)
+    (gradient,) = torch.autograd.grad(y[:, 20:].sum(), x)
+    assert gradient[:, :20].eq(0).all()
+    assert gradient[:, 20:].abs().sum(dim=-1).gt(0).all()
+
+
+@every_kind
+@pytest.mark.parametrize("parts", [[20, 20], [1, 2, 37], [1] * 40], ids=["halves", "short", "a token at a time"])
+def test_a_state_goes_on(config: Any, parts: list[int]) -> None:
+    """Also from documents that end in the part before, one of which is shorter than the convolution."""
+    mixer, x = mixer_of(config), torch.randn(2, 40, D)
+    ids = torch.stack([torch.arange(40) // 18, torch.arange(40) // 19])
+    for documents in (None, ids):
+        whole = mixer(x, None if documents is None else Documents(documents)).y_BTD
+        state: MixerState | None = None
+        found, begin, last = [], 0, None
+        for length in parts:
+            part = None if documents is None else documents[:, begin : begin + length]
+            if part is not None and state is not None and last is not None:
+                new_B = part[:, 0] != last  # a document that begins with a part has nothing to go on from
+                empty = [None if x is None else torch.where(new_B.view(-1, *[1] * (x.ndim - 1)), 0, x) for x in state]
+                state = MixerState(*empty)  # type: ignore[arg-type]
+            y, state = mixer(x[:, begin : begin + length], None if part is None else Documents(part), state)
+            found.append(y)
+            begin, last = begin + length, None if part is None else part[:, -1]
+        torch.testing.assert_close(torch.cat(found, dim=1), whole, rtol=1e-4, atol=1e-5)
+
+
+@every_kind
+def test_it_is_built_on_meta_and_runs_in_bf16(config: Any) -> None:
+    with torch.device("meta"):
+        place = Place(D, 1e-6, 0.02, 0.02)
+        mixer = config.build(place)
+    assert mixer.to_empty(device="cpu") is mixer
+    filled(mixer)
+    assert all(parameter.isfinite().all() for parameter in mixer.parameters())
+    x = torch.randn(2, 33, D)
+    y, state = mixer.bfloat16()(x.bfloat16())
+    assert (y.dtype, state.memory_BHKV.dtype) == (torch.bfloat16, torch.float32)
+    y.float().pow(2).mean().backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in mixer.parameters())
+    conv = 2 * 3 * mixer.config.channels if mixer.config.conv else 0
+    assert mixer.config.state_bytes() == 4 * 2 * 8 * 12 + conv
+    kept = [state.memory_BHKV] + ([state.last_BWC] if state.last_BWC is not None else [])
+    assert sum(each[0].numel() * each.element_size() for each in kept) == mixer.config.state_bytes()
+
+
+def test_gated_delta_net_is_kda_with_equal_decays() -> None:
+    gdn, kda = mixer_of(KINDS["gdn"]), mixer_of(KINDS["kda unbounded"])
+    x = torch.randn(2, 50, D)
+    q, k = torch.randn(2, 2, 50, 2, 8).unbind()
+    one, many = gdn.rule(x, q, k), kda.rule(x, q, k)
+    assert one.log_decay_BTHk.shape == (2, 50, 2, 1)
+    assert many.log_decay_BTHk.shape == (2, 50, 2, 8)
+    assert one.q_BTHK.equal(many.q_BTHK)
+    torch.testing.assert_close(one.k_BTHK.norm(dim=-1), torch.ones(2, 50, 2))
+
+
+def test_gates_begin_as_their_papers_say() -> None:
+    x, q = torch.randn(4, 64, D), torch.randn(4, 64, 2, 8)
+
+    def decays(config: Any) -> torch.Tensor:
+        return mixer_of(config, std=0.02).rule(x, q, q).log_decay_BTHk.exp().flatten(0, 1)
+
+    assert decays(KINDS["gla"]).sub(0.5 ** (1 / 16)).abs().max() < 0.01
+    assert decays(KINDS["hgrn2"]).sub(1 / 3 + 2 / 3 / 2).abs().max() < 0.1
+    assert decays(KINDS["retnet"])[0].flatten().tolist() == pytest.approx([1 - 2**-5, 1 - 2**-6])
+    assert decays(KINDS["scalar"]).amin() > 0.9
+    for name in ("kda", "kda unbounded", "gdn"):
+        assert 0.15 < decays(KINDS[name]).amin() <= decays(KINDS[name]).amax() <= 1
+    assert decays(KINDS["kda"]).amin() > torch.tensor(-5.0).exp()
+
+
+class Recaller(nn.Module):
+    """Two layers of a mixer alone, and the embedding as the head."""
+
+    def __init__(self, layer: Callable[[int], nn.Module], vocab_size: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.layers = nn.ModuleList(layer(number) for number in range(2))
+
+    def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        h_BTD = self.embedding(tokens_BT)
+        for norm, layer in zip(self.norms[:2], self.layers, strict=True):
+            h_BTD = h_BTD + layer(norm(h_BTD)).y_BTD
+        return F.linear(self.norms[2](h_BTD), self.embedding.weight)
+
+
+def learned_recall(config: Any, steps: int, enough: float = 0.99) -> float:
+    """Best accuracy on fixed sequences, at the settings at which attention and linear mixers were calibrated."""
+    torch.manual_seed(0)
+    place = Place(64, 1e-6, 0.02, 0.02, num_layers=2)
+    model = Recaller(lambda layer: filled(config.build(place._replace(layer=layer)), layer), 128, 64)
+    nn.init.normal_(model.embedding.weight, std=0.02)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+    test, best = recall_batch(512, 48, 6, 128, torch.Generator().manual_seed(99)), 0.0
+    generator = torch.Generator().manual_seed(1)
+    for step in range(1, steps + 1):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1.0, step / 100)
+        tokens, labels, counted = recall_batch(64, 48, 6, 128, generator)
+        F.cross_entropy(model(tokens)[counted], labels[counted]).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 100 == 0:
+            with torch.no_grad():
+                said = model(test.tokens_BT)[test.counted_BT].argmax(dim=-1)
+            best = max(best, float((said == test.labels_BT[test.counted_BT]).float().mean()))
+            if best >= enough:
+                break
+    return best
+
+
+WIDE: dict[str, Any] = {"num_heads": 2, "key_dim": 32, "value_dim": 32}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [KDAConfig(**WIDE), ScalarGatedConfig(**WIDE)], ids=["kda", "scalar"])
+def test_two_layers_learn_to_recall(config: Any) -> None:
+    assert learned_recall(config, 1000) >= 0.99
+
+
+@pytest.mark.slow
+def test_without_a_convolution_keys_are_not_bound_to_values() -> None:
+    """It learns which values there are, one in six of which is right, and no more (chance is 1 in 64)."""
+    assert 0.1 < learned_recall(GLAConfig(**WIDE, conv=0), 300) < 0.3
