@@ -34,7 +34,7 @@ demo-tune: $(READY)
 	@echo "see it: $(BIN)/tidegate ui"
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not chaos"
+	$(BIN)/python -m pytest -m "not chaos" --durations=25
 
 chaos: $(READY)
 	$(BIN)/python tests/chaos/inject.py 240

@@ -206,4 +206,4 @@ def test_two_layers_learn_to_recall(config: Any) -> None:
 @pytest.mark.slow
 def test_without_a_convolution_keys_are_not_bound_to_values() -> None:
     """It learns which values there are, one in six of which is right, and no more (chance is 1 in 64)."""
-    assert 0.1 < learned_recall(GLAConfig(**WIDE, conv=0), 300) < 0.3
+    assert 0.1 < learned_recall(ScalarGatedConfig(**WIDE, conv=0), 300) < 0.3
