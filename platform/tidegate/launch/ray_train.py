@@ -59,6 +59,8 @@ _log = logging.getLogger(__name__)
 
 RESIZE_INTERVAL_S = 60.0
 """Between two looks at whether there is room for more of workers."""
+_NOTICE_S = 5.0
+"""That a worker waits for a line of its to arrive, at most: the link to the driver's machine may be cut."""
 
 
 class _WorkerJob(NamedTuple):
@@ -219,7 +221,8 @@ def _worker(task: _WorkerJob) -> tuple[Outcome, Delivery] | None:
         task.board.push.remote(record)
 
     def notice(line: str) -> None:
-        task.board.push.remote(line)
+        # Until it is there: this process may end next, and if it has said nothing yet the way must be found first.
+        ray.wait([task.board.push.remote(line)], timeout=_NOTICE_S)
 
     tracker = Tracker(logger.unsent, logger.adopt) if logger is not None else None
     if rank_zero and task.job.resources.min_workers is not None:

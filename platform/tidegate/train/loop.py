@@ -47,7 +47,7 @@ __all__ = ["Outcome", "World", "train"]
 
 
 class World(NamedTuple):
-    """What a launcher gives to the loop. `record` is called on rank 0 only, and `notice` unless that rank hangs."""
+    """What a launcher gives to the loop. `record` is called on rank 0 only, and `notice` unless ranks hang."""
 
     dataset: Path
     """The prepared tokens."""
@@ -56,7 +56,7 @@ class World(NamedTuple):
     record: Callable[[Record], None]
     """Show and track metrics; must not block."""
     notice: Callable[[str], None]
-    """Show a line to the user; must not block."""
+    """Show a line to the user; on its way when this returns, within seconds."""
     should_stop: Callable[[], bool]
     """Whether this rank was asked to end gracefully."""
     tracker: Tracker | None = None

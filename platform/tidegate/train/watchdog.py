@@ -53,8 +53,8 @@ class Watchdog:
         storage: of the run; reports go to `stacks-<attempt>/`.
         attempt: the same on every rank, another at every start of the run.
         rank, world_size: of this process.
-        notice: shows a line to the user. Every rank that stands still calls it, with the same line if it knows as much:
-            the link to one of them may be what broke.
+        notice: shows a line to the user, and returns when it is on its way. Every rank that stands still calls it, with
+            the same line if it knows as much: the link to one of them may be what broke.
     """
 
     def __init__(
@@ -98,7 +98,6 @@ class Watchdog:
             self._storage.replace(self._file(self._rank), json.dumps(self._report()._asdict()).encode())
             time.sleep(_GRACE_S)
             self._notice(self._verdict(self._reports()))
-            time.sleep(1.0)  # notices travel by themselves
         finally:
             os._exit(EXIT_STATUS)
 
