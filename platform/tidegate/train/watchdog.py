@@ -26,7 +26,7 @@ EXIT_STATUS = 75
 """Of a process that its watchdog ended; EX_TEMPFAIL: it may go better next time."""
 _GRACE_S = 5.0
 """For the reports of the other ranks; they began to stand still within a step of each other."""
-_WAITS = ("torch/distributed/", "torch/cuda/", "deepspeed/comm/")
+_WAITS = ("torch/distributed/", "torch/cuda/", "deepspeed/comm/", "tidegate/parallel/all_to_all.py")
 """Where a main thread is that waits for other ranks, or for its device."""
 
 
