@@ -207,8 +207,7 @@ class LinearMixer(nn.Module):
         q, *keys, v = (part.unflatten(-1, (H, -1)) for part in mixed_BTC.split(widths, dim=-1))
         if self.conv is None and not config.has_keys:
             q = F.silu(q)
-        written = self.rule(x_BTD, q, keys[0] if keys else q)
-        q, k, log_decay, beta = written
+        q, k, log_decay, beta = self.rule(x_BTD, q, keys[0] if keys else q)
         memory_BHKV = None if state is None else state.memory_BHKV
         y_BTHV, memory_BHKV = linear_attention(q, k, v, log_decay, beta, documents, memory_BHKV)
         y_BTHV = self.norm(y_BTHV)

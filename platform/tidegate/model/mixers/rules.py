@@ -1,6 +1,6 @@
 """What a linear mixer writes to its state and forgets of it: the part in which mixers differ.
 
-Letters: B batch, T tokens, D width, H heads, K key width, k decays a head (K or 1), r rank.
+Letters: B batch, T tokens, D width, H heads, K key width, k decays a head (K or 1).
 """
 
 from __future__ import annotations
