@@ -323,7 +323,7 @@ def test_no_space_left(folder, tidegate, monkeypatch, storage):
         2,
         "",
         f"tidegate: {where}: no space left for the checkpoints: {free / 1e9:.1f} GB for 7 that stay "
-        f"(checkpoint.keep_last=5) and one being written; {free / 1e9:.1f} GB are free\n",
+        f"(checkpoint.keep_last=5) and 1 being written; {free / 1e9:.1f} GB are free\n",
     )
     assert looked == [folder if storage else folder / ".tidegate"]
     assert leaves_nothing(folder / ".tidegate")
@@ -331,6 +331,29 @@ def test_no_space_left(folder, tidegate, monkeypatch, storage):
     monkeypatch.setattr("tidegate.launch.run.prepare_data", lambda *_: pytest.fail("reached the data"))
     with pytest.raises(pytest.fail.Exception, match="reached the data"):
         tidegate(*arguments)
+
+
+def test_no_space_left_for_the_checkpoints_of_all_trials(folder, tidegate, monkeypatch):
+    """The job as it stands, three candidates, and all reruns that there may be."""
+    search = "\nsearch: {space: {balance.loss_weight: {choice: [0.1, 0.2, 0.3]}}, trials: 3, finalists: 2, seeds: 3}\n"
+    (folder / "job.yaml").write_text(JOB + search, encoding="utf-8")
+    job = load("job.yaml", Job).config
+    assert job.search is not None
+    runs = 1 + 3 + job.search.most_reruns
+    needed = total(job.model, 16).params * 16 * (runs * 2 + 3)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: namedtuple("Usage", "free")(needed - 1))
+    assert tidegate("tune", "job.yaml", "--concurrent", "3") == Ended(
+        2,
+        "",
+        f"tidegate: {folder / '.tidegate/checkpoints'}: no space left for the checkpoints: {needed / 1e9:.1f} GB "
+        f"for 2 that stay of each of {runs} runs (checkpoint.keep_last=2) and 3 being written; {needed / 1e9:.1f} GB "
+        "are free\n",
+    )
+    assert not (folder / ".tidegate/sweeps").exists()
+    monkeypatch.setattr("shutil.disk_usage", lambda _: namedtuple("Usage", "free")(needed))
+    monkeypatch.setattr("tidegate.tune.sweep._connect", lambda *_: pytest.fail("reached Ray"))
+    with pytest.raises(pytest.fail.Exception, match="reached Ray"):
+        tidegate("tune", "job.yaml", "--concurrent", "3")
 
 
 def test_a_vocabulary_larger_than_the_models(folder, tidegate):

@@ -13,9 +13,7 @@ from tidegate.model.flops import total
 from tidegate.train.job import Job
 from tidegate.train.memory import predict
 
-__all__ = ["BYTES_PER_PARAMETER", "check_dataset", "check_machine", "check_space", "hide_gpus"]
-
-BYTES_PER_PARAMETER = 16  # weights in use and, in fp32, master weights and two moments
+__all__ = ["check_dataset", "check_machine", "check_space", "checkpoint_bytes_per_parameter", "hide_gpus"]
 
 
 def check_machine(job: Job, *, local: bool, remote: bool) -> None:
@@ -64,18 +62,36 @@ def hide_gpus(job: Job) -> None:
         os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
 
 
-def check_space(job: Job, storage: Path) -> None:
-    """A folder that can be written, with room for the checkpoints that are kept and the one being written."""
-    params = total(job.model, job.data.sequence_length).params
-    needed = params * BYTES_PER_PARAMETER * (job.checkpoint.kept + 1)
+def checkpoint_bytes_per_parameter(job: Job) -> int:
+    """What a checkpoint takes: the weights in use, their master copy in fp32 and AdamW's two moments."""
+    weights = 2 if job.train.precision == "bf16" else 4
+    moments = 2 if job.optimizer.state == "bf16" else 4
+    # Without ZeRO DeepSpeed writes the master weights, and with bf16 weights the moments too, a second time.
+    twice = 0 if job.parallel.zero_stage else {"fp32": 4, "bf16": 12}[job.train.precision]
+    return weights + 4 + 2 * moments + twice
+
+
+def check_space(job: Job, storage: Path, *, runs: int = 1, at_once: int = 1) -> None:
+    """A folder that can be written, with room for the checkpoints that are kept and those being written.
+
+    Args:
+        storage: of the checkpoints.
+        runs: like the job, that are still to be made.
+        at_once: how many of them run at a time.
+    """
+    kept = job.checkpoint.kept
+    size = total(job.model, job.data.sequence_length).params * checkpoint_bytes_per_parameter(job)
+    needed = size * (runs * kept + at_once)
     existing = next(p for p in [storage, *storage.parents] if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ConfigError(f"checkpoint.storage={storage}: {existing} is not a folder that can be written to")
     free = shutil.disk_usage(existing).free
     if needed > free:
+        each = f" of each of {runs} runs" if runs > 1 else ""
         raise ConfigError(
-            f"{storage}: no space left for the checkpoints: {needed / 1e9:.1f} GB for {job.checkpoint.kept} that stay "
-            f"(checkpoint.keep_last={job.checkpoint.keep_last}) and one being written; {free / 1e9:.1f} GB are free"
+            f"{storage}: no space left for the checkpoints: {needed / 1e9:.1f} GB for {kept} that stay{each} "
+            f"(checkpoint.keep_last={job.checkpoint.keep_last}) and {at_once} being written; {free / 1e9:.1f} GB are "
+            "free"
         )
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from tidegate.config import load
-from tidegate.launch.preflight import BYTES_PER_PARAMETER
+from tidegate.launch.preflight import checkpoint_bytes_per_parameter
 from tidegate.model.decoder import ModelConfig, unit_gates_on_meta
 from tidegate.model.flops import Cost, costs, total
 from tidegate.model.moe import MoEConfig
@@ -180,9 +180,10 @@ def _summary(job: Job) -> Iterator[str]:
     per_parameter = tokens / cost.active_params
     yield f"length: {job.total_steps:,} steps, {tokens:,} tokens, {per_parameter:.3g} tokens an active parameter"
     yield f"training: {cost.flops_per_token * tokens:.3e} FLOPs"
-    size_gb, keep = cost.params * BYTES_PER_PARAMETER / 1e9, job.checkpoint.kept
+    each, keep = checkpoint_bytes_per_parameter(job), job.checkpoint.kept
+    size_gb = cost.params * each / 1e9
     yield (
-        f"checkpoint: about {size_gb:.3g} GB ({BYTES_PER_PARAMETER} bytes a parameter), {size_gb * (keep + 1):.3g} GB "
+        f"checkpoint: about {size_gb:.3g} GB ({each} bytes a parameter), {size_gb * (keep + 1):.3g} GB "
         f"for {keep} that stay (checkpoint.keep_last={job.checkpoint.keep_last}) and the one being written"
     )
     if job.model.units is not None:

@@ -170,7 +170,8 @@ class _Copier:
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             if buffer is not None:
                 _unpin(buffer)
-            buffer = self._buffers[place] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            # zeros, written by all threads: pinning would fetch the pages one by one, which takes three times as long
+            buffer = self._buffers[place] = torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
             if tensor.is_cuda:
                 _pin(buffer)
         buffer.copy_(tensor, non_blocking=True)

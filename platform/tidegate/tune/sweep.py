@@ -15,6 +15,7 @@ from typing import NamedTuple
 from rich.table import Table
 
 from tidegate.config import ConfigError
+from tidegate.launch.preflight import check_space
 from tidegate.launch.report import Reporter
 from tidegate.launch.run import prepare_data
 from tidegate.launch.state import StateDir
@@ -54,7 +55,7 @@ def sweep(request: SweepRequest) -> SweepFolder:
 
     Raises:
         ConfigError: no candidate is within the budgets, the job changed since the sweep began, fewer trials fit on the
-            cluster than are asked for, or no trial came to its end.
+            cluster than are asked for, their checkpoints do not fit into the storage, or no trial came to its end.
     """
     from tidegate.tune.on_ray import run_trials  # Ray takes seconds
 
@@ -166,17 +167,33 @@ def _open(request: SweepRequest) -> tuple[SweepFolder, Space]:
         space = Space(Path(record.job_file), [*record.overrides, *request.overrides], record.budgets)
         if not request.force:
             folder.refuse_another(space.base)
+        _check_space(request, space, record.trials, sum(result.ended for result in folder.results()))
         return folder, space
     if request.job_file is None:
         raise ConfigError("name a job file with a search: section, or --resume SWEEP")
     space = Space(request.job_file, request.overrides, request.budgets)
     trials = tuple(drawn_trials(space))  # before there is a folder: there may be none
+    _check_space(request, space, trials, 0)
     folder = SweepFolder.new(sweeps, space.base.name)
     resolved = space.base.model_dump(mode="json")
     whole = str(request.job_file.absolute())
     budgets, overrides = tuple(request.budgets), tuple(request.overrides)
     folder.write(SweepRecord(job_file=whole, job=resolved, overrides=overrides, budgets=budgets, trials=trials))
     return folder, space
+
+
+def _check_space(request: SweepRequest, space: Space, drawn: Sequence[Trial], ended: int) -> None:
+    """Room for the checkpoints of all trials that are still to be made, in a folder that this machine sees.
+
+    Args:
+        drawn: the sweep's first trials.
+        ended: how many of all have.
+    """
+    storage = request.state.storage_of(space.base)
+    if "://" in storage:
+        return
+    trials = sum(trial.kind == "base" for trial in drawn) + space.config.trials + space.config.most_reruns
+    check_space(space.base, Path(storage), runs=trials - ended, at_once=request.concurrent or 1)
 
 
 def drawn_trials(space: Space) -> list[Trial]:

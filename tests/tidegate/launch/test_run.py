@@ -18,6 +18,11 @@ from typing import Any
 import psutil
 import pytest
 
+from tidegate.config import load
+from tidegate.launch.preflight import checkpoint_bytes_per_parameter
+from tidegate.model.flops import total
+from tidegate.train.job import Job
+
 LOCAL = ["--local", "--workers", "1"]
 STEPS = 12
 
@@ -129,6 +134,23 @@ def test_a_killed_and_resumed_run_has_the_losses_of_one_that_was_left_alone(
     loads = next(section for section in page["sections"] if section["id"] == "load")["figures"][0]["groups"]
     assert len(loads) > 1
     assert all(group["x"]["steps"][-1] == STEPS for group in loads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("state", "zero_stage", "expected"), [("bf16", 1, 2 + 4 + 2 * 2), ("fp32", 0, 2 + 2 * (4 + 2 * 4))]
+)
+def test_a_checkpoint_takes_the_bytes_that_it_was_predicted_to(
+    tidegate: Tidegate, tiny_job: Callable[..., Path], state: str, zero_stage: int, expected: int
+) -> None:
+    sections = {"optimizer": {"state": state}, "parallel": {"zero_stage": zero_stage}, "model": {"vocab_size": 40_000}}
+    file = tiny_job(train={"tokens": 1024, "precision": "bf16"}, **sections)
+    tidegate.run(str(file), *LOCAL)
+    job = load(file, Job).config
+    assert checkpoint_bytes_per_parameter(job) == expected
+    (checkpoint,) = tidegate.checkpoints("tiny-1")
+    size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+    assert size / total(job.model, job.data.sequence_length).params == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.slow
