@@ -13,7 +13,7 @@ from rich.table import Column, Table
 from tidegate.config import load
 from tidegate.launch.preflight import checkpoint_bytes_per_parameter
 from tidegate.model.decoder import ModelConfig, unit_gates_on_meta
-from tidegate.model.flops import Cost, costs, total
+from tidegate.model.flops import Cost, costs, kv_cache_bytes, state_bytes, total
 from tidegate.model.moe import MoEConfig
 from tidegate.model.unit_gates import UnitGatesConfig
 from tidegate.train.job import Job
@@ -185,6 +185,10 @@ def _summary(job: Job) -> Iterator[str]:
     yield (
         f"checkpoint: about {size_gb:.3g} GB ({each} bytes a parameter), {size_gb * (keep + 1):.3g} GB "
         f"for {keep} that stay (checkpoint.keep_last={job.checkpoint.keep_last}) and the one being written"
+    )
+    yield (
+        f"context at inference: {kv_cache_bytes(job.model):,} bytes of keys and values a token (bf16), "
+        f"{state_bytes(job.model):,} bytes of state a sequence"
     )
     if job.model.units is not None:
         yield _unit_gates(job.model, job.model.units)

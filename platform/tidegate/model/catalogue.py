@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple, get_args
 
+from tidegate.model.mixers import LinearMixerConfig
 from tidegate.model.norms import NormConfig
 from tidegate.model.routers import RouterConfig
 from tidegate.model.unit_gates import FIXED, UnitMethod
 
 __all__ = ["SUBJECTS", "Choice", "choices"]
 
-Subject = Literal["routers", "gates", "balance"]
+Subject = Literal["routers", "gates", "mixers", "balance"]
 SUBJECTS: tuple[Subject, ...] = get_args(Subject)
 
 
@@ -32,6 +33,8 @@ def choices(subject: Subject) -> list[Choice]:
             return [*_kinds(RouterConfig, "model.ffn.router: {{{it}}}"), *_ROUTER_OPTIONS]
         case "gates":
             return [*_ATTENTION, *_kinds(NormConfig, "model.norm: {{{it}}}"), *_unit_gates(), *_ACTIVATIONS]
+        case "mixers":
+            return _kinds(LinearMixerConfig, "model: {{layers: 'mine, attention', mixers: {{mine: {{{it}}}}}}}")
         case "balance":
             return list(_BALANCE)
 

@@ -21,11 +21,13 @@ from tidegate.model.attention import Attention, AttentionConfig, AttentionOutput
 from tidegate.model.clock import STILL, Clock, derive_key, uniform
 from tidegate.model.initialisation import Draw
 from tidegate.model.layers import Embedding, FeedForward, Linear
+from tidegate.model.mixers import LinearMixer, LinearMixerConfig, Place
 from tidegate.model.moe import MoE, MoEConfig, RoutingStats
 from tidegate.model.norms import NormConfig, RMSNormConfig
 from tidegate.model.observations import AttentionObservations, AttentionSample, AttentionWatch
 from tidegate.model.routers import Observe, Router, RouterContext, RouterShape, Routing, ThorConfig
 from tidegate.model.routers.top_k import TopKConfig
+from tidegate.model.schedule import ATTENTION, repeated
 from tidegate.model.self_tuning import BestResponse, SelfTuneConfig, Tuned
 from tidegate.model.unit_gates import UnitGates, UnitGatesConfig
 from tidegate.model.unit_gates.units import NO_MASKS, LayerMasks
@@ -61,6 +63,12 @@ class ModelConfig(Config):
     width: int = Field(ge=8, multiple_of=8)
     num_layers: int = Field(ge=1)
     attention: AttentionConfig
+    """Of the blocks that attend."""
+    mixers: dict[Annotated[str, Field(pattern="^[a-z][a-z0-9_]+$")], LinearMixerConfig] = Field(default_factory=dict)
+    """Other token mixers, by a name of the job's own, for `layers`."""
+    layers: str | None = None
+    """Which block has which mixer, e.g. `[3 x kda, 1 x attention] x 6`; a pattern repeats up to `num_layers`. None: all
+    attend."""
     ffn: Annotated[MoEConfig | DenseConfig, Field(discriminator="kind")]
     norm: NormConfig = RMSNormConfig()
     """Of every block's inputs and of the last hidden state; QK-norm is plain RMSNorm."""
@@ -73,9 +81,38 @@ class ModelConfig(Config):
     init_std: float = Field(default=0.02, gt=0)
     """Of every matrix; those that write to the residual stream get init_std / sqrt(2 num_layers) (GPT-2)."""
 
+    def __hash__(self) -> int:  # pydantic's own does not take the mapping
+        return hash(self.model_dump_json())
+
     @property
     def out_std(self) -> float:
         return self.init_std / (2 * self.num_layers) ** 0.5
+
+    @property
+    def schedule(self) -> tuple[str, ...]:
+        """The name of each block's token mixer."""
+        return (ATTENTION,) * self.num_layers if self.layers is None else repeated(self.layers, self.num_layers)
+
+    @property
+    def attending(self) -> tuple[int, ...]:
+        """The blocks that have attention."""
+        return tuple(block for block, name in enumerate(self.schedule) if name == ATTENTION)
+
+    @model_validator(mode="after")
+    def _layers_are_there(self) -> ModelConfig:
+        used, known = dict.fromkeys(self.schedule), [ATTENTION, *self.mixers]
+        if ATTENTION in self.mixers:
+            raise ValueError(f"mixers.{ATTENTION}: that name is model.attention's; use another")
+        if unknown := [name for name in used if name not in known]:
+            raise ValueError(f"layers={self.layers!r}: there is no mixer {unknown[0]!r}; there are: {', '.join(known)}")
+        if unused := [name for name in self.mixers if name not in used]:
+            raise ValueError(f"mixers.{unused[0]} is in no layer (layers={self.layers!r}); use it there, or remove it")
+        if self.mixers and self.units is not None:
+            raise ValueError(
+                f"units.over={list(self.units.over)} with layers={self.layers!r}: unit gates are for models whose "
+                "blocks are alike; remove units or layers"
+            )
+        return self
 
     @model_validator(mode="after")
     def _units_fit(self) -> ModelConfig:
@@ -120,11 +157,12 @@ class DecoderOutput(NamedTuple):
     stats: RoutingStats | None
     """Fields stacked over the MoE layers, (L, B, ...); None for a dense model."""
     attention: AttentionObservations | None = None
-    """If observed."""
+    """If observed; of the blocks that attend."""
     max_hidden_A: torch.Tensor | None = None
     """(A,) fp32, largest magnitude of the residual stream after each block, if observed; no gradient."""
     max_logit_AH: torch.Tensor | None = None
-    """(A, H) fp32, largest attention logits of the batch: of every training pass with `qk_clip`, else None."""
+    """(A, H) fp32, largest attention logits of the batch: of every training pass with `qk_clip`, else None. A of the
+    blocks that attend."""
     nll_BT: torch.Tensor | None = None
     """(B, T) fp32, of every label, whether it counts or not; no gradient."""
     unit_penalty: torch.Tensor | None = None
@@ -146,13 +184,21 @@ class BlockOutput(NamedTuple):
 
 
 class Block(nn.Module):
-    """`h += attention(norm(h)); h += ffn(norm(h))`."""
+    """`h += mixer(norm(h)); h += ffn(norm(h))`, where the mixer is attention or one of `ModelConfig.mixers`."""
 
     def __init__(self, config: ModelConfig, moe: MoEFactory, layer: int) -> None:
         super().__init__()
         std, out_std = config.init_std, config.out_std
         self.attention_norm = config.norm.build(config.width, config.norm_eps, std)
-        self.attention = Attention(config.attention, config.width, config.norm_eps, std, out_std)
+        """Of the mixer's input, whichever it is."""
+        self.attention: Attention | None = None
+        self.mixer: LinearMixer | None = None
+        name = config.schedule[layer]
+        if name == ATTENTION:
+            self.attention = Attention(config.attention, config.width, config.norm_eps, std, out_std)
+        else:
+            place = Place(config.width, config.norm_eps, std, out_std, layer, config.num_layers)
+            self.mixer = config.mixers[name].build(place)
         self.ffn_norm = config.norm.build(config.width, config.norm_eps, std)
         self.ffn: MoE | FeedForward
         if isinstance(config.ffn, MoEConfig):
@@ -187,9 +233,7 @@ class Block(nn.Module):
             x_BTD = self.attention_norm(h_BTD)
         else:
             x_BTD, h_BTD = self.attention_norm.add(y_BTD, h_BTD)
-        attended: AttentionOutput = self.attention(
-            x_BTD, rotary, context.documents, context.observe == "all", units.heads
-        )
+        attended = self._mixed(x_BTD, rotary, context, units)
         seen = attended.sample, attended.max_logit_H
         x_BTD, h_BTD = self.ffn_norm.add(_shared(attended.y_BTD, share), h_BTD)
         if not isinstance(self.ffn, MoE):
@@ -207,6 +251,15 @@ class Block(nn.Module):
                 penalty_sums_B=stats.penalty_sums_B * weight,
             )
         return BlockOutput(h_BTD, _shared(self._dropped(mixed_BTD, context), share), x_BTD, stats, *seen)
+
+    def _mixed(self, x_BTD: torch.Tensor, rotary: Rotary, context: RouterContext, units: LayerMasks) -> AttentionOutput:
+        if self.mixer is not None:
+            return AttentionOutput(self.mixer(x_BTD, context.documents).y_BTD, None, None)
+        assert self.attention is not None
+        attended: AttentionOutput = self.attention(
+            x_BTD, rotary, context.documents, context.observe == "all", units.heads
+        )
+        return attended
 
     def _dropped(self, y_BTD: torch.Tensor, context: RouterContext) -> torch.Tensor:
         """Dropout at the rate that the model tunes itself, in training."""
@@ -235,6 +288,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = recompute
+        self._attends = bool(config.attending)
         self.embedding = Embedding(config.vocab_size, config.width, config.init_std)
         self.router = _shared_router(config)
         self.blocks = nn.ModuleList(Block(config, moe, layer) for layer in range(config.num_layers))
@@ -351,7 +405,7 @@ class Decoder(nn.Module):
         recompute = self.recompute and self.training
         stats: list[RoutingStats] = []
         watch: AttentionWatch | None = None
-        if context.observe == "all":
+        if context.observe == "all" and self._attends:
             frees = self.recompute or not torch.is_grad_enabled()
             watch = AttentionWatch(attention.gate, tokens_BT, context.documents, copies=frees)
         largest_logits: list[torch.Tensor] = []
@@ -368,8 +422,9 @@ class Decoder(nn.Module):
                 stats.append(layer_stats)
             if max_logit_H is not None:
                 largest_logits.append(max_logit_H)
-            if watch is not None:
+            if watch is not None and sample is not None:
                 watch.see(sample)
+            if context.observe == "all":
                 # One pass; a norm takes twenty times as long on a CPU.
                 extremes += torch.aminmax((h_BTD + y_BTD).detach())
         penalty = None if units is None else units.penalty

@@ -17,12 +17,13 @@ from tidegate.model.activations import NUM_COEFFICIENTS, ActivationName, has_coe
 from tidegate.model.attention import AttentionConfig
 from tidegate.model.decoder import ModelConfig, unit_gates_on_meta
 from tidegate.model.gates import NoGate
+from tidegate.model.mixers import Place
 from tidegate.model.moe import MoEConfig
 from tidegate.model.norms import GatedNormConfig, PreAffineNormConfig
 from tidegate.model.routers import RouterShape
 from tidegate.model.routers.decoupled import DecoupledRouter
 
-__all__ = ["PEAK_BF16_FLOPS", "Cost", "costs", "total"]
+__all__ = ["PEAK_BF16_FLOPS", "Cost", "costs", "kv_cache_bytes", "state_bytes", "total"]
 
 PEAK_BF16_FLOPS = {
     "NVIDIA H100 80GB HBM3": 989.4e12,  # SXM
@@ -49,7 +50,8 @@ def costs(config: ModelConfig, sequence_length: int) -> list[Cost]:
     """One row a field, summed over layers."""
     L, D, V = config.num_layers, config.width, config.vocab_size
     rows = [Cost("vocab_size (embedding)", V * D, 0, 0.0)]
-    rows += [_scaled(row, L) for row in _attention(config.attention, D, sequence_length)]
+    rows += [_scaled(row, len(config.attending)) for row in _attention(config.attention, D, sequence_length)]
+    rows += [row for name in config.mixers for row in _mixers(config, name)]
     rows += _norms(config)
     if isinstance(config.ffn, MoEConfig):
         rows += _routers(config, sequence_length)
@@ -75,6 +77,17 @@ def total(config: ModelConfig, sequence_length: int) -> Cost:
     )
 
 
+def kv_cache_bytes(config: ModelConfig) -> int:
+    """Of keys and values a token of context at inference, in bf16."""
+    attention = config.attention
+    return 2 * 2 * len(config.attending) * attention.num_kv_heads * attention.head_dim
+
+
+def state_bytes(config: ModelConfig) -> int:
+    """Of the linear mixers' states at inference, a sequence, whatever its length."""
+    return sum(config.schedule.count(name) * mixer.state_bytes() for name, mixer in config.mixers.items())
+
+
 def _matrix(field: str, params: int) -> Cost:
     return Cost(field, params, params, 6.0 * params)
 
@@ -87,7 +100,7 @@ def _norms(config: ModelConfig) -> list[Cost]:
     num, D = 2 * config.num_layers + 1, config.width
     vectors = num * D * (2 if isinstance(config.norm, PreAffineNormConfig) else 1)
     if config.attention.qk_norm:
-        vectors += 2 * config.num_layers * config.attention.head_dim
+        vectors += 2 * len(config.attending) * config.attention.head_dim
     rows = [Cost("norms", vectors, vectors, 0.0)]
     if isinstance(config.norm, GatedNormConfig):
         rows.append(_matrix("norm.rank", num * 2 * D * config.norm.rank))
@@ -117,6 +130,17 @@ def _attention(config: AttentionConfig, D: int, sequence_length: int) -> list[Co
     out_dim = heads * (dim if gate.granularity == "elementwise" else 1)
     label = f"attention.gate ({gate.kind}, {gate.granularity})"
     return [*rows, Cost(label, out_dim, out_dim, 0.0) if gate.input == "constant" else _matrix(label, D * out_dim)]
+
+
+def _mixers(config: ModelConfig, name: str) -> list[Cost]:
+    """All layers of one linear mixer: what its matrices say, convolutions among them, and its state."""
+    mixer, layers = config.mixers[name], config.schedule.count(name)
+    with torch.device("meta"):
+        parameters = list(mixer.build(Place(config.width, config.norm_eps, 1.0, 1.0)).parameters())
+    vectors = sum(parameter.numel() for parameter in parameters if parameter.ndim < 2)
+    row = _matrix(f"mixers.{name} ({mixer.kind})", sum(parameter.numel() for parameter in parameters) - vectors)
+    row = row._replace(params=row.params + vectors, active_params=row.active_params + vectors)
+    return [_scaled(row, layers), Cost(f"mixers.{name} (state)", 0, 0, layers * mixer.state_flops())]
 
 
 def _moe(config: MoEConfig, D: int) -> list[Cost]:

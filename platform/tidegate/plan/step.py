@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
+from tidegate.config import ConfigError
 from tidegate.model.activations import is_gated, num_matrices
 from tidegate.model.decoder import ModelConfig
 from tidegate.model.flops import costs
@@ -78,7 +79,15 @@ class StepTime(NamedTuple):
 
 @lru_cache(maxsize=64)
 def model_costs(model: ModelConfig, sequence_length: int) -> ModelCosts:
-    """From `model/flops.py`, by class."""
+    """From `model/flops.py`, by class.
+
+    Raises:
+        ConfigError: how fast a part of the model is has not been measured.
+    """
+    if model.mixers:
+        raise ConfigError(
+            f"model.layers={model.layers!r}: how fast linear mixers are has not been measured, so no step is predicted"
+        )
     flops = {"experts": 0.0, "attention": 0.0, "head": 0.0, "projections": 0.0}
     classes = {
         "ffn.num_experts, top_k": "experts",

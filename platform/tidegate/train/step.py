@@ -137,7 +137,7 @@ def train_step(
         for place, name in enumerate(StepLosses._fields):
             if name in terms:
                 total[place] += terms[name].detach() / copies
-    if threshold is not None:
+    if threshold is not None and largest_logits:
         clip_attention_logits(engine, torch.stack(largest_logits).amax(dim=0), threshold)
     return StepResult(StepLosses(*total), before)
 

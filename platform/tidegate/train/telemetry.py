@@ -52,11 +52,14 @@ class Observer:
     Args:
         domains: names of the X domains.
         top_k: K, for the floor of the chosen probability.
+        attending: the blocks that have attention.
         rank, world_size: maxima travel in a place of their own for each rank, so that one sum carries everything.
     """
 
-    def __init__(self, domains: Sequence[str], top_k: int, rank: int, world_size: int) -> None:
-        self._domains, self._top_k = tuple(domains), top_k
+    def __init__(
+        self, domains: Sequence[str], top_k: int, attending: Sequence[int], rank: int, world_size: int
+    ) -> None:
+        self._domains, self._top_k, self._attending = tuple(domains), top_k, tuple(attending)
         self._rank, self._world_size = rank, world_size
         self._rows_LBF: list[torch.Tensor] = []  # of each micro-batch
         self._domains_B: list[torch.Tensor] = []
@@ -78,7 +81,7 @@ class Observer:
             rows_LBF = [stats.counts_BE, stats.prob_sums_BE, stats.signals_B3, tokens_LB1]
             self._rows_LBF.append(torch.cat(rows_LBF, dim=-1))
             self._domains_B.append(domains_B)
-        if output.attention is not None:
+        if output.max_hidden_A is not None:
             self._attention, self._hidden_A = output.attention, output.max_hidden_A
         if output.max_logit_AH is not None:
             self._logits_AH.append(output.max_logit_AH)
@@ -121,14 +124,15 @@ class Observer:
         if self._attention is not None:
             sums = (parts.get(name) for name in AttentionObservations._fields)
             means = (None if values is None else torch.as_tensor(values / self._world_size) for values in sums)
-            metrics.update(_attention(AttentionObservations._make(means)))
+            metrics.update(_attention(AttentionObservations._make(means), self._attending))
         if "hidden_WA" in parts:
             hidden = parts["hidden_WA"].max(axis=0).tolist()
             metrics |= {f"hidden/{block}/max": value for block, value in enumerate(hidden)}
             metrics["hidden/max_mean"] = sum(hidden) / len(hidden)
         if "logits_WA" in parts:
             logits = parts["logits_WA"].max(axis=0).tolist()
-            metrics |= {f"attention/{block}/max_logit": value for block, value in enumerate(logits)}
+            named = zip(self._attending, logits, strict=True)
+            metrics |= {f"attention/{block}/max_logit": value for block, value in named}
         return metrics
 
     def _routing(self, sums_LXF: Array, micro_lbl_L: Array) -> Iterable[tuple[str, float]]:
@@ -155,7 +159,7 @@ class Observer:
         return chain(of_layers, zip(names, values_LM.ravel().tolist(), strict=True))
 
 
-def _attention(seen: AttentionObservations) -> Iterable[tuple[str, float]]:
+def _attention(seen: AttentionObservations, blocks: tuple[int, ...]) -> Iterable[tuple[str, float]]:
     importance_N = seen.first_token_importance_AH.numpy().ravel()
     sink_heads = float(_mean_of_known(np.where(np.isnan(importance_N), np.nan, importance_N > SINK_SHARE)))
     gates = {"gate_mean": seen.gate_mean_AH, "gate_closed": seen.gate_closed_AH}
@@ -167,7 +171,7 @@ def _attention(seen: AttentionObservations) -> Iterable[tuple[str, float]]:
     bins = [] if seen.gate_bins_AN is None else [seen.gate_bins_AN.numpy()]
     values_AM = np.concatenate([np.stack([*of_block.values()], axis=1), *of_head.values(), *bins], axis=1)
     num_heads, num_bins = (parts[0].shape[1] if parts else 0 for parts in ([*of_head.values()], bins))
-    names = _attention_names(len(values_AM), tuple(of_block), tuple(of_head), num_heads, num_bins)
+    names = _attention_names(blocks, tuple(of_block), tuple(of_head), num_heads, num_bins)
     values_N = np.append(values_AM.ravel(), sink_heads)
     pairs = zip([*names, "attention/sink_heads"], values_N.tolist(), strict=True)
     # Short documents may leave no later query in the sample, and export layers with fewer heads than others.
@@ -186,11 +190,11 @@ def _routing_names(
 
 @lru_cache(maxsize=8)
 def _attention_names(
-    num_blocks: int, of_block: tuple[str, ...], of_head: tuple[str, ...], num_heads: int, num_bins: int
+    blocks: tuple[int, ...], of_block: tuple[str, ...], of_head: tuple[str, ...], num_heads: int, num_bins: int
 ) -> list[str]:
     names = [*of_block, *(f"head/{head}/{name}" for name in of_head for head in range(num_heads))]
     names += [f"gate/{bin}" for bin in range(num_bins)]
-    return [f"attention/{block}/{name}" for block in range(num_blocks) for name in names]
+    return [f"attention/{block}/{name}" for block in blocks for name in names]
 
 
 def summarise(counts_E: Array) -> dict[str, Array]:

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from tidegate.config import ConfigError
 from tidegate.model.decoder import unit_gates_on_meta
-from tidegate.model.flops import Cost, total
+from tidegate.model.flops import Cost, kv_cache_bytes, total
 from tidegate.quantities import PREFIXES, count_shown
 from tidegate.train.job import Job
 from tidegate.train.memory import predict
@@ -28,11 +28,6 @@ class Quantity(NamedTuple):
     of: Callable[[Job], float]
     unit: Literal["", "B", "FLOP", "s"]
     meaning: str
-
-
-def _kv_cache(job: Job) -> float:
-    attention = job.model.attention
-    return 2 * 2 * job.model.num_layers * attention.num_kv_heads * attention.head_dim
 
 
 def _cost(job: Job) -> Cost:
@@ -59,7 +54,9 @@ QUANTITIES: dict[str, Quantity] = {
     ),
     "peak_memory": Quantity(lambda job: predict(job).total, "B", "of a GPU at the largest moment, predicted"),
     "step_time": Quantity(step_time, "s", "a step, predicted from what search.measured holds"),
-    "kv_cache": Quantity(_kv_cache, "B", "of keys and values a token of context at inference, in bf16"),
+    "kv_cache": Quantity(
+        lambda job: kv_cache_bytes(job.model), "B", "of keys and values a token of context at inference, in bf16"
+    ),
 }
 
 _BYTES = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}

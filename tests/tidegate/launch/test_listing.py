@@ -14,6 +14,7 @@ from tidegate.launch.show import show_job
 from tidegate.model.balance import BalanceConfig
 from tidegate.model.catalogue import SUBJECTS, Choice, choices
 from tidegate.model.gates import AttentionGate
+from tidegate.model.mixers import LinearMixerConfig
 from tidegate.model.routers import RouterConfig
 from tidegate.model.unit_gates import UnitMethod
 from tidegate.train.job import Job
@@ -60,9 +61,10 @@ def test_nothing_is_left_out() -> None:
     listed = {subject: {choice.name for choice in choices(subject)} for subject in SUBJECTS}
     assert kinds(RouterConfig) <= listed["routers"]
     assert kinds(UnitMethod) | set(get_args(AttentionGate.model_fields["kind"].annotation)) <= listed["gates"]
+    assert kinds(LinearMixerConfig) == listed["mixers"]
     assert set(get_args(BalanceConfig.model_fields["scope"].annotation)) <= listed["balance"]
 
 
 def test_an_unknown_subject_names_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="list mixers: unknown, one of routers, gates, balance"):
-        list_choices("mixers")
+    with pytest.raises(ConfigError, match="list optimizers: unknown, one of routers, gates, mixers, balance"):
+        list_choices("optimizers")

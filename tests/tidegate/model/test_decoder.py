@@ -57,6 +57,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "poly_relu_dense": {"ffn": {**DENSE, "activation": "poly_relu"}},
     "wide_heads_tied": {"tie_embeddings": True, "attention": {"num_heads": 3, "num_kv_heads": 1, "head_dim": 20}},
 }
+KDA = {"kind": "kda", "num_heads": 2, "key_dim": 6, "value_dim": 10}
+MLSTM = {"kind": "scalar_gated", "num_heads": 3, "key_dim": 4, "value_dim": 8, "input_gate": True}
+VARIANTS["hybrid"] = {"layers": "2 x kda, attention", "num_layers": 3, "mixers": {"kda": KDA}}
+VARIANTS["no_attention"] = {
+    "layers": "[mine, yours] x 1",
+    "num_layers": 2,
+    "mixers": {"mine": {**KDA, "kind": "gla", "conv": 0}, "yours": MLSTM},
+}
 every_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 
 MakeConfig = Callable[..., ModelConfig]
@@ -87,7 +95,9 @@ def test_every_value_is_initialised_and_depends_on_the_seed(changes: dict[str, A
     assert all(tensor.isfinite().all() for tensor in state.values())
     assert all(torch.equal(tensor, state[name]) for name, tensor in direct.state_dict().items())
     for name, tensor in other.state_dict().items():
-        drawn = not name.endswith(("norm.weight", "norm.scale", "expert_bias", "gate.constant", "sink", "coefficients"))
+        given = ("norm.weight", "norm.scale", "expert_bias", "gate.constant", "sink", "coefficients")
+        given += ("rule.bias", "forget_bias", "write_bias")
+        drawn = not name.endswith(given)
         if config.ffn.activation in ("relu2", "poly_norm") and name.endswith("experts.w3"):
             drawn = False
         assert torch.equal(tensor, state[name]) != drawn, name
@@ -185,10 +195,11 @@ def test_every_variant_trains(changes: dict[str, Any], length: int, model_config
     loss.backward()
     norm = torch.stack([p.grad.square().sum() for p in model.parameters() if p.grad is not None]).sum().sqrt()
     for name, parameter in model.named_parameters():
-        # One expert or one token leaves nothing to route or to attend to.
+        # One expert or one token leaves nothing to route, to attend to or to forget.
         silent = (".router." in name and model.config.ffn.num_experts == 1) or (
             length == 1 and name.split("attention.")[-1].startswith(("wq", "wk", "q_norm", "k_norm", "gate"))
         )
+        silent |= length == 1 and ".mixer.rule." in name
         assert parameter.grad is not None or silent, name
         if parameter.grad is not None:
             assert parameter.grad.isfinite().all(), name
@@ -356,6 +367,25 @@ def test_active_parameters_leave_out_look_ups_and_idle_experts(
         share = 1 - config.ffn.top_k / config.ffn.num_experts
         idle += round(share * sum(p.numel() for block in model.blocks for p in block.ffn.experts.parameters()))
     assert flops.total(config, 128).active_params == flops.total(config, 128).params - idle
+
+
+def test_flops_of_a_hybrid_by_hand(model_config: MakeConfig) -> None:
+    """Two KDA blocks of 2 heads with keys of 6 and values of 10, and one that attends, at T = 64."""
+    config = model_config(**VARIANTS["hybrid"])
+    plain = model_config(num_layers=3)
+    D, H, K, V, W = config.width, 2, 6, 10, 4
+    channels = H * (2 * K + V)
+    # q, k and v; their convolution; decays in two steps of rank K, write strengths; the output's gate; the output.
+    matrices = D * channels + W * channels + D * K + K * H * K + D * H + D * H * V + H * V * D
+    state = 3 * 3 * 2 * H * K * V
+    rows = {row.field: row for row in flops.costs(config, 64)}
+    assert rows["mixers.kda (kda)"].flops_per_token == 2 * 6 * matrices
+    assert rows["mixers.kda (state)"] == flops.Cost("mixers.kda (state)", 0, 0, 2 * state)
+    attention = {row.field: row for row in flops.costs(plain, 64) if row.field.startswith("attention")}
+    assert all(rows[field].flops_per_token * 3 == row.flops_per_token for field, row in attention.items())
+    assert flops.kv_cache_bytes(config) * 3 == flops.kv_cache_bytes(plain) == 3 * 2 * 2 * 2 * 6
+    assert flops.state_bytes(config) == 2 * (4 * H * K * V + 2 * 3 * channels)
+    assert flops.state_bytes(plain) == 0
 
 
 def test_flops_by_hand(model_config: MakeConfig) -> None:

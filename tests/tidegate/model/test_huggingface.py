@@ -158,6 +158,13 @@ def test_what_does_not_fit_is_named(attention: Any, ffn: Any, named: str) -> Non
         architecture_of(config)
 
 
+def test_a_hybrid_is_no_architecture() -> None:
+    mixers = {"kda": {"kind": "kda", "num_heads": 2, "key_dim": 4, "value_dim": 4}}
+    whole = config_for(GATED, MOE).model_dump() | {"layers": "kda", "mixers": mixers}
+    with pytest.raises(ConfigError, match=r"but model\.layers is kda, not None; use --format tidegate"):
+        architecture_of(ModelConfig.model_validate(whole))
+
+
 def test_a_bias_that_an_architecture_lacks_is_not_dropped(tmp_path: Path) -> None:
     _, attention, ffn = CASES["plain, no norm"]
     model = model_for(config_for(attention, ffn))

@@ -51,6 +51,10 @@ PLAIN: dict[str, dict[str, Any]] = {
     "dense_output_gate": {"attention": {"gate": {"kind": "dense_output", "input": "constant"}}},
     "hash": {"ffn": {"router": {"kind": "hash"}}},
     "thor": {"ffn": {"router": {"kind": "thor"}}},
+    "hybrid": {
+        "layers": "kda, attention",
+        "mixers": {"kda": {"kind": "kda", "num_heads": 3, "key_dim": 8, "value_dim": 16}},
+    },
     "unit_gates": {
         "units": {"over": ["heads", "channels"], "keep": 0.5, "freeze_tokens": 9, "method": {"kind": "hard_concrete"}}
     },

@@ -453,8 +453,9 @@ def test_observing_a_step_is_few_operations_and_no_wait(
     added: dict[tuple[int, int], int] = {}
     for layers, micro_batches in ((1, 1), (1, 2), (3, 1)):
         model = materialize(partial(Decoder, model_config(num_layers=layers, attention=heads)), CPU, seed=3)
-        step(model, 1, Observer(("a", "b"), 3, 0, 1))  # fills the caches
-        plain, observed = (step(model, micro_batches, o) for o in (None, Observer(("a", "b"), 3, 0, 1)))
+        step(model, 1, Observer(("a", "b"), 3, range(layers), 0, 1))  # fills the caches
+        observer = Observer(("a", "b"), 3, range(layers), 0, 1)
+        plain, observed = (step(model, micro_batches, o) for o in (None, observer))
         more = observed - plain  # on a CPU the experts' counts are read in every pass
         assert WAITS.isdisjoint(more), more
         added[layers, micro_batches] = more.total()
@@ -462,6 +463,31 @@ def test_observing_a_step_is_few_operations_and_no_wait(
     assert added[3, 1] - added[1, 1] <= 2 * (2 + of_a_router), "of a layer"
     assert added[1, 2] - added[1, 1] <= 2 + of_a_router, "of a later micro-batch"
     assert added[1, 1] <= 62 + of_a_router, "of a step"
+
+
+@pytest.mark.parametrize("qk_clip", [None, 1e9])
+@pytest.mark.parametrize("blocks", [(1, 2), ()])
+def test_blocks_of_a_hybrid_keep_their_numbers(
+    blocks: tuple[int, ...], qk_clip: float | None, model_config: Callable[..., ModelConfig]
+) -> None:
+    heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "qk_norm": False, "qk_clip": qk_clip}
+    mixers = {"kda": {"kind": "kda", "num_heads": 2, "key_dim": 6, "value_dim": 10}}
+    layers = ", ".join("attention" if block in blocks else "kda" for block in range(4))
+    config = model_config(num_layers=4, attention=heads, mixers=mixers, layers=layers)
+    assert config.attending == blocks
+    model = materialize(partial(Decoder, config), CPU, seed=3)
+    tokens, counted = torch.randint(101, (2, 20)), torch.ones(2, 20, dtype=torch.bool)
+    observer = Observer(("a",), 3, config.attending, 0, 1)
+    observer.add(model(tokens, tokens, counted, observe="all"), torch.ones(2), torch.zeros(2, dtype=torch.int64))
+    metrics = observer.metrics(observer.vector())
+    assert {name for name in metrics if name.endswith("/entropy")} == {f"attention/{b}/entropy" for b in blocks}
+    clipped = {f"attention/{b}/max_logit" for b in blocks} if qk_clip else set()
+    assert {name for name in metrics if name.endswith("max_logit")} == clipped
+    assert {name for name in metrics if name.startswith("hidden/")} == {
+        *(f"hidden/{block}/max" for block in range(4)),
+        "hidden/max_mean",
+    }
+    assert ("attention/sink_heads" in metrics) == bool(blocks)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -111,6 +111,12 @@ def test_a_field_that_asks_for_a_micro_batch_gets_it() -> None:
         make_plan(file, parse_gpus("1xH100"), held=("train.micro_batch",))
 
 
+def test_what_is_not_measured_is_not_planned() -> None:
+    mixer = "model.mixers={mine: {kind: gla, num_heads: 4, key_dim: 64, value_dim: 64}}"
+    with pytest.raises(ConfigError, match=r"model\.layers='mine, attention': how fast linear mixers are has not been"):
+        planned("1xH100", mixer, "model.layers='mine, attention'")
+
+
 def test_hierarchical_is_for_whole_nodes() -> None:
     """A group of 12 would end in the middle of a node of 8."""
     sets = ("train.batch_tokens=3145728", "model.ffn.num_experts=48", "parallel.expert=%d")

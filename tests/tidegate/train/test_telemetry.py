@@ -65,7 +65,7 @@ def micro_batches(number: int, observe: Observe = "routing") -> list[tuple[Decod
 
 def observed(batches: list[Any], ranks: int = 1) -> dict[str, float]:
     """The metrics of these micro-batches, dealt to ranks."""
-    observers = [Observer(DOMAINS, K, rank, ranks) for rank in range(ranks)]
+    observers = [Observer(DOMAINS, K, range(L), rank, ranks) for rank in range(ranks)]
     for index, (output, counted, domains, _) in enumerate(batches):
         observers[index % ranks].add(output, counted.float().sum(dim=1), domains)
     vector = torch.stack([observer.vector() for observer in observers]).sum(dim=0)
@@ -262,7 +262,7 @@ def shown_by_a_step(path: str) -> tuple[list[tuple[bool, bool, bool]], dict[str,
         places % 2,
         places,
     )
-    observer = Noting(("a", "b"), 2, 0, 1)
+    observer = Noting(("a", "b"), 2, range(2), 0, 1)
     losses = []
     for watching in (observer, None):
         result = train_step(

@@ -42,6 +42,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "norm.kind": ("rms",),
     "units": (None,),
     "self_tune": (None,),
+    "layers": (None,),
     "attention.softmax": ("plain",),
     "ffn.activation": ("swiglu",),
 }

@@ -65,6 +65,7 @@ class MixerOutput(NamedTuple):
 
 
 class _Heads(Variant):
+    example: ClassVar[str] = "num_heads: 4, key_dim: 64, value_dim: 64"
     num_heads: int = Field(ge=1)
     key_dim: int = Field(ge=1)
     """Of a head."""

@@ -113,6 +113,7 @@ def groups_of(config: ModelConfig, block: Block, over: Sequence[Kind]) -> tuple[
     for layer in range(config.num_layers):
         if "heads" in over:
             H, d = attention.num_heads, attention.head_dim
+            assert block.attention is not None  # in a model with unit gates all blocks attend
             gate = block.attention.gate if attention.gate.kind in ("sdpa_output", "query") else None
             cost = 2 * D * d + params(gate) // H  # keys and values belong to several heads and are not counted
             groups.append(Group(layer, "heads", 1, H, cost, (D, H * d)))
