@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -64,9 +65,32 @@ def tiny_settings(folder: Path) -> dict[str, Any]:
     }
 
 
+class Template(NamedTuple):
+    database: Path
+    notices: list[str]
+
+    def copy_to(self, state_dir: Path) -> None:
+        (state_dir / "mlflow").mkdir(parents=True)
+        shutil.copy(self.database, state_dir / "mlflow" / "mlflow.db")
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Template:
+    """An MLflow store as its first use leaves it, and what that first use said: to make one takes seconds."""
+    from tidegate.track import TrackConfig, open_run
+    from tidegate.track.store import embedded_uri
+
+    state_dir = tmp_path_factory.mktemp("template")
+    notices: list[str] = []
+    config = TrackConfig(experiment="template")
+    open_run(embedded_uri(state_dir), config, job="j", resolved={}, changes={}, command=[], notice=notices.append)
+    return Template(state_dir / "mlflow" / "mlflow.db", notices)
+
+
 @pytest.fixture
-def tiny_job(tmp_path: Path) -> Callable[..., Path]:
-    """Write the tiny job, with sections laid over it, and return the file."""
+def tiny_job(tmp_path: Path, template: Template) -> Callable[..., Path]:
+    """Write the tiny job, with sections laid over it, and return the file; `state` beside it has an MLflow store."""
+    template.copy_to(tmp_path / "state")
 
     def write(**sections: dict[str, Any]) -> Path:
         folder = tmp_path / "job"

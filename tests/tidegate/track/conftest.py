@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +12,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
@@ -27,27 +25,11 @@ def no_user_settings(monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-class Template(NamedTuple):
-    database: Path
-    notices: list[str]
-
-
-@pytest.fixture(scope="session")
-def template(tmp_path_factory) -> Template:
-    """A store as its first use leaves it, and what that first use said."""
-    state_dir = tmp_path_factory.mktemp("template")
-    notices: list[str] = []
-    config = TrackConfig(experiment="template")
-    open_run(embedded_uri(state_dir), config, job="j", resolved={}, changes={}, command=[], notice=notices.append)
-    return Template(state_dir / "mlflow" / "mlflow.db", notices)
-
-
 @pytest.fixture
 def state_dir(tmp_path, template) -> Path:
     """A state directory with a migrated store; its name has a space, as a user's may."""
     directory = tmp_path / "state dir"
-    (directory / "mlflow").mkdir(parents=True)
-    shutil.copy(template.database, directory / "mlflow" / "mlflow.db")
+    template.copy_to(directory)
     return directory
 
 
