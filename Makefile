@@ -34,7 +34,8 @@ demo-tune: $(READY)
 	@echo "see it: $(BIN)/tidegate ui"
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not chaos" --durations=25
+	$(BIN)/python -m pytest -m "not chaos and not ray" -n logical --maxprocesses 8 --dist loadfile --durations=25
+	$(BIN)/python -m pytest -m "ray and not chaos" --durations=25
 
 chaos: $(READY)
 	$(BIN)/python tests/chaos/inject.py 240
