@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tidegate_kernels.choice import Kernels, chosen, interpreted
-from tidegate_kernels.gated_attention import Documents, gated_attention, reference
+from tidegate_kernels.gated_attention import Documents, Visible, gated_attention, nearest, reference
 
 B, H, G = 2, 4, 2
 NAMES = ("out", "dq", "dk", "dv", "dscores", "dsink")
@@ -39,7 +39,7 @@ def inputs(T: int, d: int, *, headwise: bool | None = False, sink: bool = True) 
     return Inputs(2 * q, k, v, scores, torch.randn(H).double() if sink else None, g)
 
 
-def run(op: Any, case: Inputs, dtype: torch.dtype, documents: Documents | None) -> list[torch.Tensor]:
+def run(op: Any, case: Inputs, dtype: torch.dtype, documents: Visible | None) -> list[torch.Tensor]:
     leaves = [x.to(dtype).requires_grad_() for x in (case.q, case.k, case.v)]
     scores = None if case.scores is None else case.scores.to(dtype).requires_grad_()
     wide = torch.promote_types(dtype, torch.float32)
@@ -105,6 +105,26 @@ def test_nothing_crosses_a_document(kernels: Kernels) -> None:
     v[:, 40:80] += 1
     changed = (gated_attention(q, k, v, None, documents=documents) != before).any(dim=(0, 2, 3))
     assert changed.tolist() == [40 <= t < 80 for t in range(150)]
+
+
+@pytest.mark.parametrize("window", [1, 16, 65, 200])
+@pytest.mark.parametrize("ids", ["one", "uneven"])
+def test_a_window(kernels: Kernels, ids: str, window: int) -> None:
+    """Of the same document the last tokens, and gradients reach no further."""
+    T = 130
+    documents, place = Documents(IDS[ids](T)), torch.arange(T)
+    visible = documents.nearest(window)
+    assert documents.nearest(window) is visible
+    far = place <= place[:, None] - window
+    assert torch.equal(visible.mask, documents.mask & ~far)
+    if ids == "one":
+        alone = nearest(B, T, window, torch.device("cpu"))
+        assert torch.equal(alone.first_BT, visible.first_BT)
+        assert torch.equal(alone.end_BT, visible.end_BT)
+    case = inputs(T, 16)
+    exact = run(reference.gated_attention, case, torch.float64, visible)
+    for name, one, truth in zip(names(case), run(gated_attention, case, torch.float32, visible), exact, strict=True):
+        torch.testing.assert_close(one.double(), truth, rtol=1e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_views_of_a_fused_projection() -> None:

@@ -1,8 +1,9 @@
-"""Causal attention with its output gate, inside documents, with an optional sink.
+"""Causal attention with its output gate, inside documents or a window of them, with an optional sink.
 
 Two paths: cuDNN's (or torch's fastest) attention with `gated_output` behind it, and our flash attention with the gate
-in its epilogue, which skips the blocks of other documents. The first is taken without documents, where it was measured
-faster on an H100 (kernels/README.md); the second with them, for the blocks it skips, which is not measured yet.
+in its epilogue, which skips the blocks of other documents and those before a window. The first is taken where a token
+sees all earlier ones, where it was measured faster on an H100 (kernels/README.md); the second otherwise, for the blocks
+it skips, which is not measured yet.
 
 Letters: B batch, T tokens, H query heads, G key/value heads, d head width, s score width (d or 1).
 """
@@ -15,11 +16,11 @@ import torch
 
 from tidegate_kernels.choice import takes_triton
 from tidegate_kernels.gated_attention import sdpa
-from tidegate_kernels.gated_attention.documents import Documents
+from tidegate_kernels.gated_attention.documents import Documents, Visible, nearest
 from tidegate_kernels.gated_output import gated_output
 from tidegate_kernels.tiles import MOST_PROGRAMS, unit_stride
 
-__all__ = ["Documents", "gated_attention", "sdpa"]
+__all__ = ["Documents", "Visible", "gated_attention", "nearest", "sdpa"]
 
 _WIDEST = 256
 """Largest head width of our kernels."""
@@ -32,7 +33,7 @@ def gated_attention(
     scores_BTHs: torch.Tensor | None,
     *,
     activation: str = "sigmoid",
-    documents: Documents | None = None,
+    documents: Visible | None = None,
     sink_H: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`softmax(q k^T / sqrt(d)) v * act(scores)`, causal.
@@ -41,7 +42,7 @@ def gated_attention(
         q_BTHd, k_BTGd, v_BTGd: G divides H.
         scores_BTHs: of a multiplicative gate, before its activation; None for no gate.
         activation: a key of `gated_output.ACTIVATIONS`.
-        documents: attention stays inside; None attends to all earlier tokens.
+        documents: attention stays inside them, or in a window of them; None attends to all earlier tokens.
         sink_H: logit of a sink of each head, see `sdpa`.
 
     Returns:

@@ -1,17 +1,37 @@
-"""Which tokens are in one document: attention stays inside.
+"""Which earlier tokens a token sees: those of its document, or the nearest of them.
 
 Letters: B batch, T tokens.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
-__all__ = ["Documents"]
+__all__ = ["Documents", "Visible", "nearest"]
 
 
-class Documents:
-    """Documents of a batch, each a run of equal ids.
+class Visible:
+    """A token sees a run of tokens that ends with itself.
+
+    Args:
+        first_BT: (B, T) int32, the first token that each token sees; never falls from token to token.
+        end_BT: (B, T) int32, the last token that sees each token, + 1; never falls.
+    """
+
+    def __init__(self, first_BT: torch.Tensor, end_BT: torch.Tensor) -> None:
+        self.first_BT, self.end_BT = first_BT, end_BT
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """(B, 1, T, T) bool, True where query t sees key s."""
+        place_T = torch.arange(self.first_BT.shape[1], device=self.first_BT.device)
+        return (place_T >= self.first_BT[:, None, :, None]) & (place_T <= place_T[:, None])
+
+
+class Documents(Visible):
+    """Documents of a batch, each a run of equal ids; a token sees its own.
 
     Args:
         ids_BT: (B, T) integers.
@@ -22,16 +42,31 @@ class Documents:
         begins_BT = ids_BT != ids_BT.roll(1, dims=1)
         begins_BT[:, 0] = True
         ends_BT = begins_BT.roll(-1, dims=1)
-        self.first_BT = torch.where(begins_BT, place_T, 0).cummax(dim=1).values.int()
-        """(B, T) int32, the first token of each token's document."""
-        self.end_BT = torch.where(ends_BT, place_T + 1, len(place_T)).flip(1).cummin(dim=1).values.flip(1).int()
-        """(B, T) int32, the last token of each token's document, + 1."""
+        first_BT = torch.where(begins_BT, place_T, 0).cummax(dim=1).values.int()
+        end_BT = torch.where(ends_BT, place_T + 1, len(place_T)).flip(1).cummin(dim=1).values.flip(1).int()
+        super().__init__(first_BT, end_BT)
         self._mask: torch.Tensor | None = None
+        self._nearest: dict[int, Visible] = {}
 
     @property
     def mask(self) -> torch.Tensor:
-        """(B, 1, T, T) bool, True where query t may see key s: s <= t of the same document. Made once, if asked for."""
+        """(B, 1, T, T) bool, True where query t sees key s: s <= t of the same document. Made once, if asked for."""
         if self._mask is None:
-            place_T = torch.arange(self.first_BT.shape[1], device=self.first_BT.device)
-            self._mask = (place_T >= self.first_BT[:, None, :, None]) & (place_T <= place_T[:, None])
+            self._mask = super().mask
         return self._mask
+
+    def nearest(self, window: int) -> Visible:
+        """The last `window` tokens of the same document, a token's own among them. Made once."""
+        if window not in self._nearest:
+            near = nearest(*self.first_BT.shape, window, self.first_BT.device)
+            first_BT, end_BT = torch.maximum(self.first_BT, near.first_BT), torch.minimum(self.end_BT, near.end_BT)
+            self._nearest[window] = Visible(first_BT, end_BT)
+        return self._nearest[window]
+
+
+@lru_cache(maxsize=8)
+def nearest(batch: int, length: int, window: int, device: torch.device) -> Visible:
+    """The last `window` tokens, a token's own among them, where each sequence is one document."""
+    place_BT = torch.arange(length, device=device, dtype=torch.int32).expand(batch, -1)
+    first_BT, end_BT = (place_BT - (window - 1)).clamp(min=0), (place_BT + window).clamp(max=length)
+    return Visible(first_BT.contiguous(), end_BT.contiguous())

@@ -1,8 +1,8 @@
 """Flash attention with documents, grouped queries, a sink and the output gate in its epilogue.
 
-Queries of a block see keys from the first token of their documents to themselves, so blocks of other documents are not
-visited at all. The backward pass is one elementwise kernel (through the gate, and the row sums of the softmax's
-gradient) and two of products: one for keys and values, one for queries; no atomics, so it is deterministic.
+Queries of a block see keys from the first token of their documents, or of their window, to themselves, so blocks before
+that are not visited at all. The backward pass is one elementwise kernel (through the gate, and the row sums of the
+softmax's gradient) and two of products: one for keys and values, one for queries; no atomics, so it is deterministic.
 Source: FlashAttention-2 (arXiv 2307.08691), Alg. 1 and 2.
 
 Letters: B batch, T tokens, H query heads, G key/value heads, d head width; m queries and n keys of a block.
@@ -27,7 +27,7 @@ _NONE = tl.constexpr("")
 
 
 class Spans(NamedTuple):
-    """(B, T) int32, of the document each token is in: its first token, and its last + 1."""
+    """(B, T) int32: the first token that each token sees, and the last that sees it, + 1. Neither falls."""
 
     first_BT: torch.Tensor
     end_BT: torch.Tensor

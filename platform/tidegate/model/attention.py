@@ -19,7 +19,7 @@ from tidegate.model.initialisation import Draw
 from tidegate.model.layers import Linear, RMSNorm
 from tidegate.model.observations import AttentionSample
 from tidegate.model.qk_clip import max_logits
-from tidegate_kernels.gated_attention import Documents, gated_attention
+from tidegate_kernels.gated_attention import Documents, Visible, gated_attention, nearest
 from tidegate_kernels.qk_norm_rope import Rotated, qk_norm_rope
 
 __all__ = ["Attention", "AttentionConfig", "AttentionOutput", "Rotary", "rotary_table"]
@@ -110,11 +110,20 @@ class Attention(nn.Module):
         norm_eps: of the QK-norm.
         std: of the query, key, value and gate projections.
         out_std: of the output projection, which writes to the residual stream.
+        window: tokens that a token sees, its own among them; None for all of its document.
     """
 
-    def __init__(self, config: AttentionConfig, width: int, norm_eps: float, std: float, out_std: float) -> None:
+    def __init__(
+        self,
+        config: AttentionConfig,
+        width: int,
+        norm_eps: float,
+        std: float,
+        out_std: float,
+        window: int | None = None,
+    ) -> None:
         super().__init__()
-        self.config, self.norm_eps = config, norm_eps
+        self.config, self.norm_eps, self.window = config, norm_eps, window
         H, G, d = config.num_heads, config.num_kv_heads, config.head_dim
         self.wq = Linear(width, H * d, std)
         self.wk = Linear(width, G * d, std)
@@ -156,15 +165,23 @@ class Attention(nn.Module):
         if self.kv_of_head is not None:
             k, v = k[:, :, self.kv_of_head], v[:, :, self.kv_of_head]
         sink_H = self._sink(q)
-        y_BTHd = self._attend(q, k, v, scores, documents, sink_H)
+        visible = self._visible(x_BTD, documents)
+        y_BTHd = self._attend(q, k, v, scores, visible, sink_H)
         if heads is not None:
             y_BTHd = y_BTHd * heads.unsqueeze(-1).to(y_BTHd.dtype)
         out_BTD = self.wo(y_BTHd.flatten(-2))
         out_BTD = self._gated("dense_output", out_BTD.unsqueeze(-2), scores).squeeze(-2)
         clips = self.config.qk_clip is not None and self.training and torch.is_grad_enabled()
-        max_logit_H = max_logits(q.detach(), k.detach(), documents) if clips else None
-        sample = AttentionSample(q, k, sink_H, scores) if observe else None
+        max_logit_H = max_logits(q.detach(), k.detach(), visible) if clips else None
+        sample = AttentionSample(q, k, sink_H, scores, self.window) if observe else None
         return AttentionOutput(out_BTD, sample, max_logit_H)
+
+    def _visible(self, x_BTD: torch.Tensor, documents: Documents | None) -> Visible | None:
+        if self.window is None:
+            return documents
+        if documents is not None:
+            return documents.nearest(self.window)
+        return nearest(*x_BTD.shape[:2], self.window, x_BTD.device)
 
     def _projected(self, x_BTD: torch.Tensor) -> _Projected:
         """One product for all: its gradient by x is one product too, not a sum of four."""
@@ -185,7 +202,7 @@ class Attention(nn.Module):
         k_BTGd: torch.Tensor,
         v_BTGd: torch.Tensor,
         scores_BTHs: torch.Tensor | None,
-        documents: Documents | None,
+        documents: Visible | None,
         sink_H: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attention and the gate behind it, together where one kernel does both."""

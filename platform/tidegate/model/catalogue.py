@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple, get_args
 
-from tidegate.model.mixers import LinearMixerConfig
+from tidegate.model.mixers import MixerConfig
 from tidegate.model.norms import NormConfig
 from tidegate.model.routers import RouterConfig
 from tidegate.model.unit_gates import FIXED, UnitMethod
@@ -34,7 +34,7 @@ def choices(subject: Subject) -> list[Choice]:
         case "gates":
             return [*_ATTENTION, *_kinds(NormConfig, "model.norm: {{{it}}}"), *_unit_gates(), *_ACTIVATIONS]
         case "mixers":
-            return _kinds(LinearMixerConfig, "model: {{layers: 'mine, attention', mixers: {{mine: {{{it}}}}}}}")
+            return _kinds(MixerConfig, "model: {{layers: 'mine, attention', mixers: {{mine: {{{it}}}}}}}")
         case "balance":
             return list(_BALANCE)
 

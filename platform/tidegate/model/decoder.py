@@ -21,7 +21,7 @@ from tidegate.model.attention import Attention, AttentionConfig, AttentionOutput
 from tidegate.model.clock import STILL, Clock, derive_key, uniform
 from tidegate.model.initialisation import Draw
 from tidegate.model.layers import Embedding, FeedForward, Linear
-from tidegate.model.mixers import LinearMixer, LinearMixerConfig, Place
+from tidegate.model.mixers import LinearMixer, MixerConfig, Place, SlidingWindowConfig
 from tidegate.model.moe import MoE, MoEConfig, RoutingStats
 from tidegate.model.norms import NormConfig, RMSNormConfig
 from tidegate.model.observations import AttentionObservations, AttentionSample, AttentionWatch
@@ -63,8 +63,8 @@ class ModelConfig(Config):
     width: int = Field(ge=8, multiple_of=8)
     num_layers: int = Field(ge=1)
     attention: AttentionConfig
-    """Of the blocks that attend."""
-    mixers: dict[Annotated[str, Field(pattern="^[a-z][a-z0-9_]+$")], LinearMixerConfig] = Field(default_factory=dict)
+    """Of the blocks that attend, whether to all tokens or to a window."""
+    mixers: dict[Annotated[str, Field(pattern="^[a-z][a-z0-9_]+$")], MixerConfig] = Field(default_factory=dict)
     """Other token mixers, by a name of the job's own, for `layers`."""
     layers: str | None = None
     """Which block has which mixer, e.g. `[3 x kda, 1 x attention] x 6`; a pattern repeats up to `num_layers`. None: all
@@ -94,9 +94,14 @@ class ModelConfig(Config):
         return (ATTENTION,) * self.num_layers if self.layers is None else repeated(self.layers, self.num_layers)
 
     @property
-    def attending(self) -> tuple[int, ...]:
-        """The blocks that have attention."""
-        return tuple(block for block, name in enumerate(self.schedule) if name == ATTENTION)
+    def windows(self) -> dict[int, int | None]:
+        """Of the blocks that attend, how many tokens each sees; None for all."""
+        found: dict[int, int | None] = {}
+        for block, name in enumerate(self.schedule):
+            mixer = self.mixers.get(name)
+            if mixer is None or isinstance(mixer, SlidingWindowConfig):
+                found[block] = None if mixer is None else mixer.window
+        return found
 
     @model_validator(mode="after")
     def _layers_are_there(self) -> ModelConfig:
@@ -193,12 +198,12 @@ class Block(nn.Module):
         """Of the mixer's input, whichever it is."""
         self.attention: Attention | None = None
         self.mixer: LinearMixer | None = None
-        name = config.schedule[layer]
-        if name == ATTENTION:
-            self.attention = Attention(config.attention, config.width, config.norm_eps, std, out_std)
+        mixer = config.mixers.get(config.schedule[layer])
+        if mixer is None or isinstance(mixer, SlidingWindowConfig):
+            window = None if mixer is None else mixer.window
+            self.attention = Attention(config.attention, config.width, config.norm_eps, std, out_std, window)
         else:
-            place = Place(config.width, config.norm_eps, std, out_std, layer, config.num_layers)
-            self.mixer = config.mixers[name].build(place)
+            self.mixer = mixer.build(Place(config.width, config.norm_eps, std, out_std, layer, config.num_layers))
         self.ffn_norm = config.norm.build(config.width, config.norm_eps, std)
         self.ffn: MoE | FeedForward
         if isinstance(config.ffn, MoEConfig):
@@ -288,7 +293,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = recompute
-        self._attends = bool(config.attending)
+        self._attends = bool(config.windows)
         self.embedding = Embedding(config.vocab_size, config.width, config.init_std)
         self.router = _shared_router(config)
         self.blocks = nn.ModuleList(Block(config, moe, layer) for layer in range(config.num_layers))

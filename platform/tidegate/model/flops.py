@@ -17,7 +17,7 @@ from tidegate.model.activations import NUM_COEFFICIENTS, ActivationName, has_coe
 from tidegate.model.attention import AttentionConfig
 from tidegate.model.decoder import ModelConfig, unit_gates_on_meta
 from tidegate.model.gates import NoGate
-from tidegate.model.mixers import Place
+from tidegate.model.mixers import LinearMixerConfig, Place, SlidingWindowConfig
 from tidegate.model.moe import MoEConfig
 from tidegate.model.norms import GatedNormConfig, PreAffineNormConfig
 from tidegate.model.routers import RouterShape
@@ -50,8 +50,8 @@ def costs(config: ModelConfig, sequence_length: int) -> list[Cost]:
     """One row a field, summed over layers."""
     L, D, V = config.num_layers, config.width, config.vocab_size
     rows = [Cost("vocab_size (embedding)", V * D, 0, 0.0)]
-    rows += [_scaled(row, len(config.attending)) for row in _attention(config.attention, D, sequence_length)]
-    rows += [row for name in config.mixers for row in _mixers(config, name)]
+    rows += _attention(config, sequence_length)
+    rows += [row for name, mixer in _linear_mixers(config) for row in _linear(config, name, mixer)]
     rows += _norms(config)
     if isinstance(config.ffn, MoEConfig):
         rows += _routers(config, sequence_length)
@@ -79,13 +79,18 @@ def total(config: ModelConfig, sequence_length: int) -> Cost:
 
 def kv_cache_bytes(config: ModelConfig) -> int:
     """Of keys and values a token of context at inference, in bf16."""
-    attention = config.attention
-    return 2 * 2 * len(config.attending) * attention.num_kv_heads * attention.head_dim
+    return _kv_bytes(config) * sum(window is None for window in config.windows.values())
 
 
 def state_bytes(config: ModelConfig) -> int:
-    """Of the linear mixers' states at inference, a sequence, whatever its length."""
-    return sum(config.schedule.count(name) * mixer.state_bytes() for name, mixer in config.mixers.items())
+    """A sequence at inference, whatever its length: states of linear mixers, keys and values of windows in bf16."""
+    states = (config.schedule.count(name) * mixer.state_bytes() for name, mixer in _linear_mixers(config))
+    return sum(states) + _kv_bytes(config) * sum(window or 0 for window in config.windows.values())
+
+
+def _kv_bytes(config: ModelConfig) -> int:
+    """Of a token and block."""
+    return 2 * 2 * config.attention.num_kv_heads * config.attention.head_dim
 
 
 def _matrix(field: str, params: int) -> Cost:
@@ -100,7 +105,7 @@ def _norms(config: ModelConfig) -> list[Cost]:
     num, D = 2 * config.num_layers + 1, config.width
     vectors = num * D * (2 if isinstance(config.norm, PreAffineNormConfig) else 1)
     if config.attention.qk_norm:
-        vectors += 2 * len(config.attending) * config.attention.head_dim
+        vectors += 2 * len(config.windows) * config.attention.head_dim
     rows = [Cost("norms", vectors, vectors, 0.0)]
     if isinstance(config.norm, GatedNormConfig):
         rows.append(_matrix("norm.rank", num * 2 * D * config.norm.rank))
@@ -113,13 +118,22 @@ def _feed_forward(field: str, activation: ActivationName, D: int, hidden_dim: in
     return row._replace(params=row.params + coefficients, active_params=row.active_params + coefficients)
 
 
-def _attention(config: AttentionConfig, D: int, sequence_length: int) -> list[Cost]:
+def _attention(config: ModelConfig, sequence_length: int) -> list[Cost]:
+    """All blocks that attend; of a window only the keys that a query sees count."""
+    windows, H, d = config.windows.values(), config.attention.num_heads, config.attention.head_dim
+    nearest = (min(window or sequence_length, sequence_length) for window in windows)
+    # 2 products of 2 FLOPs and 3 passes for each key: half of T in the mean, or a window less its first half.
+    keys = sum(window * (1 - window / (2 * sequence_length)) for window in nearest)
+    rows = [_scaled(row, len(windows)) for row in _projections(config.attention, config.width)]
+    return [*rows[:2], Cost("attention (scores)", 0, 0, 12.0 * keys * H * d), *rows[2:]]
+
+
+def _projections(config: AttentionConfig, D: int) -> list[Cost]:
+    """A block's, and what else of it has parameters."""
     H, G, d = config.num_heads, config.num_kv_heads, config.head_dim
-    scores = 6.0 * sequence_length * H * d  # 2 products, half of T^2 each, times 2 FLOPs and 3 passes
     rows = [
         _matrix("attention.num_heads (query, output)", 2 * D * H * d),
         _matrix("attention.num_kv_heads (key, value)", 2 * D * G * d),
-        Cost("attention (scores)", 0, 0, scores),
     ]
     if config.softmax == "learnable_sink":
         rows.append(Cost("attention.softmax (sinks)", H, H, 0.0))
@@ -132,9 +146,13 @@ def _attention(config: AttentionConfig, D: int, sequence_length: int) -> list[Co
     return [*rows, Cost(label, out_dim, out_dim, 0.0) if gate.input == "constant" else _matrix(label, D * out_dim)]
 
 
-def _mixers(config: ModelConfig, name: str) -> list[Cost]:
-    """All layers of one linear mixer: what its matrices say, convolutions among them, and its state."""
-    mixer, layers = config.mixers[name], config.schedule.count(name)
+def _linear_mixers(config: ModelConfig) -> list[tuple[str, LinearMixerConfig]]:
+    return [(name, mixer) for name, mixer in config.mixers.items() if not isinstance(mixer, SlidingWindowConfig)]
+
+
+def _linear(config: ModelConfig, name: str, mixer: LinearMixerConfig) -> list[Cost]:
+    """All blocks of one linear mixer: what its matrices say, convolutions among them, and its state."""
+    layers = config.schedule.count(name)
     with torch.device("meta"):
         parameters = list(mixer.build(Place(config.width, config.norm_eps, 1.0, 1.0)).parameters())
     vectors = sum(parameter.numel() for parameter in parameters if parameter.ndim < 2)

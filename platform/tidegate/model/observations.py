@@ -45,8 +45,8 @@ class AttentionObservations(NamedTuple):
     """Attention of token 0 of a sequence to itself, mean over sequences."""
     later_AH: torch.Tensor
     """Attention to token 0, summed over the sampled later queries of token 0's document."""
-    later_uniform: torch.Tensor
-    """() the same sum for uniform attention, 1 / (number of visible tokens) a query."""
+    later_uniform_A: torch.Tensor
+    """The same sum for uniform attention, 1 / (number of visible tokens) a query."""
     num_sampled: torch.Tensor
     """() how many these queries are."""
     num_later: torch.Tensor
@@ -67,9 +67,9 @@ class AttentionObservations(NamedTuple):
         return self.later_AH / self.num_sampled
 
     @property
-    def first_token_uniform(self) -> torch.Tensor:
-        """() the same for uniform attention: the floor under `first_token_AH`."""
-        return self.later_uniform / self.num_sampled
+    def first_token_uniform_A(self) -> torch.Tensor:
+        """The same for uniform attention: the floor under `first_token_AH`."""
+        return self.later_uniform_A / self.num_sampled
 
     @property
     def first_token_importance_AH(self) -> torch.Tensor:
@@ -90,6 +90,8 @@ class AttentionSample(NamedTuple):
     """Logit of the sink."""
     scores_BTHd: torch.Tensor | None
     """Of the gate, before the activation; d is 1 for one score a head."""
+    window: int | None = None
+    """Tokens that a query sees, its own among them; None for all of its document."""
 
 
 def sampled_positions(length: int) -> slice:
@@ -110,7 +112,7 @@ class AttentionWatch:
 
     def __init__(self, gate: GateConfig, tokens_BT: torch.Tensor, documents: Documents | None, *, copies: bool) -> None:
         self._gate = gate if isinstance(gate, AttentionGate) and gate.form == "multiplicative" else None
-        self._queries = _queries(tokens_BT[:MAX_SEQUENCES], documents)
+        self._queries: dict[int | None, _Queries] = {None: _queries(tokens_BT[:MAX_SEQUENCES], documents)}
         self._copies = copies
         self._pending: list[AttentionSample] = []
         self._seen: list[_OfLayers] = []
@@ -121,7 +123,7 @@ class AttentionWatch:
         at_S = sampled_positions(sample.q_BTHd.shape[1])
         scores = None if self._gate is None or sample.scores_BTHd is None else self._part(sample.scores_BTHd, at_S)
         q, k = self._part(sample.q_BTHd, at_S), self._part(sample.k_BTGd)
-        sample = AttentionSample(q, k, sample.sink_H, scores)
+        sample = AttentionSample(q, k, sample.sink_H, scores, sample.window)
         if self._pending and not self._joins(sample):
             self._flush()
         self._pending.append(sample)
@@ -132,35 +134,52 @@ class AttentionWatch:
         self._flush()
         fields = map(_joined, zip(*self._seen, strict=True))
         layers = _OfLayers(*fields)  # type: ignore[arg-type]  # fields are None in every chunk or in none
-        return AttentionObservations(*layers[:3], *self._queries[2:], *layers[3:])
+        counts = self._queries[None]
+        numbers = counts.num_sampled, counts.num_later, counts.num_sequences
+        return AttentionObservations(*layers[:3], layers.later_uniform_A1[:, 0], *numbers, *layers[4:])
 
     def _part(self, x_BTHd: torch.Tensor, positions: slice = _ALL) -> torch.Tensor:
         view = x_BTHd[:MAX_SEQUENCES, positions]
         return view.clone() if self._copies else view
 
     def _joins(self, sample: AttentionSample) -> bool:
-        """Whether it fits to the pending ones: export leaves layers with different numbers of heads."""
+        """Whether it fits to the pending ones: export leaves different numbers of heads, and windows differ."""
         num_logits = sample.q_BTHd[..., 0].numel() * sample.k_BTGd.shape[1]
         fits = 4 * num_logits * (len(self._pending) + 1) <= MAX_LOGIT_BYTES
-        return fits and _shapes(sample) == _shapes(self._pending[0])
+        first = self._pending[0]
+        return fits and sample.window == first.window and _shapes(sample) == _shapes(first)
 
     def _flush(self) -> None:
         if self._pending:
-            self._seen.append(_observe(self._pending, self._queries, self._gate))
+            window = self._pending[0].window
+            if window is not None and window not in self._queries:
+                self._queries[window] = self._queries[None].within(window)
+            self._seen.append(_observe(self._pending, self._queries[window], self._gate))
         self._pending = []
 
 
 class _Queries(NamedTuple):
-    """The sampled queries of a batch, alike for all layers."""
+    """The sampled queries of a batch, alike for all layers that see as far."""
 
     hidden_bST: torch.Tensor
     """bool, the keys that a query does not see."""
+    first_bS: torch.Tensor
+    """int, the first key that it sees."""
     later_bS: torch.Tensor
     """fp32, 1 for the later queries of the documents of token 0, else 0."""
     later_uniform: torch.Tensor
     num_sampled: torch.Tensor
     num_later: torch.Tensor
     num_sequences: torch.Tensor
+
+    def within(self, window: int) -> _Queries:
+        """The same where a query sees so many tokens at most."""
+        places = _places(len(self.first_bS), self.hidden_bST.shape[-1], self.first_bS.device)
+        nearest_S = places.num_visible_S - window
+        first_bS = torch.maximum(self.first_bS, nearest_S)
+        uniform_bS = self.later_bS * (first_bS == 0) / (places.num_visible_S - first_bS)
+        hidden_bST = self.hidden_bST | (places.place_T < nearest_S[:, None])
+        return self._replace(hidden_bST=hidden_bST, first_bS=first_bS, later_uniform=uniform_bS.sum())
 
 
 class _Places(NamedTuple):
@@ -193,7 +212,8 @@ def _queries(tokens_bT: torch.Tensor, documents: Documents | None) -> _Queries:
     later_bS = (first_bS == 0) * places.later_S
     uniform_bS = later_bS / (places.num_visible_S - first_bS)
     num_later = (first_bT[:, 1:] == 0).sum(dtype=torch.float32)
-    return _Queries(hidden_bST, later_bS, uniform_bS.sum(), later_bS.sum(), num_later, places.num_sequences)
+    counts = uniform_bS.sum(), later_bS.sum(), num_later, places.num_sequences
+    return _Queries(hidden_bST, first_bS, later_bS, *counts)
 
 
 class _OfLayers(NamedTuple):
@@ -202,6 +222,7 @@ class _OfLayers(NamedTuple):
     entropy_AH: torch.Tensor
     own_AH: torch.Tensor
     later_AH: torch.Tensor
+    later_uniform_A1: torch.Tensor
     gate_mean_AH: torch.Tensor | None
     gate_closed_AH: torch.Tensor | None
     gate_bins_AN: torch.Tensor | None
@@ -231,7 +252,8 @@ def _observe(samples: Sequence[AttentionSample], queries: _Queries, gate: Attent
         gate_closed_AH = (values < CLOSED).mean(dim=(1, 2, 4), dtype=torch.float32)
         gate_bins_AN = _shares_of_bins(values.flatten(1), *gate.shown_values)
     own_AH = first_AbHS[..., 0].mean(dim=1)
-    return _OfLayers(entropy_AH, own_AH, later_AH, gate_mean_AH, gate_closed_AH, gate_bins_AN)
+    later_uniform_A1 = queries.later_uniform.expand(len(samples), 1)
+    return _OfLayers(entropy_AH, own_AH, later_AH, later_uniform_A1, gate_mean_AH, gate_closed_AH, gate_bins_AN)
 
 
 def _shares_of_bins(values_AV: torch.Tensor, low: float, high: float) -> torch.Tensor:
@@ -251,7 +273,7 @@ def _edges(low: float, high: float, device: torch.device) -> torch.Tensor:
 
 
 def _shapes(sample: AttentionSample) -> list[torch.Size | None]:
-    return [None if part is None else part.shape for part in sample]
+    return [None if part is None else part.shape for part in sample[:4]]
 
 
 def _joined(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from tidegate_kernels.gated_attention import Documents
+from tidegate_kernels.gated_attention import Visible
 
 __all__ = ["clip_factors", "max_logits"]
 
@@ -22,7 +22,7 @@ _CHUNK = 512
 
 
 @torch.no_grad()
-def max_logits(q_BTHd: torch.Tensor, k_BTGd: torch.Tensor, documents: Documents | None) -> torch.Tensor:
+def max_logits(q_BTHd: torch.Tensor, k_BTGd: torch.Tensor, documents: Visible | None) -> torch.Tensor:
     """The largest logit of every head over all visible pairs, (H,) fp32.
 
     No fused kernel returns it, so this is a second product of queries and keys: half the FLOPs of the attention

@@ -86,7 +86,7 @@ def model_costs(model: ModelConfig, sequence_length: int) -> ModelCosts:
     """
     if model.mixers:
         raise ConfigError(
-            f"model.layers={model.layers!r}: how fast linear mixers are has not been measured, so no step is predicted"
+            f"model.layers={model.layers!r}: how fast its mixers are has not been measured, so no step is predicted"
         )
     flops = {"experts": 0.0, "attention": 0.0, "head": 0.0, "projections": 0.0}
     classes = {

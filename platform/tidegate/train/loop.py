@@ -245,7 +245,7 @@ def build_observer(job: Job, dataset: TokenDataset) -> Observer:
     """Telemetry of one step over this process group."""
     ffn = job.model.ffn
     top_k = ffn.top_k if isinstance(ffn, MoEConfig) else 0
-    return Observer(dataset.domains, top_k, job.model.attending, collectives.rank(), collectives.world_size())
+    return Observer(dataset.domains, top_k, list(job.model.windows), collectives.rank(), collectives.world_size())
 
 
 def _resumes(world: World) -> bool:

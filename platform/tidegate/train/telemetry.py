@@ -166,7 +166,7 @@ def _attention(seen: AttentionObservations, blocks: tuple[int, ...]) -> Iterable
     of_head = {name: values_AH.numpy() for name, values_AH in gates.items() if values_AH is not None}
     of_block = {name: _mean_of_known(values_AH) for name, values_AH in of_head.items()}
     of_block["first_token"] = _mean_of_known(seen.first_token_AH.numpy())
-    of_block["first_token_uniform"] = np.full_like(of_block["first_token"], float(seen.first_token_uniform))
+    of_block["first_token_uniform"] = seen.first_token_uniform_A.numpy()
     of_block["entropy"] = _mean_of_known(seen.entropy_AH.numpy())
     bins = [] if seen.gate_bins_AN is None else [seen.gate_bins_AN.numpy()]
     values_AM = np.concatenate([np.stack([*of_block.values()], axis=1), *of_head.values(), *bins], axis=1)

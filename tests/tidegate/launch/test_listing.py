@@ -14,7 +14,7 @@ from tidegate.launch.show import show_job
 from tidegate.model.balance import BalanceConfig
 from tidegate.model.catalogue import SUBJECTS, Choice, choices
 from tidegate.model.gates import AttentionGate
-from tidegate.model.mixers import LinearMixerConfig
+from tidegate.model.mixers import MixerConfig
 from tidegate.model.routers import RouterConfig
 from tidegate.model.unit_gates import UnitMethod
 from tidegate.train.job import Job
@@ -61,7 +61,7 @@ def test_nothing_is_left_out() -> None:
     listed = {subject: {choice.name for choice in choices(subject)} for subject in SUBJECTS}
     assert kinds(RouterConfig) <= listed["routers"]
     assert kinds(UnitMethod) | set(get_args(AttentionGate.model_fields["kind"].annotation)) <= listed["gates"]
-    assert kinds(LinearMixerConfig) == listed["mixers"]
+    assert kinds(MixerConfig) == listed["mixers"]
     assert set(get_args(BalanceConfig.model_fields["scope"].annotation)) <= listed["balance"]
 
 

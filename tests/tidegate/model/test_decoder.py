@@ -60,6 +60,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 KDA = {"kind": "kda", "num_heads": 2, "key_dim": 6, "value_dim": 10}
 MLSTM = {"kind": "scalar_gated", "num_heads": 3, "key_dim": 4, "value_dim": 8, "input_gate": True}
 VARIANTS["hybrid"] = {"layers": "2 x kda, attention", "num_layers": 3, "mixers": {"kda": KDA}}
+WINDOW = {"kind": "sliding_window", "window": 9}
+VARIANTS["sliding_window"] = {"layers": "3 x local, attention", "num_layers": 4, "mixers": {"local": WINDOW}}
 VARIANTS["no_attention"] = {
     "layers": "[mine, yours] x 1",
     "num_layers": 2,
@@ -386,6 +388,38 @@ def test_flops_of_a_hybrid_by_hand(model_config: MakeConfig) -> None:
     assert flops.kv_cache_bytes(config) * 3 == flops.kv_cache_bytes(plain) == 3 * 2 * 2 * 2 * 6
     assert flops.state_bytes(config) == 2 * (4 * H * K * V + 2 * 3 * channels)
     assert flops.state_bytes(plain) == 0
+
+
+def test_flops_of_a_window_by_hand(model_config: MakeConfig) -> None:
+    """Three blocks of four see 9 tokens, at T = 64: the first 8 of a sequence see fewer."""
+    config, plain = model_config(**VARIANTS["sliding_window"]), model_config(num_layers=4)
+    H, d, T = 4, 6, 64
+    scores, whole = (
+        next(row for row in flops.costs(each, T) if row.field == "attention (scores)").flops_per_token
+        for each in (config, plain)
+    )
+    assert whole == 4 * 6 * T * H * d
+    assert scores == pytest.approx(3 * 12 * (9 - 9 * 9 / 2 / T) * H * d + whole / 4)
+    others = [row for row in flops.costs(plain, T) if row.field != "attention (scores)"]
+    assert [row for row in flops.costs(config, T) if row.field != "attention (scores)"] == others
+    assert flops.kv_cache_bytes(config) * 4 == flops.kv_cache_bytes(plain)
+    assert flops.state_bytes(config) == 3 * 9 * 2 * 2 * 2 * 6
+    longer = flops.total(config, 2 * T).flops_per_token - flops.total(config, T).flops_per_token
+    assert longer == pytest.approx(6 * T * H * d + 3 * 12 * 81 / (4 * T) * H * d)
+
+
+def test_a_window_reaches_as_far_as_its_layers_are_many(model_config: MakeConfig) -> None:
+    """Two layers of three tokens: a change reaches four tokens on, and no further; a window of all is attention."""
+    local = {"kind": "sliding_window", "window": 3}
+    model = build(model_config(num_layers=2, layers="local", mixers={"local": local}, ffn=DENSE, init_std=0.3))
+    tokens, labels, counted = batch(length=20)
+    other = tokens.clone()
+    other[:, 5] = (other[:, 5] + 1) % 101
+    before, after = (model(each, labels, counted).nll_BT for each in (tokens, other))
+    assert (before != after).any(dim=0).nonzero().flatten().tolist() == [5, 6, 7, 8, 9]
+    wide = model_config(num_layers=2, layers="local", mixers={"local": {**local, "window": 20}})
+    both = (build(config)(tokens, labels, counted).nll_BT for config in (wide, model_config(num_layers=2)))
+    torch.testing.assert_close(*both, rtol=1e-6, atol=1e-6)
 
 
 def test_flops_by_hand(model_config: MakeConfig) -> None:

@@ -42,9 +42,10 @@ D, H = 12, 4
 
 @pytest.fixture
 def attention(initialise: Callable[..., nn.Module]) -> Callable[..., Attention]:
-    def make(**changes: object) -> Attention:
+    def make(window: int | None = None, **changes: object) -> Attention:
         fields: dict[str, object] = {"num_heads": H, "num_kv_heads": 2, "head_dim": 6}
-        module = Attention(AttentionConfig.model_validate(fields | changes), D, norm_eps=1e-6, std=0.5, out_std=0.5)
+        config = AttentionConfig.model_validate(fields | changes)
+        module = Attention(config, D, norm_eps=1e-6, std=0.5, out_std=0.5, window=window)
         initialise(module)
         if module.sink is not None:
             nn.init.normal_(module.sink)
@@ -69,7 +70,7 @@ def layer_of(seen: AttentionObservations, layer: int) -> Layer:
     gates = (
         None if gate is None else gate[layer] for gate in (seen.gate_mean_AH, seen.gate_closed_AH, seen.gate_bins_AN)
     )
-    of_heads = (seen.first_token_AH[layer], seen.first_token_uniform, seen.first_token_importance_AH[layer])
+    of_heads = (seen.first_token_AH[layer], seen.first_token_uniform_A[layer], seen.first_token_importance_AH[layer])
     return Layer(seen.entropy_AH[layer], *of_heads, *gates)
 
 
@@ -97,7 +98,8 @@ def probabilities(module: Attention, x: torch.Tensor, ids: torch.Tensor | None) 
     for b in range(B):
         for t in range(T):
             for s in range(T):
-                if s > t or (ids is not None and ids[b, s] != ids[b, t]):
+                far = module.window is not None and s <= t - module.window
+                if s > t or far or (ids is not None and ids[b, s] != ids[b, t]):
                     logits[b, :, t, s] = -torch.inf
     if module.sink is not None:
         logits = torch.cat([logits, module.sink.double()[:, None, None].expand(B, H, T, 1)], dim=-1)
@@ -114,12 +116,15 @@ def documents(length: int, batch: int) -> torch.Tensor:
     return ids
 
 
+@pytest.mark.parametrize("window", [None, 5, 31])
 @pytest.mark.parametrize("softmax", ["plain", "learnable_sink"])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_softmax_fields(qk_norm: bool, packed: bool, softmax: str, attention: Callable[..., Attention]) -> None:
+def test_softmax_fields(
+    qk_norm: bool, packed: bool, softmax: str, window: int | None, attention: Callable[..., Attention]
+) -> None:
     """Short enough that every query is sampled: the definitions, one query at a time."""
-    module, x = attention(qk_norm=qk_norm, softmax=softmax), torch.randn(2, 31, D)
+    module, x = attention(window, qk_norm=qk_norm, softmax=softmax), torch.randn(2, 31, D)
     ids = documents(31, 2) if packed else None
     seen, p = observe(module, x, ids), probabilities(module, x, ids).detach()
     entropy = -torch.where(p > 0, p * p.log(), 0.0).sum(dim=-1).mean(dim=(0, 2))
@@ -130,7 +135,8 @@ def test_softmax_fields(qk_norm: bool, packed: bool, softmax: str, attention: Ca
         for t in range(1, 31):
             if ids is None or ids[b, t] == ids[b, 0]:
                 later.append(p[b, :, t, 0])
-                uniform.append(1 / (t + 1 if ids is None else int((ids[b, : t + 1] == ids[b, t]).sum())))
+                visible = t + 1 if ids is None else int((ids[b, : t + 1] == ids[b, t]).sum())
+                uniform.append(1 / visible if window is None or t < window else 0)
     torch.testing.assert_close(seen.first_token.double(), torch.stack(later).mean(dim=0), rtol=1e-5, atol=1e-6)
     importance = torch.stack([*own, *later]).mean(dim=0)
     torch.testing.assert_close(seen.first_token_importance.double(), importance, rtol=1e-5, atol=1e-6)
@@ -191,7 +197,7 @@ def test_the_means_of_ranks_are_those_of_all_their_sequences(attention: Callable
     torch.testing.assert_close(both.first_token_AH[0].double(), first, rtol=1e-5, atol=1e-6)
     importance = (p[:, :, 0, 0].sum(dim=0) + 40 * first) / (2 + 40)
     torch.testing.assert_close(both.first_token_importance_AH[0].double(), importance, rtol=1e-5, atol=1e-6)
-    assert both.first_token_uniform.item() == pytest.approx(float((1 / (at + 1)).mean()), rel=1e-6)
+    assert both.first_token_uniform_A.unique().item() == pytest.approx(float((1 / (at + 1)).mean()), rel=1e-6)
 
 
 def test_views_are_kept_or_copies(attention: Callable[..., Attention]) -> None:
@@ -471,13 +477,15 @@ def test_blocks_of_a_hybrid_keep_their_numbers(
     blocks: tuple[int, ...], qk_clip: float | None, model_config: Callable[..., ModelConfig]
 ) -> None:
     heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "qk_norm": False, "qk_clip": qk_clip}
-    mixers = {"kda": {"kind": "kda", "num_heads": 2, "key_dim": 6, "value_dim": 10}}
-    layers = ", ".join("attention" if block in blocks else "kda" for block in range(4))
+    local = {"kind": "sliding_window", "window": 3}
+    mixers: dict[str, Any] = {"kda": {"kind": "kda", "num_heads": 2, "key_dim": 6, "value_dim": 10}}
+    mixers |= {"local": local} if blocks else {}
+    layers = ", ".join({1: "attention", 2: "local"}[block] if block in blocks else "kda" for block in range(4))
     config = model_config(num_layers=4, attention=heads, mixers=mixers, layers=layers)
-    assert config.attending == blocks
+    assert tuple(config.windows) == blocks
     model = materialize(partial(Decoder, config), CPU, seed=3)
     tokens, counted = torch.randint(101, (2, 20)), torch.ones(2, 20, dtype=torch.bool)
-    observer = Observer(("a",), 3, config.attending, 0, 1)
+    observer = Observer(("a",), 3, blocks, 0, 1)
     observer.add(model(tokens, tokens, counted, observe="all"), torch.ones(2), torch.zeros(2, dtype=torch.int64))
     metrics = observer.metrics(observer.vector())
     assert {name for name in metrics if name.endswith("/entropy")} == {f"attention/{b}/entropy" for b in blocks}

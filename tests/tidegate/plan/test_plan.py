@@ -113,7 +113,7 @@ def test_a_field_that_asks_for_a_micro_batch_gets_it() -> None:
 
 def test_what_is_not_measured_is_not_planned() -> None:
     mixer = "model.mixers={mine: {kind: gla, num_heads: 4, key_dim: 64, value_dim: 64}}"
-    with pytest.raises(ConfigError, match=r"model\.layers='mine, attention': how fast linear mixers are has not been"):
+    with pytest.raises(ConfigError, match=r"model\.layers='mine, attention': how fast its mixers are has not been"):
         planned("1xH100", mixer, "model.layers='mine, attention'")
 
 

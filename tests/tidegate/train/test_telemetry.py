@@ -175,7 +175,9 @@ def test_attention_and_hidden_metrics_are_those_of_the_micro_batch_that_shows_th
             for name, values in (("gate_mean", seen.gate_mean_AH), ("gate_closed", seen.gate_closed_AH)):
                 assert metrics[f"attention/{block}/head/{head}/{name}"] == pytest.approx(float(values[block, head]))
         assert metrics[f"attention/{block}/first_token"] == pytest.approx(float(seen.first_token_AH[block].mean()))
-        assert metrics[f"attention/{block}/first_token_uniform"] == pytest.approx(float(seen.first_token_uniform))
+        assert metrics[f"attention/{block}/first_token_uniform"] == pytest.approx(
+            float(seen.first_token_uniform_A[block])
+        )
         assert metrics[f"attention/{block}/entropy"] == pytest.approx(float(seen.entropy_AH[block].mean()))
         assert metrics[f"hidden/{block}/max"] == pytest.approx(float(output.max_hidden_A[block]))
     sinks = (seen.first_token_importance_AH > 0.3).double().mean()

@@ -1,6 +1,14 @@
-"""Token mixers beside softmax attention, one contract: inputs, documents and a state in, outputs and a state out."""
+"""Token mixers beside full attention.
+
+Linear ones have one contract: inputs, documents and a state in, outputs and a state out. Attention with a window is
+`Attention` (`model/attention.py`).
+"""
 
 from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
 
 from tidegate.model.mixers.linear import (
     GatedDeltaNetConfig,
@@ -14,6 +22,7 @@ from tidegate.model.mixers.linear import (
     Place,
     ScalarGatedConfig,
 )
+from tidegate.model.mixers.sliding_window import SlidingWindowConfig
 
 __all__ = [
     "GLAConfig",
@@ -22,8 +31,12 @@ __all__ = [
     "KDAConfig",
     "LinearMixer",
     "LinearMixerConfig",
+    "MixerConfig",
     "MixerOutput",
     "MixerState",
     "Place",
     "ScalarGatedConfig",
+    "SlidingWindowConfig",
 ]
+
+MixerConfig = Annotated[LinearMixerConfig | SlidingWindowConfig, Field(discriminator="kind")]

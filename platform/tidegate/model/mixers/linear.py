@@ -8,7 +8,7 @@ Letters: B batch, T tokens, D width, H heads, K key width, V value width, C chan
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -164,9 +164,7 @@ class KDAConfig(_Delta):
         return DeltaRule(place.width, self.num_heads, self.key_dim, self.key_dim, self.bound, place.std)
 
 
-LinearMixerConfig = Annotated[
-    KDAConfig | GatedDeltaNetConfig | GLAConfig | HGRN2Config | ScalarGatedConfig, Field(discriminator="kind")
-]
+LinearMixerConfig = KDAConfig | GatedDeltaNetConfig | GLAConfig | HGRN2Config | ScalarGatedConfig
 
 
 class LinearMixer(nn.Module):
