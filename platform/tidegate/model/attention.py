@@ -5,6 +5,7 @@ Letters: B batch, T tokens, D width, H query heads, G key/value heads, d head wi
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -22,14 +23,28 @@ from tidegate.model.qk_clip import max_logits
 from tidegate_kernels.gated_attention import Documents, Visible, gated_attention, nearest
 from tidegate_kernels.qk_norm_rope import Rotated, qk_norm_rope
 
-__all__ = ["Attention", "AttentionConfig", "AttentionOutput", "Rotary", "rotary_table"]
+__all__ = ["Attention", "AttentionConfig", "AttentionOutput", "Rotary", "YarnConfig", "rotary_table"]
+
+_MOST_ROTATIONS, _FEWEST_ROTATIONS = 32, 1
+"""Within the trained length: pairs that turn more often are left as they are, those that turn less are interpolated."""
+
+
+class YarnConfig(Config):
+    """Positions beyond the trained length. Source: YaRN, arXiv 2309.00071."""
+
+    factor: float = Field(gt=1)
+    """By which the context grows."""
+    trained_length: int = Field(ge=1)
+    """Tokens of the sequences that the weights were trained on before."""
 
 
 class AttentionConfig(Config):
     num_heads: int = Field(ge=1)
     num_kv_heads: int = Field(ge=1)
     head_dim: int = Field(ge=2)
-    rope_theta: float = Field(default=10_000.0, gt=0)
+    rope_theta: float = Field(default=10_000.0, gt=1)
+    yarn: YarnConfig | None = None
+    """Stretches the rotary positions of a model that was trained on shorter sequences (docs/long_context.md)."""
     qk_norm: bool = True
     qk_clip: float | None = Field(default=None, gt=0)
     """Largest attention logit (tau; Kimi K2 uses 100). After a step, a head that went above it has its query and key
@@ -75,11 +90,29 @@ class Rotary(NamedTuple):
 
 
 @lru_cache(maxsize=8)
-def rotary_table(length: int, head_dim: int, theta: float, device: torch.device) -> Rotary:
-    """Angles `t theta^(-2i/d)` (Su et al. 2021). Not a buffer, which casting the module to bf16 would spoil."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+def rotary_table(
+    length: int, head_dim: int, theta: float, device: torch.device, yarn: YarnConfig | None = None
+) -> Rotary:
+    """Angles `t theta^(-2i/d)` (Su et al. 2021). Not a buffer, which casting the module to bf16 would spoil.
+
+    With `yarn`, pair i turns by `1 / factor` of that where it turns less than once within the trained length, by all of
+    it where more than 32 times, and by a mean that is linear in i between, as the authors' code has it; the paper's is
+    linear in the number of turns. cos and sin are multiplied by `0.1 ln(factor) + 1`, logits so by its square.
+    Source: YaRN, arXiv 2309.00071, section 3.
+    """
+    pair = torch.arange(head_dim // 2, dtype=torch.float64)
+    frequency, scale = theta ** (-2 * pair / head_dim), 1.0
+    if yarn is not None:
+        scale = 0.1 * math.log(yarn.factor) + 1
+        first, last = (
+            head_dim * math.log(yarn.trained_length / (2 * math.pi * turns)) / (2 * math.log(theta))
+            for turns in (_MOST_ROTATIONS, _FEWEST_ROTATIONS)
+        )
+        low, high = max(math.floor(first), 0), min(math.ceil(last), head_dim - 1)
+        stretched = ((pair - low) / max(high - low, 1e-3)).clamp(0, 1)
+        frequency = frequency * (1 - stretched + stretched / yarn.factor)
     angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
-    return Rotary(angle.cos().float().to(device), angle.sin().float().to(device))
+    return Rotary((angle.cos() * scale).float().to(device), (angle.sin() * scale).float().to(device))
 
 
 class _Projected(NamedTuple):

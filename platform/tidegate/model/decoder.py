@@ -397,7 +397,9 @@ class Decoder(nn.Module):
     def _run(self, context: RouterContext) -> _Pass:
         attention = self.config.attention
         tokens_BT = context.tokens_BT
-        rotary = rotary_table(tokens_BT.shape[1], attention.head_dim, attention.rope_theta, tokens_BT.device)
+        rotary = rotary_table(
+            tokens_BT.shape[1], attention.head_dim, attention.rope_theta, tokens_BT.device, attention.yarn
+        )
         h_BTD = self.embedding(tokens_BT)
         units = None if self.units is None else self.units(h_BTD, context.clock)
         masks = [NO_MASKS] * len(self.blocks) if units is None else units.masks

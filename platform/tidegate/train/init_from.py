@@ -15,8 +15,9 @@ from tidegate.train.job import Job
 
 __all__ = ["check_init_from", "starting_weights"]
 
-_FREE = ("init_std", "attention.qk_clip", "ffn.router.quantile")
-"""Fields, and those below them, that change neither what a model consists of nor what it computes with its weights."""
+_FREE = ("init_std", "attention.qk_clip", "ffn.router.quantile", "attention.rope_theta", "attention.yarn")
+"""Fields, and those below them, that do not change what a model consists of, nor what it computes with its weights; but
+for positions, which a run on longer sequences stretches on purpose."""
 
 
 def check_init_from(job: Job) -> None:

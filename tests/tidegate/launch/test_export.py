@@ -177,6 +177,16 @@ def test_weights_that_do_not_fit_are_refused_before_anything_starts(
     assert float((w1 - w1.mean(dim=0)).std()) == pytest.approx(0.1 * float(w1.std()), rel=0.2)
 
 
+def test_a_run_on_longer_sequences_stretches_the_positions(tiny_job: Callable[..., Path], tmp_path: Path) -> None:
+    job, folder = tiny_job(), tmp_path / "weights"
+    write_model(folder, load(job, Job).config.model)
+    longer = [f"train.init_from={folder}", "data.sequence_length=256", "train.batch_tokens=512"]
+    stretched = ["model.attention={rope_theta: 1.0e+6, yarn: {factor: 4, trained_length: 64}}"]
+    assert starting_weights(load(job, Job, [*longer, *stretched]).config) is not None
+    with pytest.raises(ConfigError, match=r"holds a model with model.attention.softmax=plain"):
+        starting_weights(load(job, Job, [*longer, *stretched, "model.attention.softmax=off_by_one"]).config)
+
+
 def write_model(folder: Path, config: ModelConfig) -> None:
     """An export of numbers from -1 to 1."""
     origin = Origin(run="r", checkpoint="c", step=1, tokens=2)

@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from tidegate.model.attention import Attention, AttentionConfig, Rotary, rotary_table
+from tidegate.model.attention import Attention, AttentionConfig, Rotary, YarnConfig, rotary_table
 from tidegate_kernels.gated_attention import Documents
 from tidegate_kernels.qk_norm_rope.reference import rotate
 
@@ -249,3 +249,31 @@ def test_impossible_heads_are_refused(changes: dict[str, int], words: tuple[str,
         AttentionConfig.model_validate({"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, **changes})
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(("theta", "trained_length", "factor"), [(1e4, 2048, 4.0), (5e5, 8192, 16.0), (100.0, 7, 1.5)])
+def test_yarn_turns_as_transformers_has_it(theta: float, trained_length: int, factor: float) -> None:
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": trained_length}
+    config = LlamaConfig(
+        head_dim=64, max_position_embeddings=8 * trained_length, rope_parameters={**rope, "rope_theta": theta}
+    )
+    inverse, scale = ROPE_INIT_FUNCTIONS["yarn"](config, CPU)
+    table = rotary_table(300, 64, theta, CPU, YarnConfig(factor=factor, trained_length=trained_length))
+    angle = torch.outer(torch.arange(300).double(), inverse.double())
+    torch.testing.assert_close(table.cos_Td.double(), angle.cos() * scale, rtol=0, atol=5e-5)
+    torch.testing.assert_close(table.sin_Td.double(), angle.sin() * scale, rtol=0, atol=5e-5)
+
+
+def test_yarn_leaves_what_turns_often_and_stretches_what_turns_rarely() -> None:
+    """Of a head of 128 at base 10,000, trained on 4,096 tokens."""
+    plain, yarn = (
+        rotary_table(2, 128, THETA, CPU, config) for config in (None, YarnConfig(factor=8.0, trained_length=4096))
+    )
+    angles = torch.atan2(yarn.sin_Td[1], yarn.cos_Td[1]) / torch.atan2(plain.sin_Td[1], plain.cos_Td[1])
+    turns = 4096 / (2 * torch.pi) * THETA ** (-torch.arange(64) / 64)
+    torch.testing.assert_close(angles[turns > 33], torch.ones_like(angles[turns > 33]))
+    torch.testing.assert_close(angles[turns < 0.8], torch.full_like(angles[turns < 0.8], 1 / 8))
+    assert (angles.diff() <= 1e-6).all()

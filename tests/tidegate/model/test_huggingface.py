@@ -35,6 +35,7 @@ GROUPS = {"kind": "sigmoid_top_k", "scale": 1.5, "groups": {"num": 3, "keep": 2}
 
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gated": ("Qwen3NextForCausalLM", GATED, {**MOE, "shared": {"num": 2, "gate": True}}),
+    "gated, yarn": ("Qwen3NextForCausalLM", {**GATED, "yarn": {"factor": 4.0, "trained_length": 8}}, MOE),
     "gated, shared experts without gate": ("Qwen3NextForCausalLM", GATED, {**MOE, "shared": {"num": 1}}),
     "gated, no shared experts": ("Qwen3NextForCausalLM", GATED, MOE),
     "gated, dense": ("Qwen3NextForCausalLM", GATED, DENSE),
@@ -45,6 +46,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "dense": ("Qwen3ForCausalLM", PLAIN, DENSE),
     "dense, no norm": ("LlamaForCausalLM", NO_NORM, DENSE),
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}
 TIED = ("plain, no norm", "dense")
 
 
@@ -188,6 +190,8 @@ def test_a_bias_that_an_architecture_lacks_is_not_dropped(tmp_path: Path) -> Non
         ("gated", {"shared_expert_intermediate_size": 25}, "25 is not a multiple of moe_intermediate_size=24"),
         ("sigmoid", {"first_k_dense_replace": 1}, "first_k_dense_replace=1 cannot be read, only 0"),
         ("dense, no norm", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "llama3"}}, "rope_type=llama3"),
+        ("gated, yarn", {"rope_parameters": {**YARN, "mscale": 2.0}}, r"mscale=2\.0 of rope_type=yarn cannot be read"),
+        ("gated, yarn", {"rope_parameters": {**YARN, "factor": None}}, "rope_type=yarn without factor"),
     ],
 )
 def test_a_config_that_means_something_else_is_refused(

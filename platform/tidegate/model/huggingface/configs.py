@@ -16,6 +16,8 @@ __all__ = ["config_of", "model_of"]
 
 _PARTIAL_ROTARY = {"qwen3_next": 0.25, "glm4_moe": 0.5}
 """What transformers takes where the file says nothing."""
+_YARN = {"factor": "factor", "trained_length": "original_max_position_embeddings"}
+"""Fields of `YarnConfig`, and what transformers calls them; all else of it is the default in both."""
 _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
@@ -39,6 +41,9 @@ def config_of(model: ModelConfig, dtype: str, max_positions: int, end_of_text: i
     """
     architecture, attention = architecture_of(model), model.attention
     partial = {"partial_rotary_factor": 1.0} if architecture.model_type in _PARTIAL_ROTARY else {}
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if attention.yarn is not None:
+        rope = {"rope_type": "yarn", **{theirs: getattr(attention.yarn, ours) for ours, theirs in _YARN.items()}}
     config: dict[str, Any] = {
         "architectures": [architecture.name],
         "model_type": architecture.model_type,
@@ -53,7 +58,7 @@ def config_of(model: ModelConfig, dtype: str, max_positions: int, end_of_text: i
         "attention_bias": False,
         "attention_dropout": 0.0,
         "rms_norm_eps": model.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": attention.rope_theta, **partial},
+        "rope_parameters": {**rope, "rope_theta": attention.rope_theta, **partial},
         "max_position_embeddings": max_positions,
         "initializer_range": model.init_std,
         "tie_word_embeddings": model.tie_embeddings,
@@ -145,7 +150,7 @@ def _model_of(config: Mapping[str, Any], where: str) -> tuple[Architecture, Mode
             "num_heads": heads,
             "num_kv_heads": read("num_key_value_heads"),
             "head_dim": config.get("head_dim") or width // heads,
-            "rope_theta": _rope_theta(read, config),
+            **_positions(read, config),
             "qk_norm": config.get("use_qk_norm", False) if model_type == "glm4_moe" else "qwen3" in model_type,
             "gate": gate,
         },
@@ -192,18 +197,25 @@ def _check_attention(read: _Fields, config: Mapping[str, Any]) -> None:
         raise ConfigError(f"{read.where}: layer_types has {', '.join(sorted(kinds))}; only full_attention can be read")
 
 
-def _rope_theta(read: _Fields, config: Mapping[str, Any]) -> float:
-    """The base of rotary positions, from where transformers 5 or earlier versions put it."""
+def _positions(read: _Fields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The base of rotary positions and how they are stretched, from where transformers 5 or earlier versions put it."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ConfigError(f"{read.where}: rope_type={kind} cannot be read, only default")
+    yarn = None
+    if kind == "yarn":
+        known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_YARN.values()}
+        if others := sorted(name for name, value in rope.items() if name not in known and value is not None):
+            raise ConfigError(f"{read.where}: {others[0]}={rope[others[0]]} of rope_type=yarn cannot be read")
+        if missing := [theirs for theirs in _YARN.values() if rope.get(theirs) is None]:
+            raise ConfigError(f"{read.where}: rope_type=yarn without {missing[0]} cannot be read")
+        yarn = {ours: rope[theirs] for ours, theirs in _YARN.items()}
+    elif kind != "default":
+        raise ConfigError(f"{read.where}: rope_type={kind} cannot be read, only default and yarn")
     default = _PARTIAL_ROTARY.get(config["model_type"], 1.0)
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", default))
     if partial != 1:
         raise ConfigError(f"{read.where}: partial_rotary_factor={partial} cannot be read, only 1")
-    theta: float = rope["rope_theta"] if "rope_theta" in rope else read("rope_theta")
-    return theta
+    return {"rope_theta": rope["rope_theta"] if "rope_theta" in rope else read("rope_theta"), "yarn": yarn}
 
 
 def _feed_forward(read: _Fields, config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
