@@ -17,11 +17,19 @@ from torch.utils.checkpoint import checkpoint
 
 from tidegate.config import Config
 from tidegate.model.activations import ActivationName
-from tidegate.model.attention import Attention, AttentionConfig, AttentionOutput, Rotary, rotary_table
+from tidegate.model.attention import Attention, AttentionConfig, Rotary, rotary_table
 from tidegate.model.clock import STILL, Clock, derive_key, uniform
 from tidegate.model.initialisation import Draw
 from tidegate.model.layers import Embedding, FeedForward, Linear
-from tidegate.model.mixers import LinearMixer, MixerConfig, Place, SlidingWindowConfig
+from tidegate.model.mixers import (
+    GMU,
+    GMUConfig,
+    LinearMixer,
+    LinearMixerConfig,
+    MixerConfig,
+    Place,
+    SlidingWindowConfig,
+)
 from tidegate.model.moe import MoE, MoEConfig, RoutingStats
 from tidegate.model.norms import NormConfig, RMSNormConfig
 from tidegate.model.observations import AttentionObservations, AttentionSample, AttentionWatch
@@ -103,6 +111,24 @@ class ModelConfig(Config):
                 found[block] = None if mixer is None else mixer.window
         return found
 
+    def publisher(self, block: int) -> int | None:
+        """The nearest block before this one with a linear mixer, whose memory a GMU reads; None: there is none."""
+        names = self.schedule[:block]
+        linear = (i for i, name in enumerate(names) if isinstance(self.mixers.get(name), LinearMixerConfig))
+        return max(linear, default=None)
+
+    def memory_channels(self, block: int) -> int:
+        """C of what a block with a linear mixer publishes."""
+        mixer = self.mixers[self.schedule[block]]
+        assert isinstance(mixer, LinearMixerConfig)
+        return mixer.num_heads * mixer.value_dim
+
+    @property
+    def publishing(self) -> frozenset[int]:
+        """The blocks whose memory a GMU reads."""
+        readers = [i for i, name in enumerate(self.schedule) if isinstance(self.mixers.get(name), GMUConfig)]
+        return frozenset(source for reader in readers if (source := self.publisher(reader)) is not None)
+
     @model_validator(mode="after")
     def _layers_are_there(self) -> ModelConfig:
         used, known = dict.fromkeys(self.schedule), [ATTENTION, *self.mixers]
@@ -112,6 +138,12 @@ class ModelConfig(Config):
             raise ValueError(f"layers={self.layers!r}: there is no mixer {unknown[0]!r}; there are: {', '.join(known)}")
         if unused := [name for name in self.mixers if name not in used]:
             raise ValueError(f"mixers.{unused[0]} is in no layer (layers={self.layers!r}); use it there, or remove it")
+        for block, name in enumerate(self.schedule):
+            if isinstance(self.mixers.get(name), GMUConfig) and self.publisher(block) is None:
+                raise ValueError(
+                    f"layers={self.layers!r}: block {block} is {name!r}, a Gated Memory Unit, and no block before it "
+                    "has a linear mixer whose memory it could read"
+                )
         if self.mixers and self.units is not None:
             raise ValueError(
                 f"units.over={list(self.units.over)} with layers={self.layers!r}: unit gates are for models whose "
@@ -186,6 +218,17 @@ class BlockOutput(NamedTuple):
     stats: RoutingStats | None
     sample: AttentionSample | None
     max_logit_H: torch.Tensor | None
+    memory_BTC: torch.Tensor | None
+    """For the GMUs of later blocks."""
+
+
+class _Mixed(NamedTuple):
+    """What a block's token mixer returns."""
+
+    y_BTD: torch.Tensor
+    sample: AttentionSample | None = None
+    max_logit_H: torch.Tensor | None = None
+    memory_BTC: torch.Tensor | None = None
 
 
 class Block(nn.Module):
@@ -197,13 +240,20 @@ class Block(nn.Module):
         self.attention_norm = config.norm.build(config.width, config.norm_eps, std)
         """Of the mixer's input, whichever it is."""
         self.attention: Attention | None = None
-        self.mixer: LinearMixer | None = None
+        self.mixer: LinearMixer | GMU | None = None
+        self._publishes = layer in config.publishing
         mixer = config.mixers.get(config.schedule[layer])
         if mixer is None or isinstance(mixer, SlidingWindowConfig):
             window = None if mixer is None else mixer.window
             self.attention = Attention(config.attention, config.width, config.norm_eps, std, out_std, window)
         else:
-            self.mixer = mixer.build(Place(config.width, config.norm_eps, std, out_std, layer, config.num_layers))
+            place = Place(config.width, config.norm_eps, std, out_std, layer, config.num_layers)
+            if isinstance(mixer, GMUConfig):
+                source = config.publisher(layer)
+                assert source is not None
+                self.mixer = mixer.build(place, config.memory_channels(source))
+            else:
+                self.mixer = mixer.build(place)
         self.ffn_norm = config.norm.build(config.width, config.norm_eps, std)
         self.ffn: MoE | FeedForward
         if isinstance(config.ffn, MoEConfig):
@@ -221,6 +271,7 @@ class Block(nn.Module):
         source_BTD: torch.Tensor | None = None,
         routing: Routing | None = None,
         units: LayerMasks = NO_MASKS,
+        memory_BTC: torch.Tensor | None = None,
     ) -> BlockOutput:
         """Run the block.
 
@@ -232,22 +283,23 @@ class Block(nn.Module):
             source_BTD: what a pre-gated router reads in place of this block's own input.
             routing: decided elsewhere.
             units: factors of the layer's gated units.
+            memory_BTC: that the last block before has published; a GMU reads it.
         """
         share = None if units.block is None else units.block.to(h_BTD.dtype)
         if y_BTD is None:
             x_BTD = self.attention_norm(h_BTD)
         else:
             x_BTD, h_BTD = self.attention_norm.add(y_BTD, h_BTD)
-        attended = self._mixed(x_BTD, rotary, context, units)
-        seen = attended.sample, attended.max_logit_H
-        x_BTD, h_BTD = self.ffn_norm.add(_shared(attended.y_BTD, share), h_BTD)
+        mixed = self._mixed(x_BTD, rotary, context, units, memory_BTC)
+        seen = mixed[1:]
+        x_BTD, h_BTD = self.ffn_norm.add(_shared(mixed.y_BTD, share), h_BTD)
         if not isinstance(self.ffn, MoE):
             y_BTD = self._dropped(self.ffn(x_BTD, units.channels), context)
             return BlockOutput(h_BTD, _shared(y_BTD, share), x_BTD, None, *seen)
         context = context._replace(log_experts=units.log_experts())
         if routing is None and source_BTD is not None:
             routing = self.ffn.route(source_BTD, context)
-        mixed_BTD, stats = self.ffn(x_BTD, context, routing, units)
+        routed_BTD, stats = self.ffn(x_BTD, context, routing, units)
         if units.block is not None:  # a dropped block's router has nothing to balance
             weight = units.block.detach().mean()
             stats = stats._replace(
@@ -255,16 +307,24 @@ class Block(nn.Module):
                 z_sums_B=stats.z_sums_B * weight,
                 penalty_sums_B=stats.penalty_sums_B * weight,
             )
-        return BlockOutput(h_BTD, _shared(self._dropped(mixed_BTD, context), share), x_BTD, stats, *seen)
+        return BlockOutput(h_BTD, _shared(self._dropped(routed_BTD, context), share), x_BTD, stats, *seen)
 
-    def _mixed(self, x_BTD: torch.Tensor, rotary: Rotary, context: RouterContext, units: LayerMasks) -> AttentionOutput:
+    def _mixed(
+        self,
+        x_BTD: torch.Tensor,
+        rotary: Rotary,
+        context: RouterContext,
+        units: LayerMasks,
+        memory_BTC: torch.Tensor | None,
+    ) -> _Mixed:
+        if isinstance(self.mixer, GMU):
+            assert memory_BTC is not None  # the config has seen to it
+            return _Mixed(self.mixer(x_BTD, memory_BTC))
         if self.mixer is not None:
-            return AttentionOutput(self.mixer(x_BTD, context.documents).y_BTD, None, None)
+            output = self.mixer(x_BTD, context.documents)
+            return _Mixed(output.y_BTD, memory_BTC=output.memory_BTC if self._publishes else None)
         assert self.attention is not None
-        attended: AttentionOutput = self.attention(
-            x_BTD, rotary, context.documents, context.observe == "all", units.heads
-        )
-        return attended
+        return _Mixed(*self.attention(x_BTD, rotary, context.documents, context.observe == "all", units.heads))
 
     def _dropped(self, y_BTD: torch.Tensor, context: RouterContext) -> torch.Tensor:
         """Dropout at the rate that the model tunes itself, in training."""
@@ -409,6 +469,7 @@ class Decoder(nn.Module):
         pre_gated = isinstance(self.config.ffn, MoEConfig) and self.config.ffn.reads_previous_block
         source_BTD: torch.Tensor | None = None
         y_BTD: torch.Tensor | None = None
+        memory_BTC: torch.Tensor | None = None
         recompute = self.recompute and self.training
         stats: list[RoutingStats] = []
         watch: AttentionWatch | None = None
@@ -421,9 +482,10 @@ class Decoder(nn.Module):
             run = partial(checkpoint, block, use_reentrant=False) if recompute else block
             if recompute and y_BTD is not None:  # so that one tensor is kept for each block, not two
                 h_BTD, y_BTD = h_BTD + y_BTD, None
-            h_BTD, y_BTD, x_BTD, layer_stats, sample, max_logit_H = run(
-                h_BTD, y_BTD, rotary, context, source_BTD, routing, layer_masks
+            h_BTD, y_BTD, x_BTD, layer_stats, sample, max_logit_H, published_BTC = run(
+                h_BTD, y_BTD, rotary, context, source_BTD, routing, layer_masks, memory_BTC
             )
+            memory_BTC = memory_BTC if published_BTC is None else published_BTC
             source_BTD = x_BTD if pre_gated else None
             if layer_stats is not None:
                 stats.append(layer_stats)

@@ -17,7 +17,7 @@ from tidegate.model.activations import NUM_COEFFICIENTS, ActivationName, has_coe
 from tidegate.model.attention import AttentionConfig
 from tidegate.model.decoder import ModelConfig, unit_gates_on_meta
 from tidegate.model.gates import NoGate
-from tidegate.model.mixers import LinearMixerConfig, Place, SlidingWindowConfig
+from tidegate.model.mixers import GMUConfig, LinearMixerConfig, Place
 from tidegate.model.moe import MoEConfig
 from tidegate.model.norms import GatedNormConfig, PreAffineNormConfig
 from tidegate.model.routers import RouterShape
@@ -52,6 +52,7 @@ def costs(config: ModelConfig, sequence_length: int) -> list[Cost]:
     rows = [Cost("vocab_size (embedding)", V * D, 0, 0.0)]
     rows += _attention(config, sequence_length)
     rows += [row for name, mixer in _linear_mixers(config) for row in _linear(config, name, mixer)]
+    rows += [_memory_units(config, name) for name, mixer in config.mixers.items() if isinstance(mixer, GMUConfig)]
     rows += _norms(config)
     if isinstance(config.ffn, MoEConfig):
         rows += _routers(config, sequence_length)
@@ -147,7 +148,16 @@ def _projections(config: AttentionConfig, D: int) -> list[Cost]:
 
 
 def _linear_mixers(config: ModelConfig) -> list[tuple[str, LinearMixerConfig]]:
-    return [(name, mixer) for name, mixer in config.mixers.items() if not isinstance(mixer, SlidingWindowConfig)]
+    return [(name, mixer) for name, mixer in config.mixers.items() if isinstance(mixer, LinearMixerConfig)]
+
+
+def _memory_units(config: ModelConfig, name: str) -> Cost:
+    """All blocks of one name; each has the width of the memory that it reads."""
+    blocks = [block for block, each in enumerate(config.schedule) if each == name]
+    sources = (config.publisher(block) for block in blocks)
+    channels = sum(config.memory_channels(source) for source in sources if source is not None)
+    row = _matrix(f"mixers.{name} (gmu)", 2 * config.width * channels)
+    return row._replace(params=row.params + channels, active_params=row.active_params + channels)
 
 
 def _linear(config: ModelConfig, name: str, mixer: LinearMixerConfig) -> list[Cost]:

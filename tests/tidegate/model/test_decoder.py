@@ -62,6 +62,11 @@ MLSTM = {"kind": "scalar_gated", "num_heads": 3, "key_dim": 4, "value_dim": 8, "
 VARIANTS["hybrid"] = {"layers": "2 x kda, attention", "num_layers": 3, "mixers": {"kda": KDA}}
 WINDOW = {"kind": "sliding_window", "window": 9}
 VARIANTS["sliding_window"] = {"layers": "3 x local, attention", "num_layers": 4, "mixers": {"local": WINDOW}}
+VARIANTS["decoder_hybrid_decoder"] = {
+    "layers": "mine, kda, attention, unit, local, unit",
+    "num_layers": 6,
+    "mixers": {"mine": MLSTM, "kda": KDA, "unit": {"kind": "gmu"}, "local": WINDOW},
+}
 VARIANTS["no_attention"] = {
     "layers": "[mine, yours] x 1",
     "num_layers": 2,

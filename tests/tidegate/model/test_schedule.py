@@ -13,6 +13,7 @@ from tidegate.model.decoder import ModelConfig
 from tidegate.model.schedule import expand, repeated
 
 KDA = {"kind": "kda", "num_heads": 2, "key_dim": 6, "value_dim": 10}
+GMU = {"kind": "gmu"}
 UNITS = {"over": ["heads"], "method": {"kind": "random"}}
 
 
@@ -81,6 +82,10 @@ def test_a_pattern_repeats() -> None:
         ({"mixers": {"kda": KDA}}, r"mixers.kda is in no layer \(layers=None\)"),
         ({"layers": "attention", "mixers": {"kda": KDA}}, r"mixers.kda is in no layer \(layers='attention'\)"),
         ({"layers": "attention", "mixers": {"attention": KDA}}, "mixers.attention: that name is model.attention's"),
+        (
+            {"layers": "unit, kda", "mixers": {"unit": GMU, "kda": KDA}},
+            "block 0 is 'unit', a Gated Memory Unit, and no",
+        ),
         ({"layers": "x", "mixers": {"x": KDA}}, "should match pattern"),
         ({"layers": "kda, attention", "mixers": {"kda": KDA}, "units": UNITS}, "for models whose blocks are alike"),
     ],

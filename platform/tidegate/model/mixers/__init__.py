@@ -1,7 +1,7 @@
 """Token mixers beside full attention.
 
 Linear ones have one contract: inputs, documents and a state in, outputs and a state out. Attention with a window is
-`Attention` (`model/attention.py`).
+`Attention` (`model/attention.py`). A GMU reads what a linear one publishes.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from tidegate.model.mixers.gmu import GMU, GMUConfig
 from tidegate.model.mixers.linear import (
     GatedDeltaNetConfig,
     GLAConfig,
@@ -25,7 +26,9 @@ from tidegate.model.mixers.linear import (
 from tidegate.model.mixers.sliding_window import SlidingWindowConfig
 
 __all__ = [
+    "GMU",
     "GLAConfig",
+    "GMUConfig",
     "GatedDeltaNetConfig",
     "HGRN2Config",
     "KDAConfig",
@@ -39,4 +42,4 @@ __all__ = [
     "SlidingWindowConfig",
 ]
 
-MixerConfig = Annotated[LinearMixerConfig | SlidingWindowConfig, Field(discriminator="kind")]
+MixerConfig = Annotated[LinearMixerConfig | SlidingWindowConfig | GMUConfig, Field(discriminator="kind")]

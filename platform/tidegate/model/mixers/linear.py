@@ -62,6 +62,8 @@ class MixerState(NamedTuple):
 class MixerOutput(NamedTuple):
     y_BTD: torch.Tensor
     state: MixerState
+    memory_BTC: torch.Tensor
+    """(B, T, H V), what was read from the state, before norm and gate."""
 
 
 class _Heads(Variant):
@@ -209,8 +211,9 @@ class LinearMixer(nn.Module):
         q, k, log_decay, beta = self.rule(x_BTD, q, keys[0] if keys else q)
         memory_BHKV = None if state is None else state.memory_BHKV
         y_BTHV, memory_BHKV = linear_attention(q, k, v, log_decay, beta, documents, memory_BHKV)
+        memory_BTC = y_BTHV.flatten(-2)
         y_BTHV = self.norm(y_BTHV)
         if self.w_gate is not None and config.gate is not None:
             scores = self.w_gate(x_BTD).view_as(y_BTHV)
             y_BTHV = gated_output(y_BTHV, scores, activation=config.gate, form="multiplicative", shared=False)
-        return MixerOutput(self.w_out(y_BTHV.flatten(-2)), MixerState(memory_BHKV, last_BWC))
+        return MixerOutput(self.w_out(y_BTHV.flatten(-2)), MixerState(memory_BHKV, last_BWC), memory_BTC)
