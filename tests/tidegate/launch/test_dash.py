@@ -104,7 +104,7 @@ def test_dash_scrapes_every_ray_that_runs_and_ends_with_ctrl_c(tmp_path: Path) -
         assert set(listening) == {"127.0.0.1"}
         children = psutil.Process(served.process.pid).children(recursive=True)
         served.process.send_signal(signal.SIGINT)
-        assert served.process.wait(timeout=30) == 130
+        assert served.process.wait(timeout=90) == 130
         assert not any(child.is_running() for child in children)
         assert "Traceback" not in served.log.read_text()
     finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import sqlite3
@@ -11,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,22 @@ class Tidegate:
     def __init__(self, state: Path) -> None:
         self.state = state
         self.output = state.with_suffix(".log")
+        self._started: list[subprocess.Popen[str]] = []
 
     def start(self, *args: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "tidegate.cli", "train", *args, "--state-dir", str(self.state)]
         with self.output.open("w") as log:
-            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True, cwd=self.state.parent)
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True, cwd=self.state.parent)
+        self._started.append(process)
+        return process
+
+    def end(self) -> None:
+        """Kill what is left of a test that failed half-way."""
+        for process in self._started:
+            if process.poll() is None:
+                for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+                    with suppress(psutil.NoSuchProcess):
+                        each.kill()
 
     def run(self, *args: str, status: int = 0) -> str:
         """Run to the end; returns what it printed."""
@@ -93,8 +103,7 @@ class Tidegate:
 def tidegate(tmp_path: Path) -> Iterator[Tidegate]:
     command = Tidegate(tmp_path / "state")
     yield command
-    for process in psutil.Process(os.getpid()).children(recursive=True):  # of a test that failed half-way
-        process.kill()
+    command.end()
 
 
 @pytest.mark.slow

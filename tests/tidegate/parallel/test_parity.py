@@ -166,7 +166,7 @@ def test_gradients_of_a_global_batch_are_those_of_one_process(
     assert_exact(on_ranks(world_size, gradients_at, cuts, EXACT, model), exact_gradients(EXACT, model))
 
 
-@pytest.mark.parametrize("model", [MODEL, UNUSUAL])
+@pytest.mark.parametrize("model", [MODEL, pytest.param(UNUSUAL, marks=pytest.mark.long)])
 def test_triton_kernels_have_the_same_gradients(on_ranks: Any, model: ModelConfig) -> None:
     """In the interpreter, with experts spread over two ranks and activations recomputed."""
     assert_exact(on_ranks(2, gradients_at, [(2, 2)], EXACT, model, "triton"), exact_gradients(EXACT, model))

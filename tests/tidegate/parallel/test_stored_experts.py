@@ -177,7 +177,7 @@ def triton_steps() -> list[list[list[float]]]:
         return [train(engine_for(THREE, 1, offload=offload), 1, range(2)) for offload in ("experts", "none")]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_kernels_of_a_gpu_keep_no_weights(on_ranks: Any) -> None:
     ((on, off),) = on_ranks(1, triton_steps)
     torch.testing.assert_close(torch.tensor(on), torch.tensor(off), rtol=1e-3, atol=1e-4)

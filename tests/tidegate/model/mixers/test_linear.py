@@ -198,7 +198,7 @@ WIDE: dict[str, Any] = {"num_heads": 2, "key_dim": 32, "value_dim": 32}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [KDAConfig(**WIDE), ScalarGatedConfig(**WIDE)], ids=["kda", "scalar"])
+@pytest.mark.parametrize("config", [pytest.param(KDAConfig(**WIDE), marks=pytest.mark.long), ScalarGatedConfig(**WIDE)])
 def test_two_layers_learn_to_recall(config: Any) -> None:
     assert learned_recall(config, 1000) >= 0.99
 
