@@ -21,22 +21,14 @@ from tidegate.model.attention import Attention, AttentionConfig, Rotary, rotary_
 from tidegate.model.clock import STILL, Clock, derive_key, uniform
 from tidegate.model.initialisation import Draw
 from tidegate.model.layers import Embedding, FeedForward, Linear
-from tidegate.model.mixers import (
-    GMU,
-    GMUConfig,
-    LinearMixer,
-    LinearMixerConfig,
-    MixerConfig,
-    Place,
-    SlidingWindowConfig,
-)
+from tidegate.model.mixers import GMU, GMUConfig, LinearMixer, Place, SlidingWindowConfig
 from tidegate.model.moe import MoE, MoEConfig, RoutingStats
 from tidegate.model.norms import NormConfig, RMSNormConfig
 from tidegate.model.observations import AttentionObservations, AttentionSample, AttentionWatch
 from tidegate.model.routers import Observe, Router, RouterContext, RouterShape, Routing, ThorConfig
 from tidegate.model.routers.top_k import TopKConfig
-from tidegate.model.schedule import ATTENTION, repeated
 from tidegate.model.self_tuning import BestResponse, SelfTuneConfig, Tuned
+from tidegate.model.stack import StackConfig
 from tidegate.model.unit_gates import UnitGates, UnitGatesConfig
 from tidegate.model.unit_gates.units import NO_MASKS, LayerMasks
 from tidegate_kernels.gated_attention import Documents
@@ -66,17 +58,11 @@ class DenseConfig(Config):
     activation: ActivationName = "swiglu"
 
 
-class ModelConfig(Config):
+class ModelConfig(StackConfig):
     vocab_size: int = Field(ge=2)
     width: int = Field(ge=8, multiple_of=8)
-    num_layers: int = Field(ge=1)
     attention: AttentionConfig
     """Of the blocks that attend, whether to all tokens or to a window."""
-    mixers: dict[Annotated[str, Field(pattern="^[a-z][a-z0-9_]+$")], MixerConfig] = Field(default_factory=dict)
-    """Other token mixers, by a name of the job's own, for `layers`."""
-    layers: str | None = None
-    """Which block has which mixer, e.g. `[3 x kda, 1 x attention] x 6`; a pattern repeats up to `num_layers`. None: all
-    attend."""
     ffn: Annotated[MoEConfig | DenseConfig, Field(discriminator="kind")]
     norm: NormConfig = RMSNormConfig()
     """Of every block's inputs and of the last hidden state; QK-norm is plain RMSNorm."""
@@ -96,54 +82,8 @@ class ModelConfig(Config):
     def out_std(self) -> float:
         return self.init_std / (2 * self.num_layers) ** 0.5
 
-    @property
-    def schedule(self) -> tuple[str, ...]:
-        """The name of each block's token mixer."""
-        return (ATTENTION,) * self.num_layers if self.layers is None else repeated(self.layers, self.num_layers)
-
-    @property
-    def windows(self) -> dict[int, int | None]:
-        """Of the blocks that attend, how many tokens each sees; None for all."""
-        found: dict[int, int | None] = {}
-        for block, name in enumerate(self.schedule):
-            mixer = self.mixers.get(name)
-            if mixer is None or isinstance(mixer, SlidingWindowConfig):
-                found[block] = None if mixer is None else mixer.window
-        return found
-
-    def publisher(self, block: int) -> int | None:
-        """The nearest block before this one with a linear mixer, whose memory a GMU reads; None: there is none."""
-        names = self.schedule[:block]
-        linear = (i for i, name in enumerate(names) if isinstance(self.mixers.get(name), LinearMixerConfig))
-        return max(linear, default=None)
-
-    def memory_channels(self, block: int) -> int:
-        """C of what a block with a linear mixer publishes."""
-        mixer = self.mixers[self.schedule[block]]
-        assert isinstance(mixer, LinearMixerConfig)
-        return mixer.num_heads * mixer.value_dim
-
-    @property
-    def publishing(self) -> frozenset[int]:
-        """The blocks whose memory a GMU reads."""
-        readers = [i for i, name in enumerate(self.schedule) if isinstance(self.mixers.get(name), GMUConfig)]
-        return frozenset(source for reader in readers if (source := self.publisher(reader)) is not None)
-
     @model_validator(mode="after")
-    def _layers_are_there(self) -> ModelConfig:
-        used, known = dict.fromkeys(self.schedule), [ATTENTION, *self.mixers]
-        if ATTENTION in self.mixers:
-            raise ValueError(f"mixers.{ATTENTION}: that name is model.attention's; use another")
-        if unknown := [name for name in used if name not in known]:
-            raise ValueError(f"layers={self.layers!r}: there is no mixer {unknown[0]!r}; there are: {', '.join(known)}")
-        if unused := [name for name in self.mixers if name not in used]:
-            raise ValueError(f"mixers.{unused[0]} is in no layer (layers={self.layers!r}); use it there, or remove it")
-        for block, name in enumerate(self.schedule):
-            if isinstance(self.mixers.get(name), GMUConfig) and self.publisher(block) is None:
-                raise ValueError(
-                    f"layers={self.layers!r}: block {block} is {name!r}, a Gated Memory Unit, and no block before it "
-                    "has a linear mixer whose memory it could read"
-                )
+    def _units_are_of_like_blocks(self) -> ModelConfig:
         if self.mixers and self.units is not None:
             raise ValueError(
                 f"units.over={list(self.units.over)} with layers={self.layers!r}: unit gates are for models whose "

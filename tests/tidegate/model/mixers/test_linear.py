@@ -74,7 +74,7 @@ def test_documents_are_apart(config: Any) -> None:
     mixer, x = mixer_of(config), torch.randn(1, 45, D, requires_grad=True)
     begins = [0, 2, 3, 20]
     ids = torch.tensor([[sum(place >= begin for begin in begins) for place in range(45)]])
-    y, state = mixer(x, Documents(ids))
+    y, state, _ = mixer(x, Documents(ids))
     for begin, end in zip(begins, [*begins[1:], 45], strict=True):
         alone = mixer(x[:, begin:end])
         torch.testing.assert_close(y[:, begin:end], alone.y_BTD, rtol=1e-4, atol=1e-5)
@@ -102,7 +102,7 @@ def test_a_state_goes_on(config: Any, parts: list[int]) -> None:
                 new_B = part[:, 0] != last  # a document that begins with a part has nothing to go on from
                 empty = [None if x is None else torch.where(new_B.view(-1, *[1] * (x.ndim - 1)), 0, x) for x in state]
                 state = MixerState(*empty)  # type: ignore[arg-type]
-            y, state = mixer(x[:, begin : begin + length], None if part is None else Documents(part), state)
+            y, state, _ = mixer(x[:, begin : begin + length], None if part is None else Documents(part), state)
             found.append(y)
             begin, last = begin + length, None if part is None else part[:, -1]
         torch.testing.assert_close(torch.cat(found, dim=1), whole, rtol=1e-4, atol=1e-5)
@@ -117,7 +117,7 @@ def test_it_is_built_on_meta_and_runs_in_bf16(config: Any) -> None:
     filled(mixer)
     assert all(parameter.isfinite().all() for parameter in mixer.parameters())
     x = torch.randn(2, 33, D)
-    y, state = mixer.bfloat16()(x.bfloat16())
+    y, state, _ = mixer.bfloat16()(x.bfloat16())
     assert (y.dtype, state.memory_BHKV.dtype) == (torch.bfloat16, torch.float32)
     y.float().pow(2).mean().backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in mixer.parameters())
