@@ -34,7 +34,7 @@ def choices(subject: Subject) -> list[Choice]:
         case "gates":
             return [*_ATTENTION, *_kinds(NormConfig, "model.norm: {{{it}}}"), *_unit_gates(), *_ACTIVATIONS]
         case "mixers":
-            return _kinds(MixerConfig, "model: {{layers: 'mine, attention', mixers: {{mine: {{{it}}}}}}}")
+            return _mixers()
         case "balance":
             return list(_BALANCE)
 
@@ -44,6 +44,13 @@ def _unit_gates() -> list[Choice]:
     found = _kinds(UnitMethod, "model.units: {{over: [heads], keep: 0.5, method: {{{it}}}" + end + "}}")
     fixed = {variant.model_fields["kind"].default for variant in FIXED}
     return [choice._replace(yaml=choice.yaml.replace(end, "")) if choice.name in fixed else choice for choice in found]
+
+
+def _mixers() -> list[Choice]:
+    found = _kinds(MixerConfig, "model: {{layers: 'mine, attention', mixers: {{mine: {{{it}}}}}}}")
+    below = next(choice.yaml for choice in found if choice.name == "kda")  # a GMU reads what a linear mixer publishes
+    unit = below.replace("'mine, attention'", "'mine, unit'").replace("}}}", "}, unit: {kind: gmu}}}")
+    return [choice._replace(yaml=unit) if choice.name == "gmu" else choice for choice in found]
 
 
 def _kinds(union: Any, line: str) -> list[Choice]:

@@ -28,12 +28,7 @@ NEEDED = {  # other fields of the demo that must give way
 }
 
 
-BEFORE = "{kind: kda, num_heads: 4, key_dim: 32, value_dim: 32}"
-
-
 def override(choice: Choice) -> str:
-    if choice.name == "gmu":  # it reads what a linear mixer publishes
-        return f"model={{layers: 'linear, mine', mixers: {{linear: {BEFORE}, mine: {{kind: gmu}}}}}}"
     field, _, value = choice.yaml.partition(": ")
     return f"{field}={value}"
 
