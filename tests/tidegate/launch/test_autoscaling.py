@@ -166,10 +166,14 @@ def test_a_job_brings_its_machines_survives_their_loss_and_lets_them_go(
     timeline.mark("training goes on")
     following = list(itertools.pairwise(run.steps()))
     assert sum(now <= before for before, now in following) <= 1, "what was not saved yet is trained again, once"
-    assert all(now <= before + 1 for before, now in following), "no step is left out"
 
     timeline.mark("stopped")
     assert stop_job(cloud.address, "spot") == 0
+    with contextlib.closing(sqlite3.connect(tmp_path / "state" / "mlflow" / "mlflow.db")) as store:
+        tracked = {step for (step,) in store.execute("select step from metrics where key = 'train/loss'")}
+    # Lines that a lost machine had not sent are not printed; its records come with the checkpoint.
+    assert tracked == set(range(1, max(tracked) + 1)), "no step is left out"
+    assert max(tracked) >= run.steps()[-1]
     wait_until(lambda: machines(cloud) == [])
     timeline.mark("no machine is left")
     timeline.end("job")

@@ -106,7 +106,7 @@ def test_from_here_to_a_cluster_stopped_and_on_it_is_one_run(
 def test_what_cannot_run_there_is_said_before_anything_is_sent(
     head: Any, tiny_job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job, state = tiny_job(), str(tmp_path / "state")
+    job, state = tiny_job(), str(tmp_path / "there")
     with pytest.raises(ConfigError, match=r"there is no /nowhere/letters\.txt; there is no /nowhere/digits\.txt"):
         submit(job, Submit(head.address, name="refused", state_dir=state, job_dir="/nowhere"))
     with pytest.raises(ConfigError, match=r"on the head, .*/tiny\.yaml/state cannot be written"):
