@@ -99,7 +99,6 @@ class Sinkhorn(LearnedRouter):
         self.gather_rows: GatherRows | None = None
         self.rank_in_group = 0
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def by_plan(self, context: RouterContext) -> bool:
         """Whether this step's draw chose the plan; the same on every rank."""
         drawn = context.clock.draw("sinkhorn", self.shape.layer)
