@@ -132,7 +132,8 @@ def run_on_ray(
     Checkpoints do not go through `ray.train.report`, which would copy them once more and make each step wait for it:
     workers write them beside what Ray keeps of the run, and find the newest by themselves when Ray starts them again.
     """
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    # Not soft, which Ray honours for half of the actors that need no CPU: a cut link must leave the board on our side.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": here}
     board = _Board.options(**options).remote(tracking.name, sweep, job, ledger.spent)  # type: ignore[attr-defined]
     storage, _, name = checkpoints.rpartition("/")
