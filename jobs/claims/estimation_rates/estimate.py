@@ -18,7 +18,7 @@ import os
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -159,7 +159,7 @@ def _exact(fitted: Parameters, truth: Parameters) -> Mapping[str, torch.Tensor]:
 def _with_temperature(fitted: Parameters, truth: Parameters) -> Mapping[str, torch.Tensor]:
     scores = fitted.gate_E2 / fitted.temperature - truth.gate_E2 / truth.temperature
     own = {"temperature": (fitted.temperature - truth.temperature).abs(), "gate over temperature": scores.norm()}
-    return _exact(fitted, truth) | own
+    return {**_exact(fitted, truth), **own}
 
 
 def _one_too_many(fitted: Parameters, truth: Parameters) -> Mapping[str, torch.Tensor]:
@@ -185,9 +185,7 @@ _THREE = _parameters([[1.0, 0.5], [-1.0, 0.5], [0.0, 0.0]], [[2.0, 1.0], [-1.0, 
 _TWO = ([[2.0, 1.0], [-1.0, -2.0]], [0.5, 0.7])
 _PAIR = _parameters([[0.8, 0.3], [0.0, 0.0]], *_TWO)
 _COOLED = _parameters([[0.8, 0.3], [0.0, 0.0]], *_TWO, temperature=0.5)
-_SPLIT = _parameters(
-    [[0.8, -0.4], [0.8, -0.4], [0.0, 0.0]], [[2.0, 1.3], [2.0, 0.7], [-1.0, -2.0]], [0.5, 0.5, 0.7]
-)
+_SPLIT = _parameters([[0.8, -0.4], [0.8, -0.4], [0.0, 0.0]], [[2.0, 1.3], [2.0, 0.7], [-1.0, -2.0]], [0.5, 0.5, 0.7])
 _HALF = "-1/2"
 _SAME = torch.Tensor.clone
 SETTINGS: Mapping[str, Setting] = {
@@ -269,10 +267,10 @@ def main() -> None:
     draw(document, arguments.out / "rates.png")
 
 
-def draw(document: dict[str, object], path: Path) -> None:
+def draw(document: Mapping[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    settings: dict[str, dict[str, dict[str, object]]] = document["settings"]  # type: ignore[assignment]
+    settings: Mapping[str, Mapping[str, Any]] = document["settings"]
     figure, panels = plt.subplots(1, len(settings), figsize=(4 * len(settings), 3.6), sharey=True, layout="constrained")
     for axes, (name, errors) in zip(panels, settings.items(), strict=True):
         for error, row in errors.items():

@@ -1,0 +1,194 @@
+"""Train the jobs of a claim with paired seeds and write its table: `python jobs/claims/run.py balance_scope`.
+
+A claim is a folder here: jobs, the arms, and claim.json, which says what is compared. Runs go to the state directory's
+MLflow, in an experiment of the claim's name; those that have ended there are not trained again. Beside the jobs come
+results.json, runs.csv (the runs as MLflow has them) and the table of README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import fnmatch
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tidegate
+from tidegate.config import ConfigError, load
+from tidegate.launch.notebook import StoredRun
+from tidegate.launch.state import default_state_dir
+from tidegate.train.job import Job
+
+HERE = Path(__file__).resolve().parent
+LAST_RECORDS = 5
+"""A step's metric is noisy: averaged over the last records."""
+MARKS = ("<!-- table: written by run.py -->\n", "<!-- end of table -->\n")
+
+
+class Claim(NamedTuple):
+    """What claim.json says."""
+
+    baseline: str
+    """The arm that others are compared with."""
+    columns: Mapping[str, str]
+    """Heading to metric; `*` is every layer, block or domain, of which the mean is taken."""
+    extremes: Mapping[str, str]
+    """The same, of which the largest is taken."""
+
+
+def read_claim(folder: Path) -> Claim:
+    """Raises ValueError: claim.json is missing, has other entries, or names no arm of the folder as its baseline."""
+    path = folder / "claim.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        claim = Claim(**{"extremes": {}, **found})
+    except (OSError, json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if claim.baseline not in arms(folder):
+        raise ValueError(f"{path}: baseline={claim.baseline!r} is none of {', '.join(arms(folder))}")
+    return claim
+
+
+def arms(folder: Path) -> list[str]:
+    """The folder's jobs but base.yaml, which others extend."""
+    return sorted(path.stem for path in folder.glob("*.yaml") if path.stem != "base")
+
+
+def run_name(folder: Path, arm: str, seed: int) -> str:
+    return f"{folder.name}-{arm}-{seed}".replace("_", "-")
+
+
+def train(folder: Path, arm: str, seed: int, state: Path, overrides: Sequence[str]) -> None:
+    """One run, in a process of its own; raises CalledProcessError if it fails."""
+    settings = [f"train.seed={seed}", f"data.seed={seed}", f"track.experiment={folder.name}", *overrides]
+    command = [sys.executable, "-m", "tidegate.cli", "train", str(folder / f"{arm}.yaml"), "--local"]
+    command += ["--name", run_name(folder, arm, seed), "--state-dir", str(state)]
+    command += [word for setting in settings for word in ("--set", setting)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(done.stdout[-3000:], done.stderr[-3000:], file=sys.stderr)
+        done.check_returncode()
+    print(run_name(folder, arm, seed), "has ended", flush=True)
+
+
+def finished(folder: Path, state: Path) -> dict[str, StoredRun]:
+    """Runs of the claim that have ended, by name."""
+    try:
+        found = tidegate.runs(experiment=folder.name, state_dir=state)
+    except ConfigError:  # no store, or no experiment yet
+        return {}
+    return {run.name: run for run in found if run.status == "FINISHED"}
+
+
+def read(run: StoredRun, claim: Claim) -> dict[str, float]:
+    """The claim's columns of one run."""
+    history = run.history()
+    row = {}
+    for headings, over in ((claim.columns, statistics.mean), (claim.extremes, max)):
+        for heading, pattern in headings.items():
+            series = [history[name].dropna() for name in fnmatch.filter(history.columns, pattern)]
+            last = [float(values.tail(1 if pattern.startswith("val/") else LAST_RECORDS).mean()) for values in series]
+            row[heading] = over(last) if last else float("nan")
+    return row
+
+
+Results = Mapping[str, Mapping[int, Mapping[str, float]]]
+"""Arm, seed, heading."""
+
+
+def table(results: Results, claim: Claim) -> list[str]:
+    """Markdown: mean (standard deviation over seeds), and below it the difference to the baseline at equal seeds."""
+    headings = [*claim.columns, *claim.extremes]
+    lines = ["| arm | " + " | ".join(headings) + " |", "|" + "---|" * (1 + len(headings))]
+    for arm, seeds in results.items():
+        cells = []
+        for heading in headings:
+            values = [row[heading] for row in seeds.values()]
+            cell = _with_spread(values)
+            if arm != claim.baseline:
+                against = results[claim.baseline]
+                differences = [row[heading] - against[seed][heading] for seed, row in seeds.items() if seed in against]
+                cell += f"; {_with_spread(differences, sign='+')}"
+            cells.append(cell)
+        lines.append(f"| [{arm}]({arm}.yaml) | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _with_spread(values: Sequence[float], sign: str = "") -> str:
+    mean = statistics.mean(values)
+    digits = 3 if abs(mean) < 100 else 1
+    spread = f" ({statistics.stdev(values):.{digits}f})" if len(values) > 1 else ""
+    return f"{mean:{sign}.{digits}f}{spread}"
+
+
+def write(folder: Path, claim: Claim, results: Results, about: Mapping[str, Any], found: Sequence[StoredRun]) -> None:
+    """results.json, runs.csv and the table in README.md."""
+    document = {"about": about, "results": results}
+    (folder / "results.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    params = sorted({name for run in found for name in run.params if len({r.params.get(name) for r in found}) > 1})
+    metrics = sorted({name for run in found for name in run.metrics if not name.startswith(("system/", "time/"))})
+    with (folder / "runs.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["run", "status", *params, *metrics])
+        for run in found:
+            values = [f"{run.metrics[name]:.6g}" if name in run.metrics else "" for name in metrics]
+            writer.writerow([run.name, run.status, *(run.params.get(name, "") for name in params), *values])
+    readme = folder / "README.md"
+    head, _, rest = readme.read_text(encoding="utf-8").partition(MARKS[0])
+    tail = rest.partition(MARKS[1])[2]
+    told = (
+        f"\nMean over {about['seeds']} seeds (their standard deviation); after the semicolon the difference to "
+        f"{claim.baseline} at equal seeds. `{about['command']}`, {about['hardware']}, commit {about['commit']}.\n"
+    )
+    body = "\n".join(table(results, claim)) + "\n" + told
+    readme.write_text(head + MARKS[0] + body + MARKS[1] + tail, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("claim", choices=sorted(path.parent.name for path in HERE.glob("*/claim.json")))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time, a thread each")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="PATH=VALUE", help="of all jobs"
+    )
+    parser.add_argument("--state-dir", type=Path, default=default_state_dir())
+    parser.add_argument("--hardware", default=f"{os.cpu_count()} CPU cores")
+    arguments = parser.parse_args()
+    folder, state = HERE / arguments.claim, arguments.state_dir
+    claim = read_claim(folder)
+    for arm in arms(folder):
+        load(folder / f"{arm}.yaml", Job, arguments.overrides)  # a mistake ends it here, not in the middle
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    wanted = [(arm, seed) for seed in range(arguments.seeds) for arm in arms(folder)]
+    there = finished(folder, state)
+    with ThreadPoolExecutor(arguments.parallel) as pool:
+        todo = [each for each in wanted if run_name(folder, *each) not in there]
+        # The first one alone: it makes the token shards and the store.
+        for chunk in (todo[:1], todo[1:]):
+            for future in [pool.submit(train, folder, arm, seed, state, arguments.overrides) for arm, seed in chunk]:
+                future.result()
+    there = finished(folder, state)
+    found = [there[run_name(folder, *each)] for each in wanted]
+    results: dict[str, dict[int, dict[str, float]]] = {arm: {} for arm in arms(folder)}
+    for (arm, seed), run in zip(wanted, found, strict=True):
+        results[arm][seed] = read(run, claim)
+    about = {
+        "command": " ".join(["python", "jobs/claims/run.py", *sys.argv[1:]]),
+        "seeds": arguments.seeds,
+        "hardware": arguments.hardware,
+        "commit": found[0].tags.get("tidegate.commit", "unknown")[:7],
+    }
+    write(folder, claim, results, about, found)
+    print("\n".join(table(results, claim)))
+
+
+if __name__ == "__main__":
+    main()
