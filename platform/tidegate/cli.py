@@ -304,6 +304,29 @@ def generate(
 
 
 @app.command()
+def probe(
+    run: Annotated[str, typer.Argument(help="Name of a run, as train prints it", show_default=False)],
+    suite: Annotated[
+        str, typer.Option(help="Which of sink, experts, long, recall and samples, with commas")
+    ] = "sink,experts,long,recall,samples",
+    sequences: Annotated[int, typer.Option(help="Held-out sequences that each probe reads, at most")] = 32,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Which one, as checkpoints lists them [default: the newest]", show_default=False)
+    ] = None,
+    device: Annotated[str, typer.Option(help="Such as cuda")] = "cpu",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write [default: RUN-stepN.json in probes/ in the state directory]"),
+    ] = None,
+    state_dir: StateOption = None,
+) -> None:
+    """Ask a run's weights: attention sinks, what experts know, longer contexts, recall, samples."""
+    from tidegate.launch.probe import probe_run
+
+    print(probe_run(run, _state(state_dir), suite.split(","), sequences, checkpoint, device, out))
+
+
+@app.command()
 def register(
     run: Annotated[str, typer.Argument(help="Name of a run, as train prints it", show_default=False)],
     name: Annotated[str, typer.Option(help="Of the model in MLflow's registry", show_default=False)],

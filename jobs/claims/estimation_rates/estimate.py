@@ -30,6 +30,8 @@ HERE = Path(__file__).resolve().parent
 SIZES = [500 * 2**doubling for doubling in range(8)]
 START_SPREAD = 0.3
 """Standard deviation of a start around the truth, the same for every n."""
+SMALLEST_SIGMA = 0.1
+"""The proofs take a compact set; without a floor the likelihood has no maximum: one expert may fit a single sample."""
 WIDTH = 3.0
 """x is uniform in (-WIDTH, WIDTH)."""
 
@@ -104,7 +106,12 @@ def flatten(parameters: Parameters, has_temperature: bool) -> torch.Tensor:
 def unflatten(vector: torch.Tensor, experts: int, has_temperature: bool) -> Parameters:
     gate, expert, sigma, temperature = vector.split([2 * experts - 2, 2 * experts, experts, int(has_temperature)])
     gate_E2 = torch.cat([gate.view(-1, 2), torch.zeros(1, 2, dtype=vector.dtype)])
-    return Parameters(gate_E2, expert.view(-1, 2), sigma.exp(), temperature.exp().sum() if has_temperature else ONE)
+    return Parameters(
+        gate_E2,
+        expert.view(-1, 2),
+        sigma.exp().clamp(min=SMALLEST_SIGMA),
+        temperature.exp().sum() if has_temperature else ONE,
+    )
 
 
 def fit(start: Parameters, gate: Gate, has_temperature: bool, x_N: torch.Tensor, y_N1: torch.Tensor) -> Parameters:

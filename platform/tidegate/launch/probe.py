@@ -1,40 +1,151 @@
-"""What a cluster's head has, for `tidegate submit`: runs there as text, before anything is installed or sent.
+"""`tidegate probe`: what a run's weights do, beside their loss; as tables, and as JSON that MLflow keeps."""
 
-Standard library only. The argument is JSON: `packages` and `paths` to look for, and `state`, the state directory or
-None. The answer is one line of JSON behind `MARK`.
-"""
+from __future__ import annotations
 
-import glob
-import importlib.metadata
 import json
-import os
-import platform
-import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-MARK = "tidegate-probe "
+import torch
+from rich.console import Console
+from rich.table import Table
 
+from tidegate.config import ConfigError, load_stored
+from tidegate.data.shards import TokenDataset
+from tidegate.launch.export import open_checkpoint, token_dataset
+from tidegate.launch.state import StateDir
+from tidegate.model.clock import Clock
+from tidegate.model.decoder import Decoder
+from tidegate.track import log_text
+from tidegate.train.generate import samples_of
+from tidegate.train.job import Job
+from tidegate.train.probes import ContextLoss, Needle, context_losses, needles, observed
 
-def look(wanted):  # type: ignore[no-untyped-def]
-    """The answer. No annotations: the cluster's Python may be an old one."""
+__all__ = ["SUITES", "probe_run"]
 
-    def version(package):  # type: ignore[no-untyped-def]
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    state = wanted["state"] or os.environ.get("TIDEGATE_STATE")
-    above = state or ""
-    while above and not os.path.lexists(above):
-        above = os.path.dirname(above)
-    return {
-        "python": platform.python_version(),
-        "packages": {package: version(package) for package in wanted["packages"]},
-        "missing": [path for path in wanted["paths"] if not glob.glob(path, recursive=True)],
-        "state": state,
-        "writable": os.path.isdir(above) and os.access(above, os.W_OK),
-    }
+SUITES = ("sink", "experts", "long", "recall", "samples")
+_DEPTHS = (0.0, 0.5, 1.0)
+_OF_BLOCK = ("first_token", "first_token_uniform", "entropy", "gate_mean")
+_OF_LAYER = ("domain_information", "maxvio", "dead_experts", "router_entropy", "top_k_share")
 
 
-if __name__ == "__main__":
-    print(MARK + json.dumps(look(json.loads(sys.argv[1]))))
+def probe_run(
+    run: str,
+    state: StateDir,
+    suites: Sequence[str],
+    sequences: int,
+    checkpoint: str | None,
+    device: str,
+    out: Path | None,
+) -> Path:
+    """Ask, print, and write what was found.
+
+    Args:
+        run: its name.
+        state: where it is.
+        suites: some of `SUITES`.
+        sequences: held-out ones that a probe reads, at most.
+        checkpoint: name of one of its checkpoints; None is the newest that is whole.
+        device: where the model goes, in fp32.
+        out: the file; None is one named after run and step in the state directory.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigError: an argument is none of those; there is no such run or checkpoint; its token shards have gone.
+    """
+    if unknown := [suite for suite in suites if suite not in SUITES]:
+        raise ConfigError(f"--suite {','.join(unknown)}: unknown; some of {', '.join(SUITES)}")
+    if sequences < 2:
+        raise ConfigError(f"--sequences {sequences}: must be at least 2")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    folder = state.run(run)
+    job = load_stored(folder.job_file.read_text(encoding="utf-8"), Job, str(folder.job_file))
+    dataset = token_dataset(job, folder, state)
+    if dataset is None:
+        raise ConfigError(f"{run}: its token shards, and with them its held-out text, are not in {state.data}")
+    opened = open_checkpoint(run, state, checkpoint)
+    found = _ask(opened.load(device), job, dataset, suites, sequences)
+    about = {"run": run, "checkpoint": opened.name, "step": opened.manifest.step, "tokens": opened.manifest.tokens}
+    out = out or state.root / "probes" / f"{run}-step{opened.manifest.step}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**about, "sequences": sequences, **found}, indent=1) + "\n"
+    out.write_text(text, encoding="utf-8")
+    try:
+        log_text(folder.handle(), text, f"probes/step{opened.manifest.step}.json")
+    except ConfigError:  # the store's password is nowhere
+        print("not entered in MLflow, whose password is nowhere")
+    return out
+
+
+def _ask(
+    model: Decoder, job: Job, dataset: TokenDataset, suites: Sequence[str], sequences: int
+) -> dict[str, dict[str, float] | list[dict[str, Any]]]:
+    """What is written, and its tables on the way."""
+    console, length = Console(highlight=False), job.data.sequence_length
+    found: dict[str, Any] = {}
+    if {"sink", "experts"}.intersection(suites):
+        metrics = observed(model, job, dataset, sequences)
+        for suite, prefixes in (("sink", ("attention/", "hidden/")), ("experts", ("moe/",))):
+            if suite in suites:
+                found[suite] = {name: value for name, value in metrics.items() if name.startswith(prefixes)}
+                _tables_of(suite, found[suite], job, console)
+    if "long" in suites:
+        losses = context_losses(model, job, dataset, [length // 2, length, 2 * length, 4 * length], sequences)
+        found["long"] = [loss._asdict() for loss in losses]
+        console.print(_contexts(losses, length))
+    if "recall" in suites:
+        asked = needles(model, job, dataset, [length // 2, length, 2 * length], _DEPTHS, sequences)
+        found["recall"] = [needle._asdict() for needle in asked]
+        console.print(_needles(asked, length))
+    if "samples" in suites:
+        samples = samples_of(model, job, dataset, 1, Clock(0, 0, 0))
+        found["samples"] = [sample._asdict() for sample in samples]
+        for sample in samples:
+            console.print(f"{sample.domain}: {sample.prompt!r} goes on {sample.greedy!r}", markup=False)
+    return found
+
+
+def _tables_of(suite: str, metrics: Mapping[str, float], job: Job, console: Console) -> None:
+    if suite == "sink":
+        table = Table("block", *(name.replace("_", " ") for name in _OF_BLOCK), "largest activation")
+        for block in range(job.model.num_layers):
+            cells = [metrics.get(f"attention/{block}/{name}") for name in _OF_BLOCK]
+            table.add_row(str(block), *map(_cell, [*cells, metrics.get(f"hidden/{block}/max")]))
+        console.print(table)
+        if "attention/sink_heads" in metrics:
+            console.print(f"sink heads: {metrics['attention/sink_heads']:.1%}")
+    else:
+        layers = sorted({int(name.split("/")[1]) for name in metrics if name.endswith("/domain_information")})
+        table = Table("layer", *(name.replace("_", " ") for name in _OF_LAYER))
+        for layer in layers:
+            table.add_row(str(layer), *(_cell(metrics.get(f"moe/{layer}/{name}")) for name in _OF_LAYER))
+        console.print(table if layers else "experts: the model is dense")
+
+
+def _contexts(losses: Sequence[ContextLoss], length: int) -> Table | str:
+    if not losses:
+        return f"long: no domain has held-out text of {4 * length + 1:,} tokens"
+    table = Table("context, tokens", "of the training length", "loss of the same tokens")
+    for loss in losses:
+        table.add_row(f"{loss.context:,}", f"{loss.context / length:g}", f"{loss.nll:.3f}")
+    return table
+
+
+def _needles(asked: Sequence[Needle], length: int) -> Table | str:
+    if not asked:
+        return f"recall: no domain has held-out text of {2 * length:,} tokens"
+    table = Table("context, tokens", "depth", "loss of the needle's end", "without the needle", "found")
+    for needle in asked:
+        cells = (f"{needle.depth:g}", f"{needle.nll:.3f}", f"{needle.nll_without:.3f}", f"{needle.found:.0%}")
+        table.add_row(f"{needle.context:,}", *cells)
+    return table
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

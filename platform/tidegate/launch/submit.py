@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 
 from tidegate.config import ConfigError, JobFile
 from tidegate.data.config import TokenizerFile
-from tidegate.launch import probe
+from tidegate.launch import cluster_head
 from tidegate.launch.ray_train import SHIPPED, forwarded_environment
 from tidegate.launch.state import check_name
 from tidegate.launch.submissions import STOP_WAIT_S, Cluster, Submission, follow
@@ -153,9 +153,9 @@ def _examine(cluster: Cluster, state_dir: str | None, paths: Sequence[str]) -> s
     """
     here = _versions()
     wanted = {"packages": [*here], "paths": [*paths], "state": state_dir}
-    command = shlex.join(["python", "-c", Path(probe.__file__).read_text(encoding="utf-8"), json.dumps(wanted)])
+    command = shlex.join(["python", "-c", Path(cluster_head.__file__).read_text(encoding="utf-8"), json.dumps(wanted)])
     printed = cluster.ask(command, _PROBE_TIMEOUT_S)
-    answer = re.search(f"^{probe.MARK}(.*)$", printed, re.MULTILINE)
+    answer = re.search(f"^{cluster_head.MARK}(.*)$", printed, re.MULTILINE)
     if answer is None:
         raise ConfigError(f"--address {cluster.address}: the head answers with {printed[-300:]!r}")
     there = json.loads(answer[1])

@@ -22,7 +22,7 @@ from tidegate.train.job import Job
 if TYPE_CHECKING:
     from tidegate.parallel.engine import Engine
 
-__all__ = ["Sample", "continued", "generate_samples"]
+__all__ = ["Sample", "continued", "generate_samples", "samples_of"]
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 32
 
@@ -49,15 +49,21 @@ def generate_samples(engine: Engine, job: Job, dataset: TokenDataset, clock: Clo
     Args:
         clock: draws hang on it.
     """
-    batch = held_out(dataset, job, job.train.samples * len(dataset.domains))
+    engine.train(False)
+    samples = samples_of(engine.model, job, dataset, job.train.samples, clock)
+    engine.train()
+    return samples
+
+
+def samples_of(model: Decoder, job: Job, dataset: TokenDataset, of_each: int, clock: Clock) -> tuple[Sample, ...]:
+    """The same of a model in evaluation mode; `of_each` domain."""
+    batch = held_out(dataset, job, of_each * len(dataset.domains))
     num_new = min(NEW_TOKENS, job.data.sequence_length // 2)
     num_prompt = min(PROMPT_TOKENS, job.data.sequence_length - num_new)
     prompts_BP, text_BN = batch.tokens_BT1[:, : num_prompt + num_new].split((num_prompt, num_new), dim=1)
-    rows = len(prompts_BP)
-    heat_B = torch.arange(2, device=engine.device).repeat_interleave(rows).float()
-    engine.train(False)
-    new_BN = continued(engine.model, prompts_BP.repeat(2, 1).to(engine.device), num_new, heat_B, clock)
-    engine.train()
+    rows, device = len(prompts_BP), next(model.parameters()).device
+    heat_B = torch.arange(2, device=device).repeat_interleave(rows).float()
+    new_BN = continued(model, prompts_BP.repeat(2, 1).to(device), num_new, heat_B, clock)
     domains = (dataset.domains[domain] for domain in batch.domains_B.tolist())
     columns = (prompts_BP, text_BN, *new_BN.cpu().split(rows))
     texts = (dataset.tokenizer.decode_batch(ids.tolist(), skip_special_tokens=False) for ids in columns)

@@ -18,7 +18,7 @@ import pytest
 
 from tidegate.config import ConfigError, JobFile
 from tidegate.launch import submit as submitting
-from tidegate.launch.probe import look
+from tidegate.launch.cluster_head import look
 from tidegate.launch.state import StateDir
 from tidegate.launch.submissions import Cluster, follow
 from tidegate.launch.submit import Submit, resume, submit
