@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import shutil
@@ -135,9 +136,12 @@ def seeded_single_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def _rank_main(rank: int, world_size: int, rendezvous: str, out: str, function: Callable[..., Any], args: Any) -> None:
+def _rank_main(
+    rank: int, world_size: int, rendezvous: str, out: str, environment: Any, function: Callable[..., Any], args: Any
+) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.clear()
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
     torch.save(function(*args), f"{out}.{rank}")
     torch.distributed.destroy_process_group()
@@ -147,14 +151,15 @@ def _rank_main(rank: int, world_size: int, rendezvous: str, out: str, function: 
 def on_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
     """`on_ranks(world_size, function, *args)`: call it in that many gloo processes; results in rank order."""
     calls = 0
+    # Each rank is a fork of a process that has imported what takes seconds, and has done nothing else.
+    multiprocessing.set_forkserver_preload(["tidegate.train.loop", "torch._dynamo"])
 
     def run(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         nonlocal calls
         calls += 1
         rendezvous, out = tmp_path / f"rendezvous{calls}", tmp_path / f"result{calls}"
-        torch.multiprocessing.spawn(
-            _rank_main, (world_size, str(rendezvous), str(out), function, args), nprocs=world_size
-        )
+        task = (world_size, str(rendezvous), str(out), dict(os.environ), function, args)
+        torch.multiprocessing.start_processes(_rank_main, task, nprocs=world_size, start_method="forkserver")
         return [torch.load(f"{out}.{rank}", weights_only=False) for rank in range(world_size)]
 
     return run

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import torch
 
@@ -24,6 +26,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import deepspeed.ops
+import deepspeed.runtime.compiler
 from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
 from deepspeed.utils import logger as deepspeed_logger
 
@@ -289,6 +292,9 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 def _quiet_and_uncompiled(device: torch.device) -> None:
     deepspeed_logger.setLevel(logging.WARNING)
+    # DeepSpeed imports its Muon to ask whether AdamW is one, and Muon's decorators torch's compiler: seconds a process.
+    with mock.patch.object(deepspeed.runtime.compiler, "compile", return_value=lambda function: function):
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     if device.type == "cpu":
         # Otherwise the CPU backend compiles a shared-memory all-reduce at first use (about 75 s, needs g++); gloo does.
         deepspeed.ops.__compatible_ops__ = {}
