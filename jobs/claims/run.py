@@ -151,6 +151,11 @@ def write(folder: Path, claim: Claim, results: Results, about: Mapping[str, Any]
     readme.write_text(head + MARKS[0] + body + MARKS[1] + tail, encoding="utf-8")
 
 
+def _short(commit: str) -> str:
+    digits, _, dirty = commit.partition("+")
+    return digits[:7] + ("+" + dirty if dirty else "")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("claim", choices=sorted(path.parent.name for path in HERE.glob("*/claim.json")))
@@ -184,7 +189,7 @@ def main() -> None:
         "command": " ".join(["python", "jobs/claims/run.py", *sys.argv[1:]]),
         "seeds": arguments.seeds,
         "hardware": arguments.hardware,
-        "commit": found[0].tags.get("tidegate.commit", "unknown")[:7],
+        "commit": " and ".join(sorted({_short(run.tags.get("tidegate.commit", "unknown")) for run in found})),
     }
     write(folder, claim, results, about, found)
     print("\n".join(table(results, claim)))

@@ -60,11 +60,11 @@ def top_k(number: int) -> Gate:
     """
 
     def gate(scores_NE: torch.Tensor, temperature: torch.Tensor, softness: float) -> torch.Tensor:
-        best_NJ, indices_NJ = scores_NE.topk(number + 1, dim=-1)
+        sorted_NE, order_NE = scores_NE.sort(dim=-1, descending=True)
         if softness:
-            middle_N1 = best_NJ[:, number - 1 :].mean(dim=-1, keepdim=True)
+            middle_N1 = sorted_NE[:, number - 1 : number + 1].mean(dim=-1, keepdim=True)
             return (scores_NE + F.logsigmoid((scores_NE - middle_N1) / softness)).log_softmax(dim=-1)
-        return scores_NE.scatter(-1, indices_NJ[:, number:], -torch.inf).log_softmax(dim=-1)
+        return scores_NE.scatter(-1, order_NE[:, number:], -torch.inf).log_softmax(dim=-1)
 
     return gate
 

@@ -1,0 +1,135 @@
+"""Claims: what their tables say of runs, and that the simulated gates are those of the routers."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+CLAIMS = Path(__file__).resolve().parents[2] / "jobs" / "claims"
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"claims_{Path(name).stem}", CLAIMS / name)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+run, estimate = script("run.py"), script("estimation_rates/estimate.py")
+
+
+@pytest.mark.parametrize("folder", [path.parent for path in sorted(CLAIMS.glob("*/claim.json"))], ids=lambda p: p.name)
+def test_every_claim_has_its_arms_and_a_table_in_its_page(folder: Path) -> None:
+    claim = run.read_claim(folder)
+    assert len(run.arms(folder)) >= 2
+    assert claim.columns
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    for arm in run.arms(folder):
+        assert f"| [{arm}]({arm}.yaml) |" in page
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{", "Expecting property name"),
+        ('{"columns": {}}', "baseline"),
+        ('{"baseline": "b", "columns": {}}', "baseline='b' is none of a, c"),
+        ('{"baseline": "a", "columns": {}, "rows": {}}', "rows"),
+    ],
+)
+def test_a_claim_with_a_mistake_is_refused(text: str, problem: str, tmp_path: Path) -> None:
+    for name in ("a", "c", "base"):
+        (tmp_path / f"{name}.yaml").touch()
+    (tmp_path / "claim.json").write_text(text)
+    with pytest.raises(ValueError, match=problem):
+        run.read_claim(tmp_path)
+
+
+class Run:
+    def history(self) -> pd.DataFrame:
+        steps = range(1, 9)
+        return pd.DataFrame(
+            {
+                "val/loss": [math.nan] * 6 + [5.0, 3.0],
+                "moe/0/maxvio": [9.0, 9.0, 9.0, 1.0, 2.0, 3.0, 4.0, 5.0],
+                "moe/1/maxvio": [float(step) for step in steps],
+                "hidden/0/max": [1.0] * 8,
+                "hidden/1/max": [2.0] * 8,
+            }
+        )
+
+
+def test_a_column_is_of_the_last_records_and_of_all_layers() -> None:
+    columns = {"loss": "val/loss", "maxvio": "moe/*/maxvio", "gate": "attention/*/gate_mean"}
+    row = run.read(Run(), run.Claim("a", columns, {"largest": "hidden/*/max"}))
+    assert row["loss"] == 3.0, "the last evaluation alone"
+    assert row["maxvio"] == pytest.approx((3.0 + 6.0) / 2)
+    assert row["largest"] == 2.0
+    assert math.isnan(row["gate"])
+
+
+def test_differences_are_of_equal_seeds() -> None:
+    results = {"a": {0: {"loss": 1.0}, 1: {"loss": 3.0}}, "b": {0: {"loss": 1.5}, 1: {"loss": 3.5}}}
+    lines = run.table(results, run.Claim("a", {"loss": "val/loss"}, {}))
+    assert lines[2] == "| [a](a.yaml) | 2.000 (1.414) |"
+    assert lines[3] == "| [b](b.yaml) | 2.500 (1.414); +0.500 (0.000) |"
+
+
+@pytest.mark.parametrize("top", [1, 2, 3])
+def test_the_simulated_top_k_gate_is_the_routers(top: int) -> None:
+    from tidegate.model.clock import STILL
+    from tidegate.model.initialisation import Draw
+    from tidegate.model.routers import RouterContext, RouterShape
+    from tidegate.model.routers.top_k import SoftmaxTopKConfig
+
+    torch.manual_seed(0)
+    router: Any = SoftmaxTopKConfig().build(RouterShape(width=2, num_experts=4, top_k=top, std=1.0))
+    router.init_weights(Draw(0, "router"))
+    x_N2 = torch.randn(50, 2)
+    context = RouterContext(
+        torch.ones(1, 50, dtype=torch.bool), torch.zeros(1, 50).long(), torch.zeros(1).long(), STILL
+    )
+    routing = router.eval()(x_N2, context)
+    expected_NE = torch.zeros(50, 4).scatter(1, routing.experts_NS, routing.weights_NS.detach())
+    gate = estimate.top_k(top)
+    found_NE = gate((x_N2 @ router.weight.T).double(), estimate.ONE, 0.0).exp()
+    torch.testing.assert_close(found_NE.float(), expected_NE, rtol=1e-4, atol=1e-5)
+    nearly_NE = gate((x_N2 @ router.weight.T).double(), estimate.ONE, 1e-4).exp()
+    assert (nearly_NE - found_NE).abs().amax(dim=1).median() < 1e-6, "softness goes to the gate itself"
+
+
+def test_densities_add_up_to_one_and_fits_are_better_than_the_truth() -> None:
+    for setting in estimate.SETTINGS.values():
+        x_N, y_G = torch.linspace(-3, 3, 7, dtype=torch.float64), torch.linspace(-25, 25, 5001, dtype=torch.float64)
+        density_NG = estimate.log_density(setting.truth, setting.gate, x_N, y_G.expand(7, -1)).exp()
+        torch.testing.assert_close(torch.trapezoid(density_NG, y_G, dim=-1), torch.ones(7, dtype=torch.float64))
+        assert estimate.hellinger(setting, setting.truth) == 0
+    setting = estimate.SETTINGS["temperature after tanh"]
+    x_N, y_N1 = estimate.sample(setting.truth, setting.gate, 400, torch.Generator().manual_seed(1))
+    fitted = estimate.fit(setting.start, setting.gate, True, x_N, y_N1)
+    likely = [estimate.log_density(p, setting.gate, x_N, y_N1).mean() for p in (fitted, setting.truth)]
+    assert likely[0] > likely[1]
+
+
+def test_the_rate_is_a_half_and_a_temperature_has_none() -> None:
+    sizes, rates = [500, 8000], {}
+    for name in ("temperature", "temperature after tanh"):
+        fits = [[estimate.measure(estimate.SETTINGS[name], size, seed) for seed in range(6)] for size in sizes]
+        for error in ("density", "temperature"):
+            rates[name, error] = estimate.slope(sizes, np.array([[fit[error] for fit in row] for row in fits]))
+    assert rates["temperature", "density"] == pytest.approx(-0.5, abs=0.15)
+    assert rates["temperature after tanh", "density"] == pytest.approx(-0.5, abs=0.15)
+    assert rates["temperature", "temperature"] > -0.25, "any temperature, with scores to match, is the same gate"
+    assert rates["temperature after tanh", "temperature"] < -0.35
