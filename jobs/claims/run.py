@@ -39,16 +39,13 @@ class Claim(NamedTuple):
     """The arm that others are compared with."""
     columns: Mapping[str, str]
     """Heading to metric; `*` is every layer, block or domain, of which the mean is taken."""
-    extremes: Mapping[str, str]
-    """The same, of which the largest is taken."""
 
 
 def read_claim(folder: Path) -> Claim:
     """Raises ValueError: claim.json is missing, has other entries, or names no arm of the folder as its baseline."""
     path = folder / "claim.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        claim = Claim(**{"extremes": {}, **found})
+        claim = Claim(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, json.JSONDecodeError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
     if claim.baseline not in arms(folder):
@@ -91,11 +88,10 @@ def read(run: StoredRun, claim: Claim) -> dict[str, float]:
     """The claim's columns of one run."""
     history = run.history()
     row = {}
-    for headings, over in ((claim.columns, statistics.mean), (claim.extremes, max)):
-        for heading, pattern in headings.items():
-            series = [history[name].dropna() for name in fnmatch.filter(history.columns, pattern)]
-            last = [float(values.tail(1 if pattern.startswith("val/") else LAST_RECORDS).mean()) for values in series]
-            row[heading] = over(last) if last else float("nan")
+    for heading, pattern in claim.columns.items():
+        series = [history[name].dropna() for name in fnmatch.filter(history.columns, pattern)]
+        last = [float(values.tail(1 if pattern.startswith("val/") else LAST_RECORDS).mean()) for values in series]
+        row[heading] = statistics.mean(last) if last else float("nan")
     return row
 
 
@@ -105,11 +101,10 @@ Results = Mapping[str, Mapping[int, Mapping[str, float]]]
 
 def table(results: Results, claim: Claim) -> list[str]:
     """Markdown: mean (standard deviation over seeds), and below it the difference to the baseline at equal seeds."""
-    headings = [*claim.columns, *claim.extremes]
-    lines = ["| arm | " + " | ".join(headings) + " |", "|" + "---|" * (1 + len(headings))]
+    lines = ["| arm | " + " | ".join(claim.columns) + " |", "|" + "---|" * (1 + len(claim.columns))]
     for arm, seeds in results.items():
         cells = []
-        for heading in headings:
+        for heading in claim.columns:
             values = [row[heading] for row in seeds.values()]
             cell = _with_spread(values)
             if arm != claim.baseline:

@@ -25,6 +25,10 @@ JobFile = Annotated[Path, typer.Argument(help="YAML job file", show_default=Fals
 Overrides = Annotated[
     list[str], typer.Option("--set", help="Override one field, as a.b=value; repeatable", show_default=False)
 ]
+RunName = Annotated[str, typer.Argument(help="Name of a run, as train prints it", show_default=False)]
+CheckpointOption = Annotated[
+    str | None, typer.Option(help="Which one, as checkpoints lists them [default: the newest]", show_default=False)
+]
 StateOption = Annotated[
     Path | None, typer.Option("--state-dir", help="Where runs live [default: $TIDEGATE_STATE or ./.tidegate]")
 ]
@@ -228,7 +232,7 @@ def compare(
 
 @app.command()
 def checkpoints(
-    run: Annotated[str, typer.Argument(help="Name of a run, as train prints it", show_default=False)],
+    run: RunName,
     state_dir: StateOption = None,
 ) -> None:
     """List the checkpoints of a run: step, tokens, size, metrics, and what is wrong with one."""
@@ -263,11 +267,9 @@ def verify(
 
 @app.command()
 def export(
-    run: Annotated[str, typer.Argument(help="Name of a run, as train prints it", show_default=False)],
+    run: RunName,
     format: Annotated[str, typer.Option(help="tidegate, or hf: for Hugging Face transformers")] = "tidegate",
-    checkpoint: Annotated[
-        str | None, typer.Option(help="Which one, as checkpoints lists them [default: the newest]", show_default=False)
-    ] = None,
+    checkpoint: CheckpointOption = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder to write [default: exports/ in the state directory]", show_default=False),
@@ -285,16 +287,12 @@ def export(
 
 @app.command()
 def generate(
-    run: Annotated[str, typer.Argument(help="Name of a run, as train prints it", show_default=False)],
-    prompt: Annotated[
-        str, typer.Option(help="Text to go on from; without, a document begins", show_default=False)
-    ] = "",
+    run: RunName,
+    prompt: Annotated[str, typer.Option(help="To go on from; without, a document begins", show_default=False)] = "",
     tokens: Annotated[int, typer.Option(help="How many are new")] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of what is drawn, above temperature 0")] = 0,
-    checkpoint: Annotated[
-        str | None, typer.Option(help="Which one, as checkpoints lists them [default: the newest]", show_default=False)
-    ] = None,
+    checkpoint: CheckpointOption = None,
     state_dir: StateOption = None,
 ) -> None:
     """Continue a prompt with a run's weights, on the CPU."""
@@ -305,30 +303,24 @@ def generate(
 
 @app.command()
 def probe(
-    run: Annotated[str, typer.Argument(help="Name of a run, as train prints it", show_default=False)],
+    run: RunName,
     suite: Annotated[
         str, typer.Option(help="Which of sink, experts, long, recall and samples, with commas")
     ] = "sink,experts,long,recall,samples",
     sequences: Annotated[int, typer.Option(help="Held-out sequences that each probe reads, at most")] = 32,
-    checkpoint: Annotated[
-        str | None, typer.Option(help="Which one, as checkpoints lists them [default: the newest]", show_default=False)
-    ] = None,
+    checkpoint: CheckpointOption = None,
     device: Annotated[str, typer.Option(help="Such as cuda")] = "cpu",
-    out: Annotated[
-        Path | None,
-        typer.Option(help="File to write [default: RUN-stepN.json in probes/ in the state directory]"),
-    ] = None,
     state_dir: StateOption = None,
 ) -> None:
     """Ask a run's weights: attention sinks, what experts know, longer contexts, recall, samples."""
     from tidegate.launch.probe import probe_run
 
-    print(probe_run(run, _state(state_dir), suite.split(","), sequences, checkpoint, device, out))
+    print(probe_run(run, _state(state_dir), suite.split(","), sequences, checkpoint, device))
 
 
 @app.command()
 def register(
-    run: Annotated[str, typer.Argument(help="Name of a run, as train prints it", show_default=False)],
+    run: RunName,
     name: Annotated[str, typer.Option(help="Of the model in MLflow's registry", show_default=False)],
     alias: Annotated[
         str | None, typer.Option(help="Such as champion: moved to this version", show_default=False)

@@ -65,24 +65,21 @@ class Run:
                 "val/loss": [math.nan] * 6 + [5.0, 3.0],
                 "moe/0/maxvio": [9.0, 9.0, 9.0, 1.0, 2.0, 3.0, 4.0, 5.0],
                 "moe/1/maxvio": [float(step) for step in steps],
-                "hidden/0/max": [1.0] * 8,
-                "hidden/1/max": [2.0] * 8,
             }
         )
 
 
 def test_a_column_is_of_the_last_records_and_of_all_layers() -> None:
     columns = {"loss": "val/loss", "maxvio": "moe/*/maxvio", "gate": "attention/*/gate_mean"}
-    row = run.read(Run(), run.Claim("a", columns, {"largest": "hidden/*/max"}))
+    row = run.read(Run(), run.Claim("a", columns))
     assert row["loss"] == 3.0, "the last evaluation alone"
     assert row["maxvio"] == pytest.approx((3.0 + 6.0) / 2)
-    assert row["largest"] == 2.0
     assert math.isnan(row["gate"])
 
 
 def test_differences_are_of_equal_seeds() -> None:
     results = {"a": {0: {"loss": 1.0}, 1: {"loss": 3.0}}, "b": {0: {"loss": 1.5}, 1: {"loss": 3.5}}}
-    lines = run.table(results, run.Claim("a", {"loss": "val/loss"}, {}))
+    lines = run.table(results, run.Claim("a", {"loss": "val/loss"}))
     assert lines[2] == "| [a](a.yaml) | 2.000 (1.414) |"
     assert lines[3] == "| [b](b.yaml) | 2.500 (1.414); +0.500 (0.000) |"
 

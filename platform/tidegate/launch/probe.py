@@ -31,13 +31,7 @@ _OF_LAYER = ("domain_information", "maxvio", "dead_experts", "router_entropy", "
 
 
 def probe_run(
-    run: str,
-    state: StateDir,
-    suites: Sequence[str],
-    sequences: int,
-    checkpoint: str | None,
-    device: str,
-    out: Path | None,
+    run: str, state: StateDir, suites: Sequence[str], sequences: int, checkpoint: str | None, device: str
 ) -> Path:
     """Ask, print, and write what was found.
 
@@ -48,10 +42,9 @@ def probe_run(
         sequences: held-out ones that a probe reads, at most.
         checkpoint: name of one of its checkpoints; None is the newest that is whole.
         device: where the model goes, in fp32.
-        out: the file; None is one named after run and step in the state directory.
 
     Returns:
-        The file.
+        The file, in the state directory and named after run and step.
 
     Raises:
         ConfigError: an argument is none of those; there is no such run or checkpoint; its token shards have gone.
@@ -72,7 +65,7 @@ def probe_run(
     opened = open_checkpoint(run, state, checkpoint)
     found = _ask(opened.load(device), job, dataset, suites, sequences)
     about = {"run": run, "checkpoint": opened.name, "step": opened.manifest.step, "tokens": opened.manifest.tokens}
-    out = out or state.root / "probes" / f"{run}-step{opened.manifest.step}.json"
+    out = state.root / "probes" / f"{run}-step{opened.manifest.step}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**about, "sequences": sequences, **found}, indent=1) + "\n"
     out.write_text(text, encoding="utf-8")

@@ -43,9 +43,8 @@ def test_a_trained_run_is_asked_and_mlflow_has_the_answer(tiny_job: Callable[...
     (run,) = tidegate.runs("tiny-1", state_dir=state)
     assert json.loads(run.artifact("probes/step4.json")) == found
 
-    one = tmp_path / "one.json"
-    probe("tiny-1", "--suite", "experts", "--out", str(one), "--state-dir", state)
-    assert set(json.loads(one.read_text())) == {"run", "checkpoint", "step", "tokens", "sequences", "experts"}
+    probe("tiny-1", "--suite", "experts", "--state-dir", state)
+    assert set(json.loads(path.read_text())) == {"run", "checkpoint", "step", "tokens", "sequences", "experts"}
     for arguments, problem in (
         (["--suite", "sink,all"], "--suite all: unknown; some of sink, experts, long, recall, samples"),
         (["--sequences", "1"], "--sequences 1: must be at least 2"),
