@@ -11,6 +11,7 @@ import argparse
 import csv
 import fnmatch
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -118,6 +119,8 @@ def table(results: Results, claim: Claim) -> list[str]:
 
 def _with_spread(values: Sequence[float], sign: str = "") -> str:
     mean = statistics.mean(values)
+    if math.isnan(mean):  # an arm that does not record the metric
+        return "-"
     digits = 3 if abs(mean) < 100 else 1
     spread = f" ({statistics.stdev(values):.{digits}f})" if len(values) > 1 else ""
     return f"{mean:{sign}.{digits}f}{spread}"

@@ -78,10 +78,14 @@ def test_a_column_is_of_the_last_records_and_of_all_layers() -> None:
 
 
 def test_differences_are_of_equal_seeds() -> None:
-    results = {"a": {0: {"loss": 1.0}, 1: {"loss": 3.0}}, "b": {0: {"loss": 1.5}, 1: {"loss": 3.5}}}
-    lines = run.table(results, run.Claim("a", {"loss": "val/loss"}))
-    assert lines[2] == "| [a](a.yaml) | 2.000 (1.414) |"
-    assert lines[3] == "| [b](b.yaml) | 2.500 (1.414); +0.500 (0.000) |"
+    nan = math.nan
+    results = {
+        "a": {0: {"loss": 1.0, "gate": nan}, 1: {"loss": 3.0, "gate": nan}},
+        "b": {0: {"loss": 1.5, "gate": 0.5}, 1: {"loss": 3.5, "gate": 0.5}},
+    }
+    lines = run.table(results, run.Claim("a", {"loss": "val/loss", "gate": "attention/*/gate_mean"}))
+    assert lines[2] == "| [a](a.yaml) | 2.000 (1.414) | - |"
+    assert lines[3] == "| [b](b.yaml) | 2.500 (1.414); +0.500 (0.000) | 0.500 (0.000); - |"
 
 
 @pytest.mark.parametrize("top", [1, 2, 3])
