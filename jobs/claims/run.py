@@ -101,7 +101,7 @@ Results = Mapping[str, Mapping[int, Mapping[str, float]]]
 
 
 def table(results: Results, claim: Claim) -> list[str]:
-    """Markdown: mean (standard deviation over seeds), and below it the difference to the baseline at equal seeds."""
+    """Markdown: mean (standard deviation over seeds), and behind it the difference to the baseline at equal seeds."""
     lines = ["| arm | " + " | ".join(claim.columns) + " |", "|" + "---|" * (1 + len(claim.columns))]
     for arm, seeds in results.items():
         cells = []

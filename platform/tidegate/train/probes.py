@@ -80,7 +80,7 @@ def observed(model: Decoder, job: Job, dataset: TokenDataset, sequences: int) ->
 
 
 def _chunks(batch: EvalBatch) -> Iterator[EvalBatch]:
-    for start in range(0, len(batch.tokens_BT1) - MAX_SEQUENCES + 1, MAX_SEQUENCES):
+    for start in range(0, max(1, len(batch.tokens_BT1) - MAX_SEQUENCES + 1), MAX_SEQUENCES):
         yield EvalBatch(*(field[start : start + MAX_SEQUENCES] for field in batch))
 
 
@@ -126,7 +126,7 @@ def needles(
 
     Args:
         model: in evaluation mode.
-        contexts: C, each above `2 * NEEDLE_TOKENS`.
+        contexts: C; those that needle, cue and answer fill are left out.
         depths: 0 to 1.
         sequences: B, as `context_losses` takes them.
 
@@ -143,6 +143,8 @@ def needles(
     cue_BN, answer_BN = needle_BN.split([CUE_TOKENS, NEEDLE_TOKENS - CUE_TOKENS], dim=1)
     found = []
     for context in contexts:
+        if context <= 2 * NEEDLE_TOKENS:
+            continue
         hay_BC = text_BC[:, : context - 2 * NEEDLE_TOKENS]  # needle, cue and answer
         filler_BN = text_BC[:, -NEEDLE_TOKENS:]
         for depth in depths:
