@@ -1,6 +1,6 @@
 """Which earlier tokens a token sees: those of its document, or the nearest of them.
 
-Letters: B batch, T tokens.
+Letters: B batch, T tokens, S documents of the batch.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Documents(Visible):
         end_BT = torch.where(ends_BT, place_T + 1, len(place_T)).flip(1).cummin(dim=1).values.flip(1).int()
         super().__init__(first_BT, end_BT)
         self._mask: torch.Tensor | None = None
+        self._begins: torch.Tensor | None = None
         self._nearest: dict[int, Visible] = {}
 
     @property
@@ -54,6 +55,15 @@ class Documents(Visible):
         if self._mask is None:
             self._mask = super().mask
         return self._mask
+
+    @property
+    def begins(self) -> torch.Tensor:
+        """(S + 1,) int64, where each document of the flattened batch begins, and B T; waits for the device, once."""
+        if self._begins is None:
+            own_BT = self.first_BT == torch.arange(self.first_BT.shape[1], device=self.first_BT.device)
+            begins_S = own_BT.flatten().nonzero().squeeze(1)
+            self._begins = torch.cat([begins_S, begins_S.new_tensor([own_BT.numel()])])
+        return self._begins
 
     def nearest(self, window: int) -> Visible:
         """The last `window` tokens of the same document, a token's own among them. Made once."""

@@ -41,7 +41,7 @@ class Gate(NamedTuple):
 
 
 @triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
+def dot(a, b, acc, PRECISION: tl.constexpr):
     if PRECISION == "wide":  # the interpreter would multiply the bits of bf16 numbers
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
     else:
@@ -82,19 +82,19 @@ def _forward_kernel(
         for n in range(0, start // BLOCK_N * BLOCK_N, BLOCK_N):
             col = (n + tl.arange(0, BLOCK_N)).to(tl.int64)
             k = _rows(k_ptr, col, k_t, HEAD, T, HEAD, BLOCK_d)
-            s = _dot(q, k.T, tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), PRECISION) * (scale * _LOG2_E)
+            s = dot(q, k.T, tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), PRECISION) * (scale * _LOG2_E)
             higher = tl.maximum(top, tl.max(s, axis=1))
             shrink = tl.exp2(top - higher)
             p = tl.exp2(s - higher[:, None])
             v = _rows(v_ptr, col, v_t, HEAD, T, HEAD, BLOCK_d)
-            acc = _dot(p.to(v.dtype), v, acc * shrink[:, None], PRECISION)
+            acc = dot(p.to(v.dtype), v, acc * shrink[:, None], PRECISION)
             total = total * shrink + tl.sum(p, axis=1)
             top = higher
         low = start // BLOCK_N * BLOCK_N
     for n in range(low, tl.minimum(start + BLOCK_M, T), BLOCK_N):
         col = (n + tl.arange(0, BLOCK_N)).to(tl.int64)
         k = _rows(k_ptr, col, k_t, HEAD, T, HEAD, BLOCK_d)
-        s = _dot(q, k.T, tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), PRECISION) * (scale * _LOG2_E)
+        s = dot(q, k.T, tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), PRECISION) * (scale * _LOG2_E)
         seen = col[None, :] <= row[:, None]
         if DOCUMENTS:
             seen = seen & (col[None, :] >= first[:, None])
@@ -104,7 +104,7 @@ def _forward_kernel(
         shrink = tl.exp2(top - base)
         p = tl.exp2(s - base[:, None])
         v = _rows(v_ptr, col, v_t, HEAD, T, HEAD, BLOCK_d)
-        acc = _dot(p.to(v.dtype), v, acc * shrink[:, None], PRECISION)
+        acc = dot(p.to(v.dtype), v, acc * shrink[:, None], PRECISION)
         total = total * shrink + tl.sum(p, axis=1)
         top = higher
     top = tl.where(row < T, top, 0.0)
@@ -191,15 +191,15 @@ def _keys_kernel(
             dy = _rows(dy_ptr + b * dy_b + h * dy_h, row, dy_t, HEAD, T, HEAD, BLOCK_d)
             lse = tl.load(lse_ptr + at, mask=row < T, other=0.0) * _LOG2_E
             sums = tl.load(sums_ptr + at, mask=row < T, other=0.0)
-            s = _dot(k, q.T, tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32), PRECISION) * (scale * _LOG2_E)
+            s = dot(k, q.T, tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32), PRECISION) * (scale * _LOG2_E)
             seen = (col[:, None] <= row[None, :]) & (row < T)[None, :]
             if DOCUMENTS:
                 seen = seen & (col[:, None] >= tl.load(first_ptr + b * T + row, mask=row < T, other=T)[None, :])
             p = tl.exp2(tl.where(seen, s - lse[None, :], -float("inf")))
-            dv = _dot(p.to(dy.dtype), dy, dv, PRECISION)
-            dp = _dot(v, dy.T, tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32), PRECISION)
+            dv = dot(p.to(dy.dtype), dy, dv, PRECISION)
+            dp = dot(v, dy.T, tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32), PRECISION)
             ds = p * (dp - sums[None, :])
-            dk = _dot(ds.to(q.dtype), q, dk, PRECISION)
+            dk = dot(ds.to(q.dtype), q, dk, PRECISION)
     i = tl.arange(0, BLOCK_d)[None, :]
     there = (col < T)[:, None] & (i < HEAD)
     at = b * dk_b + col[:, None] * dk_t + kv * dk_h + i
@@ -234,14 +234,14 @@ def _queries_kernel(
         col = (n + tl.arange(0, BLOCK_N)).to(tl.int64)
         k = _rows(k_ptr, col, k_t, HEAD, T, HEAD, BLOCK_d)
         v = _rows(v_ptr, col, v_t, HEAD, T, HEAD, BLOCK_d)
-        s = _dot(q, k.T, tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), PRECISION) * (scale * _LOG2_E)
+        s = dot(q, k.T, tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), PRECISION) * (scale * _LOG2_E)
         seen = col[None, :] <= row[:, None]
         if DOCUMENTS:
             seen = seen & (col[None, :] >= first[:, None])
         p = tl.exp2(tl.where(seen, s - lse[:, None], -float("inf")))
-        dp = _dot(dy, v.T, tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), PRECISION)
+        dp = dot(dy, v.T, tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), PRECISION)
         ds = p * (dp - sums[:, None])
-        dq = _dot(ds.to(k.dtype), k, dq, PRECISION)
+        dq = dot(ds.to(k.dtype), k, dq, PRECISION)
     i = tl.arange(0, BLOCK_d)[None, :]
     there = (row < T)[:, None] & (i < HEAD)
     tl.store(
