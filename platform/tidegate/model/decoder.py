@@ -21,7 +21,7 @@ from tidegate.model.attention import Attention, AttentionConfig, Rotary, rotary_
 from tidegate.model.clock import STILL, Clock, derive_key, uniform
 from tidegate.model.initialisation import Draw
 from tidegate.model.layers import Embedding, FeedForward, Linear
-from tidegate.model.mixers import GMU, GMUConfig, LinearMixer, Place, SlidingWindowConfig
+from tidegate.model.mixers import GAM, GMU, GMUConfig, LinearMixer, Place, SlidingWindowConfig
 from tidegate.model.moe import MoE, MoEConfig, RoutingStats
 from tidegate.model.norms import NormConfig, RMSNormConfig
 from tidegate.model.observations import AttentionObservations, AttentionSample, AttentionWatch
@@ -180,7 +180,7 @@ class Block(nn.Module):
         self.attention_norm = config.norm.build(config.width, config.norm_eps, std)
         """Of the mixer's input, whichever it is."""
         self.attention: Attention | None = None
-        self.mixer: LinearMixer | GMU | None = None
+        self.mixer: LinearMixer | GAM | GMU | None = None
         self._publishes = layer in config.publishing
         mixer = config.mixers.get(config.schedule[layer])
         if mixer is None or isinstance(mixer, SlidingWindowConfig):

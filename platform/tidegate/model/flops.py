@@ -17,7 +17,7 @@ from tidegate.model.activations import NUM_COEFFICIENTS, ActivationName, has_coe
 from tidegate.model.attention import AttentionConfig
 from tidegate.model.decoder import ModelConfig, unit_gates_on_meta
 from tidegate.model.gates import NoGate
-from tidegate.model.mixers import GMUConfig, LinearMixerConfig, Place
+from tidegate.model.mixers import GAMConfig, GMUConfig, LinearMixerConfig, Place
 from tidegate.model.moe import MoEConfig
 from tidegate.model.norms import GatedNormConfig, PreAffineNormConfig
 from tidegate.model.routers import RouterShape
@@ -52,6 +52,7 @@ def costs(config: ModelConfig, sequence_length: int) -> list[Cost]:
     rows = [Cost("vocab_size (embedding)", V * D, 0, 0.0)]
     rows += _attention(config, sequence_length)
     rows += [row for name, mixer in _linear_mixers(config) for row in _linear(config, name, mixer)]
+    rows += [_bank(config, name, mixer) for name, mixer in _banks(config)]
     rows += [_memory_units(config, name) for name, mixer in config.mixers.items() if isinstance(mixer, GMUConfig)]
     rows += _norms(config)
     if isinstance(config.ffn, MoEConfig):
@@ -85,8 +86,9 @@ def kv_cache_bytes(config: ModelConfig) -> int:
 
 def state_bytes(config: ModelConfig) -> int:
     """A sequence at inference, whatever its length: states of linear mixers, keys and values of windows in bf16."""
-    states = (config.schedule.count(name) * mixer.state_bytes() for name, mixer in _linear_mixers(config))
-    return sum(states) + _kv_bytes(config) * sum(window or 0 for window in config.windows.values())
+    states = sum(config.schedule.count(name) * mixer.state_bytes() for name, mixer in _linear_mixers(config))
+    states += sum(config.schedule.count(name) * mixer.state_bytes(config.width) for name, mixer in _banks(config))
+    return states + _kv_bytes(config) * sum(window or 0 for window in config.windows.values())
 
 
 def _kv_bytes(config: ModelConfig) -> int:
@@ -149,6 +151,19 @@ def _projections(config: AttentionConfig, D: int) -> list[Cost]:
 
 def _linear_mixers(config: ModelConfig) -> list[tuple[str, LinearMixerConfig]]:
     return [(name, mixer) for name, mixer in config.mixers.items() if isinstance(mixer, LinearMixerConfig)]
+
+
+def _banks(config: ModelConfig) -> list[tuple[str, GAMConfig]]:
+    return [(name, mixer) for name, mixer in config.mixers.items() if isinstance(mixer, GAMConfig)]
+
+
+def _bank(config: ModelConfig, name: str, mixer: GAMConfig) -> Cost:
+    """All blocks of one GAM: its convolution, gates, and the bank, which a token multiplies with twice."""
+    layers, D = config.schedule.count(name), config.width
+    with torch.device("meta"):
+        parameters = mixer.build(Place(D, config.norm_eps, 1.0, 1.0)).parameters()
+    row = _matrix(f"mixers.{name} (gam)", sum(parameter.numel() for parameter in parameters))
+    return _scaled(row._replace(flops_per_token=row.flops_per_token + 6.0 * mixer.slots * D), layers)
 
 
 def _memory_units(config: ModelConfig, name: str) -> Cost:

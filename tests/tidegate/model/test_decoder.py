@@ -72,6 +72,7 @@ VARIANTS["no_attention"] = {
     "num_layers": 2,
     "mixers": {"mine": {**KDA, "kind": "gla", "conv": 0}, "yours": MLSTM},
 }
+VARIANTS["gam"] = {"layers": "bank, attention", "num_layers": 2, "mixers": {"bank": {"kind": "gam", "slots": 5}}}
 every_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 
 MakeConfig = Callable[..., ModelConfig]
@@ -393,6 +394,15 @@ def test_flops_of_a_hybrid_by_hand(model_config: MakeConfig) -> None:
     assert flops.kv_cache_bytes(config) * 3 == flops.kv_cache_bytes(plain) == 3 * 2 * 2 * 2 * 6
     assert flops.state_bytes(config) == 2 * (4 * H * K * V + 2 * 3 * channels)
     assert flops.state_bytes(plain) == 0
+
+
+def test_flops_of_a_gam_by_hand(model_config: MakeConfig) -> None:
+    """Of a block with 5 slots, which are read twice; its state are two tokens in bf16."""
+    config, D = model_config(**VARIANTS["gam"]), 24
+    (row,) = (row for row in flops.costs(config, 64) if row.field.startswith("mixers"))
+    assert row == ("mixers.bank (gam)", (params := D * (3 + 5 + 2 * D)), params, 6 * (params + 5 * D))
+    assert flops.state_bytes(config) == 2 * 2 * D
+    assert flops.kv_cache_bytes(config) * 2 == flops.kv_cache_bytes(model_config())
 
 
 def test_flops_of_a_window_by_hand(model_config: MakeConfig) -> None:

@@ -13,6 +13,7 @@ from tidegate.model.decoder import ModelConfig
 from tidegate.model.schedule import expand, repeated
 
 KDA = {"kind": "kda", "num_heads": 2, "key_dim": 6, "value_dim": 10}
+GAM = {"kind": "gam", "slots": 4}
 GMU = {"kind": "gmu"}
 UNITS = {"over": ["heads"], "method": {"kind": "random"}}
 
@@ -86,6 +87,8 @@ def test_a_pattern_repeats() -> None:
             {"layers": "unit, kda", "mixers": {"unit": GMU, "kda": KDA}},
             "block 0 is 'unit', a Gated Memory Unit, and no",
         ),
+        ({"layers": "bank, unit", "mixers": {"unit": GMU, "bank": GAM}}, "block 1 is 'unit', a Gated Memory Unit"),
+        ({"layers": "bank", "mixers": {"bank": {**GAM, "slots": 0}}}, "greater than or equal to 1"),
         ({"layers": "x", "mixers": {"x": KDA}}, "should match pattern"),
         ({"layers": "kda, attention", "mixers": {"kda": KDA}, "units": UNITS}, "for models whose blocks are alike"),
     ],

@@ -1,7 +1,7 @@
 """Token mixers beside full attention.
 
 Linear ones have one contract: inputs, documents and a state in, outputs and a state out. Attention with a window is
-`Attention` (`model/attention.py`). A GMU reads what a linear one publishes.
+`Attention` (`model/attention.py`). A GAM has the same contract and no memory. A GMU reads what a linear one publishes.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from tidegate.model.mixers.gam import GAM, GAMConfig
 from tidegate.model.mixers.gmu import GMU, GMUConfig
 from tidegate.model.mixers.linear import (
     GatedDeltaNetConfig,
@@ -26,7 +27,9 @@ from tidegate.model.mixers.linear import (
 from tidegate.model.mixers.sliding_window import SlidingWindowConfig
 
 __all__ = [
+    "GAM",
     "GMU",
+    "GAMConfig",
     "GLAConfig",
     "GMUConfig",
     "GatedDeltaNetConfig",
@@ -42,4 +45,4 @@ __all__ = [
     "SlidingWindowConfig",
 ]
 
-MixerConfig = Annotated[LinearMixerConfig | SlidingWindowConfig | GMUConfig, Field(discriminator="kind")]
+MixerConfig = Annotated[LinearMixerConfig | GAMConfig | SlidingWindowConfig | GMUConfig, Field(discriminator="kind")]

@@ -53,8 +53,8 @@ class Place(NamedTuple):
 class MixerState(NamedTuple):
     """What the last document of each sequence goes on from."""
 
-    memory_BHKV: torch.Tensor
-    """fp32."""
+    memory_BHKV: torch.Tensor | None
+    """fp32; None of a mixer without one."""
     last_BWC: torch.Tensor | None
     """(B, W - 1, C) inputs of the convolution."""
 
@@ -62,8 +62,8 @@ class MixerState(NamedTuple):
 class MixerOutput(NamedTuple):
     y_BTD: torch.Tensor
     state: MixerState
-    memory_BTC: torch.Tensor
-    """(B, T, H V), what was read from the state, before norm and gate."""
+    memory_BTC: torch.Tensor | None
+    """(B, T, H V), what was read from the state, before norm and gate; None of a mixer without one."""
 
 
 class _Heads(Variant):

@@ -29,11 +29,12 @@ class ShortConvolution(nn.Module):
     Args:
         channels: C.
         taps: W.
+        silu: of the sum; False returns the sum.
     """
 
-    def __init__(self, channels: int, taps: int) -> None:
+    def __init__(self, channels: int, taps: int, silu: bool = True) -> None:
         super().__init__()
-        self.taps = taps
+        self.taps, self.silu = taps, silu
         self.weight = nn.Parameter(torch.empty(channels, taps))
 
     def init_weights(self, draw: Draw) -> None:
@@ -67,4 +68,4 @@ class ShortConvolution(nn.Module):
         if documents is not None:
             reach_W = torch.arange(before, 0, -1, device=x_BTC.device)  # of the next token to each of them
             last_BWC = last_BWC * (age_BT[:, -1:] + 1 >= reach_W).unsqueeze(-1)
-        return Convolved(F.silu(y_BTC), last_BWC)
+        return Convolved(F.silu(y_BTC) if self.silu else y_BTC, last_BWC)
