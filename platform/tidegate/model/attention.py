@@ -206,7 +206,7 @@ class Attention(nn.Module):
         out_BTD = self._gated("dense_output", out_BTD.unsqueeze(-2), scores).squeeze(-2)
         clips = self.config.qk_clip is not None and self.training and torch.is_grad_enabled()
         max_logit_H = max_logits(q.detach(), k.detach(), visible) if clips else None
-        sample = AttentionSample(q, k, sink_H, scores, self.window) if observe else None
+        sample = self._sample(q, k, v, scores, visible, sink_H) if observe else None
         return AttentionOutput(out_BTD, sample, max_logit_H)
 
     def _visible(self, x_BTD: torch.Tensor, documents: Documents | None) -> Visible | None:
@@ -248,6 +248,18 @@ class Attention(nn.Module):
         return gated_attention(
             q_BTHd, k_BTGd, v_BTGd, scores_BTHs, activation=gate.activation, documents=documents, sink_H=sink_H
         )
+
+    def _sample(
+        self,
+        q_BTHd: torch.Tensor,
+        k_BTGd: torch.Tensor,
+        v_BTGd: torch.Tensor,
+        scores_BTHs: torch.Tensor | None,
+        documents: Visible | None,
+        sink_H: torch.Tensor | None,
+    ) -> AttentionSample:
+        """What telemetry looks at."""
+        return AttentionSample(q_BTHd, k_BTGd, sink_H, scores_BTHs, window=self.window)
 
     def _positioned(
         self, q_BTHd: torch.Tensor, k_BTGd: torch.Tensor, scores_BTHs: torch.Tensor | None, rotary: Rotary

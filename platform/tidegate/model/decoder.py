@@ -21,7 +21,16 @@ from tidegate.model.attention import Attention, AttentionConfig, Rotary, rotary_
 from tidegate.model.clock import STILL, Clock, derive_key, uniform
 from tidegate.model.initialisation import Draw
 from tidegate.model.layers import Embedding, FeedForward, Linear
-from tidegate.model.mixers import GAM, GMU, GMUConfig, LinearMixer, Place, SlidingWindowConfig
+from tidegate.model.mixers import (
+    GAM,
+    GMU,
+    DynamicMaskAttention,
+    DynamicMaskConfig,
+    GMUConfig,
+    LinearMixer,
+    Place,
+    SlidingWindowConfig,
+)
 from tidegate.model.moe import MoE, MoEConfig, RoutingStats
 from tidegate.model.norms import NormConfig, RMSNormConfig
 from tidegate.model.observations import AttentionObservations, AttentionSample, AttentionWatch
@@ -186,6 +195,9 @@ class Block(nn.Module):
         if mixer is None or isinstance(mixer, SlidingWindowConfig):
             window = None if mixer is None else mixer.window
             self.attention = Attention(config.attention, config.width, config.norm_eps, std, out_std, window)
+        elif isinstance(mixer, DynamicMaskConfig):
+            given = config.attention, config.width, config.norm_eps, std, out_std
+            self.attention = DynamicMaskAttention(*given, mixer.keep)
         else:
             place = Place(config.width, config.norm_eps, std, out_std, layer, config.num_layers)
             if isinstance(mixer, GMUConfig):

@@ -17,7 +17,7 @@ from tidegate.model.activations import NUM_COEFFICIENTS, ActivationName, has_coe
 from tidegate.model.attention import AttentionConfig
 from tidegate.model.decoder import ModelConfig, unit_gates_on_meta
 from tidegate.model.gates import NoGate
-from tidegate.model.mixers import GAMConfig, GMUConfig, LinearMixerConfig, Place
+from tidegate.model.mixers import DynamicMaskConfig, GAMConfig, GMUConfig, LinearMixerConfig, Place
 from tidegate.model.moe import MoEConfig
 from tidegate.model.norms import GatedNormConfig, PreAffineNormConfig
 from tidegate.model.routers import RouterShape
@@ -54,6 +54,7 @@ def costs(config: ModelConfig, sequence_length: int) -> list[Cost]:
     rows += [row for name, mixer in _linear_mixers(config) for row in _linear(config, name, mixer)]
     rows += [_bank(config, name, mixer) for name, mixer in _banks(config)]
     rows += [_memory_units(config, name) for name, mixer in config.mixers.items() if isinstance(mixer, GMUConfig)]
+    rows += [_biases(config, name) for name, _ in _masks(config)]
     rows += _norms(config)
     if isinstance(config.ffn, MoEConfig):
         rows += _routers(config, sequence_length)
@@ -85,9 +86,14 @@ def kv_cache_bytes(config: ModelConfig) -> int:
 
 
 def state_bytes(config: ModelConfig) -> int:
-    """A sequence at inference, whatever its length: states of linear mixers, keys and values of windows in bf16."""
+    """A sequence at inference, whatever its length: states of linear mixers, keys and values of windows in bf16.
+
+    A dynamic mask keeps its best keys alone: what a query does not see, no later one does; their biases are fp32.
+    """
     states = sum(config.schedule.count(name) * mixer.state_bytes() for name, mixer in _linear_mixers(config))
     states += sum(config.schedule.count(name) * mixer.state_bytes(config.width) for name, mixer in _banks(config))
+    keeps = (config.schedule.count(name) * mixer.keep for name, mixer in _masks(config))
+    states += 4 * config.attention.num_kv_heads * sum(keeps)
     return states + _kv_bytes(config) * sum(window or 0 for window in config.windows.values())
 
 
@@ -164,6 +170,17 @@ def _bank(config: ModelConfig, name: str, mixer: GAMConfig) -> Cost:
         parameters = mixer.build(Place(D, config.norm_eps, 1.0, 1.0)).parameters()
     row = _matrix(f"mixers.{name} (gam)", sum(parameter.numel() for parameter in parameters))
     return _scaled(row._replace(flops_per_token=row.flops_per_token + 6.0 * mixer.slots * D), layers)
+
+
+def _masks(config: ModelConfig) -> list[tuple[str, DynamicMaskConfig]]:
+    return [(name, mixer) for name, mixer in config.mixers.items() if isinstance(mixer, DynamicMaskConfig)]
+
+
+def _biases(config: ModelConfig, name: str) -> Cost:
+    """All blocks of one dynamic mask: a bias of each key, from its values."""
+    layers, G = config.schedule.count(name), config.attention.num_kv_heads
+    row = _matrix(f"mixers.{name} (dynamic_mask)", G * config.attention.head_dim * G)
+    return _scaled(row._replace(params=row.params + G, active_params=row.active_params + G), layers)
 
 
 def _memory_units(config: ModelConfig, name: str) -> Cost:

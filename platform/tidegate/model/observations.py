@@ -90,6 +90,9 @@ class AttentionSample(NamedTuple):
     """Logit of the sink."""
     scores_BTHd: torch.Tensor | None
     """Of the gate, before the activation; d is 1 for one score a head."""
+    bias_BGST: torch.Tensor | None = None
+    """fp32, of the sampled sequences and queries: added to their logits, -inf at keys that are not selected. G divides
+    H."""
     window: int | None = None
     """Tokens that a query sees, its own among them; None for all of its document."""
 
@@ -123,7 +126,7 @@ class AttentionWatch:
         at_S = sampled_positions(sample.q_BTHd.shape[1])
         scores = None if self._gate is None or sample.scores_BTHd is None else self._part(sample.scores_BTHd, at_S)
         q, k = self._part(sample.q_BTHd, at_S), self._part(sample.k_BTGd)
-        sample = AttentionSample(q, k, sample.sink_H, scores, sample.window)
+        sample = sample._replace(q_BTHd=q, k_BTGd=k, scores_BTHd=scores)
         if self._pending and not self._joins(sample):
             self._flush()
         self._pending.append(sample)
@@ -237,6 +240,10 @@ def _observe(samples: Sequence[AttentionSample], queries: _Queries, gate: Attent
     # The query heads of a key/value head follow each other.
     logits = torch.bmm((q_AbHSd * d**-0.5).view(len(k_NTd), -1, d), k_NTd.mT)
     logits_AbHST = logits.view(*q_AbHSd.shape[:4], T).masked_fill_(queries.hidden_bST[:, None], -torch.inf)
+    biases = [s.bias_BGST for s in samples if s.bias_BGST is not None]
+    if biases:
+        bias_AbGST = torch.stack(biases).float()
+        logits_AbHST = logits_AbHST + bias_AbGST.repeat_interleave(q_AbHSd.shape[2] // bias_AbGST.shape[2], dim=2)
     sinks = [s.sink_H for s in samples if s.sink_H is not None]
     if sinks:
         sink = torch.stack(sinks).float()[:, None, :, None, None].expand(*logits_AbHST.shape[:4], 1)
@@ -273,7 +280,7 @@ def _edges(low: float, high: float, device: torch.device) -> torch.Tensor:
 
 
 def _shapes(sample: AttentionSample) -> list[torch.Size | None]:
-    return [None if part is None else part.shape for part in sample[:4]]
+    return [None if part is None else part.shape for part in sample[:5]]
 
 
 def _joined(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from tidegate.config import Config
-from tidegate.model.mixers import GMUConfig, LinearMixerConfig, MixerConfig, SlidingWindowConfig
+from tidegate.model.mixers import DynamicMaskConfig, GMUConfig, LinearMixerConfig, MixerConfig, SlidingWindowConfig
 from tidegate.model.schedule import ATTENTION, repeated
 
 __all__ = ["StackConfig"]
@@ -28,12 +28,16 @@ class StackConfig(Config):
 
     @property
     def windows(self) -> dict[int, int | None]:
-        """Of the blocks that attend, how many tokens each sees; None for all."""
+        """Of the blocks that attend, how many tokens a token sees; None for all."""
         found: dict[int, int | None] = {}
         for block, name in enumerate(self.schedule):
             mixer = self.mixers.get(name)
-            if mixer is None or isinstance(mixer, SlidingWindowConfig):
-                found[block] = None if mixer is None else mixer.window
+            if mixer is None:
+                found[block] = None
+            elif isinstance(mixer, SlidingWindowConfig):
+                found[block] = mixer.window
+            elif isinstance(mixer, DynamicMaskConfig):
+                found[block] = mixer.keep
         return found
 
     def publisher(self, block: int) -> int | None:

@@ -72,6 +72,8 @@ VARIANTS["no_attention"] = {
     "num_layers": 2,
     "mixers": {"mine": {**KDA, "kind": "gla", "conv": 0}, "yours": MLSTM},
 }
+BEST = {"kind": "dynamic_mask", "keep": 9}
+VARIANTS["dynamic_mask"] = {"layers": "3 x best, attention", "num_layers": 4, "mixers": {"best": BEST}}
 VARIANTS["gam"] = {"layers": "bank, attention", "num_layers": 2, "mixers": {"bank": {"kind": "gam", "slots": 5}}}
 every_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 
@@ -104,7 +106,7 @@ def test_every_value_is_initialised_and_depends_on_the_seed(changes: dict[str, A
     assert all(torch.equal(tensor, state[name]) for name, tensor in direct.state_dict().items())
     for name, tensor in other.state_dict().items():
         given = ("norm.weight", "norm.scale", "expert_bias", "gate.constant", "sink", "coefficients")
-        given += ("rule.bias", "forget_bias", "write_bias")
+        given += ("rule.bias", "forget_bias", "write_bias", "bias_scale")
         drawn = not name.endswith(given)
         if config.ffn.activation in ("relu2", "poly_norm") and name.endswith("experts.w3"):
             drawn = False
@@ -207,7 +209,7 @@ def test_every_variant_trains(changes: dict[str, Any], length: int, model_config
         silent = (".router." in name and model.config.ffn.num_experts == 1) or (
             length == 1 and name.split("attention.")[-1].startswith(("wq", "wk", "q_norm", "k_norm", "gate"))
         )
-        silent |= length == 1 and ".mixer.rule." in name
+        silent |= length == 1 and (".mixer.rule." in name or name.endswith(("w_bias.weight", "bias_scale")))
         assert parameter.grad is not None or silent, name
         if parameter.grad is not None:
             assert parameter.grad.isfinite().all(), name
@@ -394,6 +396,17 @@ def test_flops_of_a_hybrid_by_hand(model_config: MakeConfig) -> None:
     assert flops.kv_cache_bytes(config) * 3 == flops.kv_cache_bytes(plain) == 3 * 2 * 2 * 2 * 6
     assert flops.state_bytes(config) == 2 * (4 * H * K * V + 2 * 3 * channels)
     assert flops.state_bytes(plain) == 0
+
+
+def test_a_dynamic_mask_costs_a_window_and_its_biases(model_config: MakeConfig) -> None:
+    """Of as many keys; a matrix from 2 x 6 values to 2 biases and their scales in each of three blocks."""
+    config, window = model_config(**VARIANTS["dynamic_mask"]), model_config(**VARIANTS["sliding_window"])
+    rows, others = flops.costs(config, 64), flops.costs(window, 64)
+    (bias,) = (row for row in rows if row not in others)
+    assert bias == ("mixers.best (dynamic_mask)", 3 * (12 * 2 + 2), 3 * (12 * 2 + 2), 3 * 6 * 12 * 2)
+    assert [row for row in rows if row in others] == others
+    assert flops.kv_cache_bytes(config) == flops.kv_cache_bytes(window)
+    assert flops.state_bytes(config) == flops.state_bytes(window) + 3 * 9 * 2 * 4
 
 
 def test_flops_of_a_gam_by_hand(model_config: MakeConfig) -> None:

@@ -55,6 +55,7 @@ PLAIN: dict[str, dict[str, Any]] = {
         "layers": "kda, attention",
         "mixers": {"kda": {"kind": "kda", "num_heads": 3, "key_dim": 8, "value_dim": 16}},
     },
+    "dynamic_mask": {"layers": "best, attention", "mixers": {"best": {"kind": "dynamic_mask", "keep": 5}}},
     "gam": {"layers": "bank, attention", "mixers": {"bank": {"kind": "gam", "slots": 40}}},
     "unit_gates": {
         "units": {"over": ["heads", "channels"], "keep": 0.5, "freeze_tokens": 9, "method": {"kind": "hard_concrete"}}

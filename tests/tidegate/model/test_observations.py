@@ -472,15 +472,17 @@ def test_observing_a_step_is_few_operations_and_no_wait(
 
 
 @pytest.mark.parametrize("qk_clip", [None, 1e9])
-@pytest.mark.parametrize("blocks", [(1, 2), ()])
+@pytest.mark.parametrize("blocks", [(1, 2, 3), ()])
 def test_blocks_of_a_hybrid_keep_their_numbers(
     blocks: tuple[int, ...], qk_clip: float | None, model_config: Callable[..., ModelConfig]
 ) -> None:
     heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "qk_norm": False, "qk_clip": qk_clip}
     local = {"kind": "sliding_window", "window": 3}
     mixers: dict[str, Any] = {"kda": {"kind": "kda", "num_heads": 2, "key_dim": 6, "value_dim": 10}}
-    mixers |= {"local": local} if blocks else {}
-    layers = ", ".join({1: "attention", 2: "local"}[block] if block in blocks else "kda" for block in range(4))
+    mixers |= {"local": local, "best": {"kind": "dynamic_mask", "keep": 3}} if blocks else {}
+    layers = ", ".join(
+        {1: "attention", 2: "local", 3: "best"}[block] if block in blocks else "kda" for block in range(4)
+    )
     config = model_config(num_layers=4, attention=heads, mixers=mixers, layers=layers)
     assert tuple(config.windows) == blocks
     model = materialize(partial(Decoder, config), CPU, seed=3)

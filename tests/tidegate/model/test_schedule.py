@@ -89,6 +89,7 @@ def test_a_pattern_repeats() -> None:
         ),
         ({"layers": "bank, unit", "mixers": {"unit": GMU, "bank": GAM}}, "block 1 is 'unit', a Gated Memory Unit"),
         ({"layers": "bank", "mixers": {"bank": {**GAM, "slots": 0}}}, "greater than or equal to 1"),
+        ({"layers": "best", "mixers": {"best": {"kind": "dynamic_mask", "keep": 0}}}, "greater than or equal to 1"),
         ({"layers": "x", "mixers": {"x": KDA}}, "should match pattern"),
         ({"layers": "kda, attention", "mixers": {"kda": KDA}, "units": UNITS}, "for models whose blocks are alike"),
     ],

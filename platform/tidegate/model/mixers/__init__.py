@@ -1,7 +1,8 @@
 """Token mixers beside full attention.
 
-Linear ones have one contract: inputs, documents and a state in, outputs and a state out. Attention with a window is
-`Attention` (`model/attention.py`). A GAM has the same contract and no memory. A GMU reads what a linear one publishes.
+Linear ones have one contract: inputs, documents and a state in, outputs and a state out; a GAM keeps it without a
+memory. Attention with a window is `Attention` (`model/attention.py`), that with a dynamic mask derives from it. A GMU
+reads what a linear one publishes.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from tidegate.model.mixers.dynamic_mask import DynamicMaskAttention, DynamicMaskConfig
 from tidegate.model.mixers.gam import GAM, GAMConfig
 from tidegate.model.mixers.gmu import GMU, GMUConfig
 from tidegate.model.mixers.linear import (
@@ -29,6 +31,8 @@ from tidegate.model.mixers.sliding_window import SlidingWindowConfig
 __all__ = [
     "GAM",
     "GMU",
+    "DynamicMaskAttention",
+    "DynamicMaskConfig",
     "GAMConfig",
     "GLAConfig",
     "GMUConfig",
@@ -45,4 +49,6 @@ __all__ = [
     "SlidingWindowConfig",
 ]
 
-MixerConfig = Annotated[LinearMixerConfig | GAMConfig | SlidingWindowConfig | GMUConfig, Field(discriminator="kind")]
+MixerConfig = Annotated[
+    LinearMixerConfig | GAMConfig | SlidingWindowConfig | DynamicMaskConfig | GMUConfig, Field(discriminator="kind")
+]
