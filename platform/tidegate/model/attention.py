@@ -1,6 +1,7 @@
 """Causal softmax attention with grouped queries, rotary positions, optional QK-norm, softmax sinks and a gate anywhere.
 
-Letters: B batch, T tokens, D width, H query heads, G key/value heads, d head width.
+Letters: B batch, T tokens, D width, H query heads, G key heads, V value heads (as many, but if
+the config says otherwise), d head width.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class YarnConfig(Config):
 class AttentionConfig(Config):
     num_heads: int = Field(ge=1)
     num_kv_heads: int = Field(ge=1)
+    num_value_heads: int | None = Field(default=None, ge=1)
+    """None for `num_kv_heads`; else that is the number of key heads alone (DiffQKV, arXiv 2501.13629)."""
     head_dim: int = Field(ge=2)
     rope_theta: float = Field(default=10_000.0, gt=1)
     yarn: YarnConfig | None = None
@@ -54,13 +57,24 @@ class AttentionConfig(Config):
     """`off_by_one` adds 1 to the denominator, `learnable_sink` exp(s) with a learned s a head, 0 at first."""
     gate: GateConfig = AttentionGate()
 
+    @property
+    def value_heads(self) -> int:
+        """V."""
+        return self.num_value_heads or self.num_kv_heads
+
+    def gated_shape(self, width: int) -> tuple[int, int]:
+        """(heads, dim) of the tensor that the gate gates."""
+        assert not isinstance(self.gate, NoGate)
+        heads = {"key": self.num_kv_heads, "value": self.value_heads}.get(self.gate.kind, self.num_heads)
+        return (1, width) if self.gate.kind == "dense_output" else (heads, self.head_dim)
+
     @model_validator(mode="after")
     def _heads_divide(self) -> AttentionConfig:
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}; "
-                f"use a divisor of {self.num_heads}"
-            )
+        for name, number in (("num_kv_heads", self.num_kv_heads), ("num_value_heads", self.value_heads)):
+            if self.num_heads % number:
+                raise ValueError(
+                    f"{name}={number} does not divide num_heads={self.num_heads}; use a divisor of {self.num_heads}"
+                )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary positions need pairs")
         return self
@@ -120,7 +134,7 @@ class _Projected(NamedTuple):
 
     q_BTHd: torch.Tensor
     k_BTGd: torch.Tensor
-    v_BTGd: torch.Tensor
+    v_BTVd: torch.Tensor
     scores_BTHs: torch.Tensor | None
     """Of the gate, H of the tensor that it gates."""
 
@@ -157,19 +171,20 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.norm_eps, self.window = config, norm_eps, window
-        H, G, d = config.num_heads, config.num_kv_heads, config.head_dim
+        H, G, V, d = config.num_heads, config.num_kv_heads, config.value_heads, config.head_dim
         self.wq = Linear(width, H * d, std)
         self.wk = Linear(width, G * d, std)
-        self.wv = Linear(width, G * d, std)
+        self.wv = Linear(width, V * d, std)
         self.wo = Linear(H * d, width, out_std)
         self.q_norm = RMSNorm(d, norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(d, norm_eps) if config.qk_norm else None
-        self.kv_of_head: torch.Tensor | None = None
-        """(H,) the key/value head of each query head where they are not equal groups: after export."""
+        self.key_of_head: torch.Tensor | None = None
+        self.value_of_head: torch.Tensor | None = None
+        """(H,) the key and the value head of each query head where they are not equal groups: after export."""
         self.sink = nn.Parameter(torch.empty(H)) if config.softmax == "learnable_sink" else None
         self.gate: Gate | None = None
         if not isinstance(config.gate, NoGate):
-            self.gate = Gate(config.gate, width, *config.gate.gated_shape(width, H, G, d), std)
+            self.gate = Gate(config.gate, width, *config.gated_shape(width), std)
 
     def init_weights(self, draw: Draw) -> None:
         if self.sink is not None:
@@ -195,8 +210,8 @@ class Attention(nn.Module):
         q, k, v, scores = self._projected(x_BTD)
         v = self._gated("value", v, scores)
         q, k = self._positioned(q, k, scores, rotary)
-        if self.kv_of_head is not None:
-            k, v = k[:, :, self.kv_of_head], v[:, :, self.kv_of_head]
+        if self.key_of_head is not None and self.value_of_head is not None:
+            k, v = k[:, :, self.key_of_head], v[:, :, self.value_of_head]
         sink_H = self._sink(q)
         visible = self._visible(x_BTD, documents)
         y_BTHd = self._attend(q, k, v, scores, visible, sink_H)
@@ -233,27 +248,28 @@ class Attention(nn.Module):
         self,
         q_BTHd: torch.Tensor,
         k_BTGd: torch.Tensor,
-        v_BTGd: torch.Tensor,
+        v_BTVd: torch.Tensor,
         scores_BTHs: torch.Tensor | None,
         documents: Visible | None,
         sink_H: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attention and the gate behind it, together where one kernel does both."""
         gate = self.config.gate
+        k_BTGd, v_BTVd = _alike(k_BTGd, v_BTVd)
         if isinstance(gate, NoGate) or not gate.multiplies_output:
             y_BTHd = gated_attention(
-                q_BTHd, k_BTGd, v_BTGd, None, activation="identity", documents=documents, sink_H=sink_H
+                q_BTHd, k_BTGd, v_BTVd, None, activation="identity", documents=documents, sink_H=sink_H
             )
             return self._gated("sdpa_output", y_BTHd, scores_BTHs)
         return gated_attention(
-            q_BTHd, k_BTGd, v_BTGd, scores_BTHs, activation=gate.activation, documents=documents, sink_H=sink_H
+            q_BTHd, k_BTGd, v_BTVd, scores_BTHs, activation=gate.activation, documents=documents, sink_H=sink_H
         )
 
     def _sample(
         self,
         q_BTHd: torch.Tensor,
         k_BTGd: torch.Tensor,
-        v_BTGd: torch.Tensor,
+        v_BTVd: torch.Tensor,
         scores_BTHs: torch.Tensor | None,
         documents: Visible | None,
         sink_H: torch.Tensor | None,
@@ -285,3 +301,10 @@ class Attention(nn.Module):
         if self.gate is None or self.gate.config.kind != position:
             return y_BTHd
         return self.gate(y_BTHd, scores_BTHs)
+
+
+def _alike(k_BTGd: torch.Tensor, v_BTVd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values repeated to as many heads, which kernels want; as they are if they are as many."""
+    heads = math.lcm(k_BTGd.shape[2], v_BTVd.shape[2])
+    k, v = (x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2) for x in (k_BTGd, v_BTVd))
+    return k, v

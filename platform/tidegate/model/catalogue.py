@@ -107,6 +107,12 @@ _ATTENTION = (
         "a sink of logit 0: 1 + sum of exponentials in the denominator",
         "Miller 2023",
     ),
+    Choice(
+        "DiffQKV",
+        "model.attention: {num_kv_heads: 2, num_value_heads: 4}",
+        "fewer key heads than value heads",
+        "Sigma, arXiv 2501.13629",
+    ),
     Choice("qk_norm", "model.attention.qk_norm: true", "RMSNorm of queries and keys, the default", "arXiv 2302.05442"),
     Choice(
         "qk_clip",

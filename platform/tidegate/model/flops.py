@@ -93,13 +93,13 @@ def state_bytes(config: ModelConfig) -> int:
     states = sum(config.schedule.count(name) * mixer.state_bytes() for name, mixer in _linear_mixers(config))
     states += sum(config.schedule.count(name) * mixer.state_bytes(config.width) for name, mixer in _banks(config))
     keeps = (config.schedule.count(name) * mixer.keep for name, mixer in _masks(config))
-    states += 4 * config.attention.num_kv_heads * sum(keeps)
+    states += 4 * config.attention.value_heads * sum(keeps)
     return states + _kv_bytes(config) * sum(window or 0 for window in config.windows.values())
 
 
 def _kv_bytes(config: ModelConfig) -> int:
-    """Of a token and block."""
-    return 2 * 2 * config.attention.num_kv_heads * config.attention.head_dim
+    """Of a token and block, in bf16."""
+    return 2 * (config.attention.num_kv_heads + config.attention.value_heads) * config.attention.head_dim
 
 
 def _matrix(field: str, params: int) -> Cost:
@@ -139,17 +139,17 @@ def _attention(config: ModelConfig, sequence_length: int) -> list[Cost]:
 
 def _projections(config: AttentionConfig, D: int) -> list[Cost]:
     """A block's, and what else of it has parameters."""
-    H, G, d = config.num_heads, config.num_kv_heads, config.head_dim
+    H, G, V, d = config.num_heads, config.num_kv_heads, config.value_heads, config.head_dim
     rows = [
         _matrix("attention.num_heads (query, output)", 2 * D * H * d),
-        _matrix("attention.num_kv_heads (key, value)", 2 * D * G * d),
+        _matrix("attention.num_kv_heads (key, value)", D * (G + V) * d),
     ]
     if config.softmax == "learnable_sink":
         rows.append(Cost("attention.softmax (sinks)", H, H, 0.0))
     gate = config.gate
     if isinstance(gate, NoGate):
         return rows
-    heads, dim = gate.gated_shape(D, H, G, d)
+    heads, dim = config.gated_shape(D)
     out_dim = heads * (dim if gate.granularity == "elementwise" else 1)
     label = f"attention.gate ({gate.kind}, {gate.granularity})"
     return [*rows, Cost(label, out_dim, out_dim, 0.0) if gate.input == "constant" else _matrix(label, D * out_dim)]
@@ -178,9 +178,9 @@ def _masks(config: ModelConfig) -> list[tuple[str, DynamicMaskConfig]]:
 
 def _biases(config: ModelConfig, name: str) -> Cost:
     """All blocks of one dynamic mask: a bias of each key, from its values."""
-    layers, G = config.schedule.count(name), config.attention.num_kv_heads
-    row = _matrix(f"mixers.{name} (dynamic_mask)", G * config.attention.head_dim * G)
-    return _scaled(row._replace(params=row.params + G, active_params=row.active_params + G), layers)
+    layers, V = config.schedule.count(name), config.attention.value_heads
+    row = _matrix(f"mixers.{name} (dynamic_mask)", V * config.attention.head_dim * V)
+    return _scaled(row._replace(params=row.params + V, active_params=row.active_params + V), layers)
 
 
 def _memory_units(config: ModelConfig, name: str) -> Cost:

@@ -41,12 +41,6 @@ class AttentionGate(Config):
     input: Literal["hidden", "constant"] = "hidden"
     """`constant` is the paper's input-independent control: zero-initialised parameters instead of X W."""
 
-    def gated_shape(self, width: int, num_heads: int, num_kv_heads: int, head_dim: int) -> tuple[int, int]:
-        """(heads, dim) of the tensor that is gated."""
-        if self.kind == "dense_output":
-            return 1, width
-        return (num_kv_heads if self.kind in ("key", "value") else num_heads), head_dim
-
     def values(self, scores_BTHs: torch.Tensor) -> torch.Tensor:
         """What a multiplicative gate with these scores multiplies with, fp32; H becomes 1 if the heads share it."""
         values = ACTIVATIONS[self.activation](scores_BTHs.float())
@@ -81,7 +75,7 @@ class Gate(nn.Module):
     Args:
         config: which gate.
         width: D.
-        num_heads: H of the gated tensor (query heads, or key/value heads for `key` and `value`, 1 for `dense_output`).
+        num_heads: H of the gated tensor (query heads, or its own heads for `key` and `value`, 1 for `dense_output`).
         head_dim: d of the gated tensor (D for `dense_output`).
         std: standard deviation of the projection's initial values (the gate opens half: sigmoid of about 0).
     """

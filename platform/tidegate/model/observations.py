@@ -92,7 +92,7 @@ class AttentionSample(NamedTuple):
     """Of the gate, before the activation; d is 1 for one score a head."""
     bias_BGST: torch.Tensor | None = None
     """fp32, of the sampled sequences and queries: added to their logits, -inf at keys that are not selected. G divides
-    H."""
+    H, and is not that of the keys."""
     window: int | None = None
     """Tokens that a query sees, its own among them; None for all of its document."""
 

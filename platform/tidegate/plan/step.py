@@ -173,7 +173,7 @@ def _elementwise_bytes(model: ModelConfig) -> float:
     H, G, d = attention.num_heads, attention.num_kv_heads, attention.head_dim
     numbers = 2 * 8 * D + (5 if attention.qk_norm else 4) * (H + G) * d
     if not isinstance(attention.gate, NoGate):
-        heads, dim = attention.gate.gated_shape(D, H, G, d)
+        heads, dim = attention.gated_shape(D)
         numbers += (8 if attention.gate.granularity == "elementwise" else 5) * heads * dim
     if not isinstance(model.ffn, MoEConfig):
         numbers += (8 if is_gated(model.ffn.activation) else 5) * model.ffn.hidden_dim

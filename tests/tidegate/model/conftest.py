@@ -1,6 +1,6 @@
 """Poisoned memory, initial values large enough to matter, and attention written out in fp64.
 
-Letters: B batch, T tokens, D width, H query heads, G key/value heads, d head width.
+Letters: B batch, T tokens, D width, H query heads, G key heads, V value heads, d head width.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _attention_formula(
     documents_BT: torch.Tensor | None = None,
     norm_eps: float = 1e-6,
 ) -> torch.Tensor:
-    H, G, d = config.num_heads, config.num_kv_heads, config.head_dim
+    H, G, V, d = config.num_heads, config.num_kv_heads, config.num_value_heads or config.num_kv_heads, config.head_dim
     B, T, _ = x_BTD.shape
 
     def gated(position: str, y_BTHd: torch.Tensor) -> torch.Tensor:
@@ -109,7 +109,7 @@ def _attention_formula(
 
     q = (x_BTD @ parameters["wq.weight"].T).view(B, T, H, d)
     k = (x_BTD @ parameters["wk.weight"].T).view(B, T, G, d)
-    v = gated("value", (x_BTD @ parameters["wv.weight"].T).view(B, T, G, d))
+    v = gated("value", (x_BTD @ parameters["wv.weight"].T).view(B, T, V, d))
     if config.qk_norm:
         q, k = normed(q, "q_norm.weight"), normed(k, "k_norm.weight")
     q, k = rotated(gated("query", q)), rotated(gated("key", k))
@@ -119,13 +119,12 @@ def _attention_formula(
         visible_BTT = visible_BTT & (documents_BT[:, :, None] == documents_BT[:, None, :])
     heads = []
     for head in range(H):
-        group = head // (H // G)
-        scores_BTT = q[:, :, head] @ k[:, :, group].transpose(1, 2) / d**0.5
+        scores_BTT = q[:, :, head] @ k[:, :, head * G // H].transpose(1, 2) / d**0.5
         scores_BTT = scores_BTT.masked_fill(~visible_BTT, -torch.inf)
         if config.softmax != "plain":
             sink = parameters["sink"][head] if config.softmax == "learnable_sink" else scores_BTT.new_zeros(())
             scores_BTT = torch.cat([scores_BTT, sink.expand(B, T, 1)], dim=-1)
-        heads.append(scores_BTT.softmax(dim=-1)[..., :T] @ v[:, :, group])
+        heads.append(scores_BTT.softmax(dim=-1)[..., :T] @ v[:, :, head * V // H])
     y_BTHd = gated("sdpa_output", torch.stack(heads, dim=2))
     out_BTD = y_BTHd.flatten(2) @ parameters["wo.weight"].T
     return gated("dense_output", out_BTD.unsqueeze(2)).squeeze(2)

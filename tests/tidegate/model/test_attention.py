@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from tidegate.model.attention import Attention, AttentionConfig, Rotary, YarnConfig, rotary_table
+from tidegate_kernels.choice import Kernels, chosen
 from tidegate_kernels.gated_attention import Documents
 from tidegate_kernels.qk_norm_rope.reference import rotate
 
@@ -137,6 +138,45 @@ def test_one_document_is_plain_causal_attention(attention: Callable[..., Attenti
     torch.testing.assert_close(same, attend(module, x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("gate", "kernels"),
+    [*((gate, "reference") for gate in ("sdpa_output", "value", "key", "query")), ("sdpa_output", "triton")],
+)
+@pytest.mark.parametrize(("keys", "values"), [(1, 2), (4, 6), (12, 3)])
+def test_keys_and_values_of_different_numbers(
+    keys: int,
+    values: int,
+    gate: str,
+    kernels: Kernels,
+    attention: Callable[..., Attention],
+    exact_attention: Callable[..., Any],
+) -> None:
+    """DiffQKV, head by head: query head h reads key head `h G / H` and value head `h V / H`; 4 and 6 do not nest."""
+    module = attention(num_heads=12, num_kv_heads=keys, num_value_heads=values, gate={"kind": gate})
+    assert [len(each.weight) for each in (module.wk, module.wv)] == [keys * 6, values * 6]
+    x, g, ids = torch.randn(2, 33, D), torch.randn(2, 33, D), documents(33)
+    with chosen(kernels):
+        out = attend(module, x, ids)
+        out.backward(g)
+    exact = exact_attention(module, x, g, ids)
+    torch.testing.assert_close(out.double(), exact.out, rtol=1e-4, atol=1e-5)
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None, name
+        torch.testing.assert_close(parameter.grad.double(), exact.grads[name], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_as_many_values_as_keys_is_attention(number: int, attention: Callable[..., Attention]) -> None:
+    """To the last bit, gradients too."""
+    results = []
+    for value_heads in (None, number):
+        torch.manual_seed(5)
+        module = attention(num_kv_heads=number, num_value_heads=value_heads)
+        out = attend(module, torch.randn(2, 63, D), documents(63))
+        results.append((out, *torch.autograd.grad(out.square().sum(), list(module.parameters()))))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 2), (6, 2), (5, 1)])
 def test_grouped_queries_equal_repeated_heads(
     num_heads: int, num_kv_heads: int, attention: Callable[..., Attention]
@@ -241,6 +281,7 @@ def test_normed_logits_are_bounded(attention: Callable[..., Attention]) -> None:
     [
         ({"num_heads": 4, "num_kv_heads": 3}, ("num_kv_heads=3", "num_heads=4")),
         ({"num_heads": 2, "num_kv_heads": 4}, ("num_kv_heads=4", "num_heads=2")),
+        ({"num_value_heads": 3}, ("num_value_heads=3", "num_heads=4")),
         ({"head_dim": 5}, ("head_dim=5",)),
     ],
 )

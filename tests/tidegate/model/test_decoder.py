@@ -55,6 +55,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "relu2": {"ffn": {**MIXTURE, "activation": "relu2", "shared": {"num": 2, "gate": True}}},
     "poly_norm": {"ffn": {**MIXTURE, "activation": "poly_norm", "shared": {"num": 1}}},
     "poly_relu_dense": {"ffn": {**DENSE, "activation": "poly_relu"}},
+    "value_heads": {"attention": {**HEADS, "num_value_heads": 4}},
+    "few_value_heads": {"attention": {**HEADS, "num_value_heads": 1, "gate": {"kind": "value"}}},
     "wide_heads_tied": {"tie_embeddings": True, "attention": {"num_heads": 3, "num_kv_heads": 1, "head_dim": 20}},
 }
 KDA = {"kind": "kda", "num_heads": 2, "key_dim": 6, "value_dim": 10}
@@ -73,6 +75,12 @@ VARIANTS["no_attention"] = {
     "mixers": {"mine": {**KDA, "kind": "gla", "conv": 0}, "yours": MLSTM},
 }
 BEST = {"kind": "dynamic_mask", "keep": 9}
+VARIANTS["value_heads_of_each"] = {
+    "layers": "local, best, attention",
+    "num_layers": 3,
+    "mixers": {"local": WINDOW, "best": BEST},
+    "attention": {**HEADS, "num_value_heads": 4},
+}
 VARIANTS["dynamic_mask"] = {"layers": "3 x best, attention", "num_layers": 4, "mixers": {"best": BEST}}
 VARIANTS["gam"] = {"layers": "bank, attention", "num_layers": 2, "mixers": {"bank": {"kind": "gam", "slots": 5}}}
 every_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
@@ -222,7 +230,9 @@ def test_every_variant_trains(changes: dict[str, Any], length: int, model_config
     assert after < loss
 
 
-@pytest.mark.parametrize("variant", ["moe", "dense", "no_qk_norm", "key", "gated_norm", "pre_affine", "poly_norm"])
+@pytest.mark.parametrize(
+    "variant", ["moe", "dense", "no_qk_norm", "key", "gated_norm", "pre_affine", "poly_norm", "value_heads"]
+)
 def test_kernels_compute_the_same(variant: str, model_config: MakeConfig) -> None:
     """Losses and gradients of the Triton kernels are those of the reference."""
     model = build(model_config(init_std=0.2, **VARIANTS[variant]))
@@ -463,6 +473,29 @@ def test_flops_by_hand(model_config: MakeConfig) -> None:
     assert expected == 6 * (2 * 5376 + 2424) + 2 * 9072
     assert flops.total(config, T).flops_per_token == expected
     assert flops.total(config, 2 * T).flops_per_token == expected + 2 * 9072
+
+
+def test_value_heads_cost_what_key_heads_cost(model_config: MakeConfig) -> None:
+    """Two value heads more, in two blocks: a matrix of 24 x 12 and 12 numbers of a token's cache each."""
+    more, plain = model_config(**VARIANTS["value_heads"]), model_config()
+    one, other = flops.total(more, 63), flops.total(plain, 63)
+    assert one.params - other.params == one.active_params - other.active_params == 2 * 24 * 12
+    assert one.flops_per_token - other.flops_per_token == 6 * 2 * 24 * 12
+    assert flops.kv_cache_bytes(plain) == 2 * 2 * 2 * 2 * 6
+    assert flops.kv_cache_bytes(more) == 2 * 2 * (2 + 4) * 6
+    each, of_two = (
+        model_config(**(VARIANTS["value_heads_of_each"] | {"attention": {**HEADS, "num_value_heads": number}}))
+        for number in (4, 2)
+    )
+    assert flops.state_bytes(each) - flops.state_bytes(of_two) == 2 * 9 * 2 * 2 * 6 + 9 * 4 * 2
+    # Sigma's 4 key heads and 16 value heads, against 16 of both: 37.5 % less (arXiv 2501.13629).
+    sigma, grouped = (
+        flops.kv_cache_bytes(
+            model_config(attention={"num_heads": 32, "num_kv_heads": keys, "num_value_heads": 16, "head_dim": 64})
+        )
+        for keys in (4, 16)
+    )
+    assert sigma == 0.625 * grouped
 
 
 def test_a_gate_costs_what_its_projection_costs(model_config: MakeConfig) -> None:

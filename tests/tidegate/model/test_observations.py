@@ -476,7 +476,14 @@ def test_observing_a_step_is_few_operations_and_no_wait(
 def test_blocks_of_a_hybrid_keep_their_numbers(
     blocks: tuple[int, ...], qk_clip: float | None, model_config: Callable[..., ModelConfig]
 ) -> None:
-    heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "qk_norm": False, "qk_clip": qk_clip}
+    heads = {
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "num_value_heads": 4,
+        "head_dim": 6,
+        "qk_norm": False,
+        "qk_clip": qk_clip,
+    }
     local = {"kind": "sliding_window", "window": 3}
     mixers: dict[str, Any] = {"kda": {"kind": "kda", "num_heads": 2, "key_dim": 6, "value_dim": 10}}
     mixers |= {"local": local, "best": {"kind": "dynamic_mask", "keep": 3}} if blocks else {}

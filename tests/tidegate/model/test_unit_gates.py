@@ -324,10 +324,15 @@ GATES: list[dict[str, Any]] = [
 ] + [{"kind": "none"}, {"kind": "dense_output"}, {"kind": "dense_output", "form": "additive"}]
 
 
+@pytest.mark.parametrize("value_heads", [None, 2])
 @pytest.mark.parametrize("gate", GATES, ids=lambda gate: "-".join(gate.values()))
-def test_heads_leave_with_their_gates_and_key_value_heads(gate: dict[str, Any], batch: Any) -> None:
+def test_heads_leave_with_their_gates_and_key_value_heads(
+    gate: dict[str, Any], value_heads: int | None, batch: Any
+) -> None:
     """Any subset of heads, unevenly over the groups; also with documents and without QK-norm."""
-    model = build("random", "heads", attention={**HEADS, "gate": gate, "qk_norm": False}).eval()
+    model = build(
+        "random", "heads", attention={**HEADS, "num_value_heads": value_heads, "gate": gate, "qk_norm": False}
+    ).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("constant"):
@@ -339,12 +344,11 @@ def test_heads_leave_with_their_gates_and_key_value_heads(gate: dict[str, Any], 
     gates.frozen_mask.copy_(mask_LH.flatten())
     smaller = export(model)
     assert [block.attention.wk.weight.shape[0] // 8 for block in smaller.blocks] == [1, 2, 3, 1]
-    assert [block.attention.kv_of_head.tolist() for block in smaller.blocks] == [
-        [0],
-        [0, 0, 1],
-        [0, 1, 1, 2, 2],
-        [0, 0],
-    ]
+    of_three, of_two = [[0], [0, 0, 1], [0, 1, 1, 2, 2], [0, 0]], [[0], [0, 0, 1], [0, 0, 1, 1, 1], [0, 1]]
+    of_values = of_two if value_heads else of_three
+    assert [block.attention.key_of_head.tolist() for block in smaller.blocks] == of_three
+    assert [block.attention.value_of_head.tolist() for block in smaller.blocks] == of_values
+    assert [len(block.attention.wv.weight) // 8 for block in smaller.blocks] == [len(set(of)) for of in of_values]
     documents = torch.arange(31).expand(2, -1) // 9
     for extra in ((), (documents,)):
         torch.testing.assert_close(smaller(*batch, *extra).nll_B, model(*batch, *extra).nll_B, rtol=1e-5, atol=1e-5)

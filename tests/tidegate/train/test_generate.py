@@ -40,7 +40,15 @@ def test_logits_are_those_that_the_loss_is_of() -> None:
         torch.testing.assert_close(found, nll_BT[:, place])
 
 
-@pytest.mark.parametrize("changes", [{}, {"ffn": {"kind": "dense", "hidden_dim": 8}}], ids=["moe", "dense"])
+BLOCKS = {"bank": {"kind": "gam", "slots": 5}, "best": {"kind": "dynamic_mask", "keep": 3}}
+VALUES = {"num_heads": 4, "num_kv_heads": 1, "num_value_heads": 2, "head_dim": 4}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"ffn": {"kind": "dense", "hidden_dim": 8}}, {"layers": "bank, best", "mixers": BLOCKS, "attention": VALUES}],
+    ids=["moe", "dense", "mixers"],
+)
 def test_greedy_tokens_are_the_likeliest_after_the_text_so_far(changes: dict[str, Any]) -> None:
     decoder, prompts = model(**changes), torch.randint(V, (3, 7))
     new = continued(decoder, prompts, 5, torch.zeros(3), Clock(1, 1, 0))

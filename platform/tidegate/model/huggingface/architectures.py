@@ -44,6 +44,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "self_tune": (None,),
     "layers": (None,),
     "attention.softmax": ("plain",),
+    "attention.num_value_heads": (None,),
     "ffn.activation": ("swiglu",),
 }
 _UNGATED = {**_PLAIN, "attention.gate.kind": ("none",)}

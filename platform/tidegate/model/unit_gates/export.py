@@ -76,22 +76,25 @@ def _rows(parameter: nn.Parameter, index: torch.Tensor, dim: int = 0) -> nn.Para
 def _cut_heads(attention: Attention, heads: torch.Tensor) -> None:
     """Keep query heads, and the key/value heads that they use."""
     config, d = attention.config, attention.config.head_dim
-    of_head = heads // (config.num_heads // config.num_kv_heads)
-    used, attention.kv_of_head = of_head.unique(sorted=True, return_inverse=True)
+    key_of_head, value_of_head = (
+        heads // (config.num_heads // each) for each in (config.num_kv_heads, config.value_heads)
+    )
+    keys, attention.key_of_head = key_of_head.unique(sorted=True, return_inverse=True)
+    values, attention.value_of_head = value_of_head.unique(sorted=True, return_inverse=True)
 
     def features(index: torch.Tensor, width: int = d) -> torch.Tensor:
         return (index[:, None] * width + torch.arange(width, device=index.device)).flatten()
 
     attention.wq.weight = _rows(attention.wq.weight, features(heads))
-    attention.wk.weight = _rows(attention.wk.weight, features(used))
-    attention.wv.weight = _rows(attention.wv.weight, features(used))
+    attention.wk.weight = _rows(attention.wk.weight, features(keys))
+    attention.wv.weight = _rows(attention.wv.weight, features(values))
     attention.wo.weight = _rows(attention.wo.weight, features(heads), dim=1)
     if attention.sink is not None:
         attention.sink = _rows(attention.sink, heads)
     gate = attention.gate
     if gate is None or gate.config.kind == "dense_output":
         return
-    gated = features(used if gate.config.kind in ("key", "value") else heads, gate.score_dim)
+    gated = features({"key": keys, "value": values}.get(gate.config.kind, heads), gate.score_dim)
     if gate.projection is not None:
         gate.projection.weight = _rows(gate.projection.weight, gated)
     if gate.constant is not None:
