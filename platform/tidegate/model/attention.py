@@ -7,8 +7,8 @@ the config says otherwise), d head width.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
-from typing import Literal, NamedTuple
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from tidegate.model.observations import AttentionSample
 from tidegate.model.qk_clip import max_logits
 from tidegate_kernels.gated_attention import Documents, Visible, gated_attention, nearest
 from tidegate_kernels.qk_norm_rope import Rotated, qk_norm_rope
+
+if TYPE_CHECKING:  # it knows the mixers, one of which is a kind of attention
+    from tidegate.model.sequence import SequencePart
 
 __all__ = ["Attention", "AttentionConfig", "AttentionOutput", "Rotary", "YarnConfig", "rotary_table"]
 
@@ -197,6 +200,7 @@ class Attention(nn.Module):
         documents: Documents | None,
         observe: bool = False,
         heads: torch.Tensor | None = None,
+        part: SequencePart | None = None,
     ) -> AttentionOutput:
         """Attend.
 
@@ -206,6 +210,7 @@ class Attention(nn.Module):
             documents: attention stays inside; None for plain causal attention.
             observe: return what telemetry looks at.
             heads: (..., H) factors of the heads, or None.
+            part: of the sequences, where other ranks hold the rest; not with `observe` or `qk_clip`.
         """
         q, k, v, scores = self._projected(x_BTD)
         v = self._gated("value", v, scores)
@@ -213,8 +218,13 @@ class Attention(nn.Module):
         if self.key_of_head is not None and self.value_of_head is not None:
             k, v = k[:, :, self.key_of_head], v[:, :, self.value_of_head]
         sink_H = self._sink(q)
-        visible = self._visible(x_BTD, documents)
-        y_BTHd = self._attend(q, k, v, scores, visible, sink_H)
+        visible = self._visible(x_BTD, documents, part)
+        if part is None:
+            y_BTHd = self._attend(q, k, v, scores, visible, sink_H)
+        else:
+            own_sink = None if sink_H is None else part.ranks.own(sink_H, 0)
+            attention = partial(gated_attention, scores_BTHs=None, documents=visible, sink_H=own_sink)
+            y_BTHd = self._gated("sdpa_output", part.ranks.attend(attention, q, *_alike(k, v)), scores)
         if heads is not None:
             y_BTHd = y_BTHd * heads.unsqueeze(-1).to(y_BTHd.dtype)
         out_BTD = self.wo(y_BTHd.flatten(-2))
@@ -224,12 +234,13 @@ class Attention(nn.Module):
         sample = self._sample(q, k, v, scores, visible, sink_H) if observe else None
         return AttentionOutput(out_BTD, sample, max_logit_H)
 
-    def _visible(self, x_BTD: torch.Tensor, documents: Documents | None) -> Visible | None:
+    def _visible(self, x_BTD: torch.Tensor, documents: Documents | None, part: SequencePart | None) -> Visible | None:
+        documents, length = (documents, x_BTD.shape[1]) if part is None else (part.documents, part.length)
         if self.window is None:
             return documents
         if documents is not None:
             return documents.nearest(self.window)
-        return nearest(*x_BTD.shape[:2], self.window, x_BTD.device)
+        return nearest(len(x_BTD), length, self.window, x_BTD.device)
 
     def _projected(self, x_BTD: torch.Tensor) -> _Projected:
         """One product for all: its gradient by x is one product too, not a sum of four."""

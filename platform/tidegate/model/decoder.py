@@ -37,6 +37,7 @@ from tidegate.model.observations import AttentionObservations, AttentionSample, 
 from tidegate.model.routers import Observe, Router, RouterContext, RouterShape, Routing, ThorConfig
 from tidegate.model.routers.top_k import TopKConfig
 from tidegate.model.self_tuning import BestResponse, SelfTuneConfig, Tuned
+from tidegate.model.sequence import SequencePart, SequenceRanks, passed_on
 from tidegate.model.stack import StackConfig
 from tidegate.model.unit_gates import UnitGates, UnitGatesConfig
 from tidegate.model.unit_gates.units import NO_MASKS, LayerMasks
@@ -224,6 +225,7 @@ class Block(nn.Module):
         routing: Routing | None = None,
         units: LayerMasks = NO_MASKS,
         memory_BTC: torch.Tensor | None = None,
+        part: SequencePart | None = None,
     ) -> BlockOutput:
         """Run the block.
 
@@ -236,13 +238,14 @@ class Block(nn.Module):
             routing: decided elsewhere.
             units: factors of the layer's gated units.
             memory_BTC: that the last block before has published; a GMU reads it.
+            part: of the sequences, where other ranks hold the rest.
         """
         share = None if units.block is None else units.block.to(h_BTD.dtype)
         if y_BTD is None:
             x_BTD = self.attention_norm(h_BTD)
         else:
             x_BTD, h_BTD = self.attention_norm.add(y_BTD, h_BTD)
-        mixed = self._mixed(x_BTD, rotary, context, units, memory_BTC)
+        mixed = self._mixed(x_BTD, rotary, context, units, memory_BTC, part)
         seen = mixed[1:]
         x_BTD, h_BTD = self.ffn_norm.add(_shared(mixed.y_BTD, share), h_BTD)
         if not isinstance(self.ffn, MoE):
@@ -268,15 +271,20 @@ class Block(nn.Module):
         context: RouterContext,
         units: LayerMasks,
         memory_BTC: torch.Tensor | None,
+        part: SequencePart | None,
     ) -> _Mixed:
         if isinstance(self.mixer, GMU):
             assert memory_BTC is not None  # the config has seen to it
             return _Mixed(self.mixer(x_BTD, memory_BTC))
         if self.mixer is not None:
-            output = self.mixer(x_BTD, context.documents)
+            if part is None:
+                output = self.mixer(x_BTD, context.documents)
+            else:
+                output = passed_on(self.mixer, x_BTD, context.documents, part)
             return _Mixed(output.y_BTD, memory_BTC=output.memory_BTC if self._publishes else None)
         assert self.attention is not None
-        return _Mixed(*self.attention(x_BTD, rotary, context.documents, context.observe == "all", units.heads))
+        observe = context.observe == "all" and part is None
+        return _Mixed(*self.attention(x_BTD, rotary, context.documents, observe, units.heads, part))
 
     def _dropped(self, y_BTD: torch.Tensor, context: RouterContext) -> torch.Tensor:
         """Dropout at the rate that the model tunes itself, in training."""
@@ -340,6 +348,7 @@ class Decoder(nn.Module):
         sequences_B: torch.Tensor | None = None,
         clock: Clock = STILL,
         observe: Observe | None = None,
+        sequence_ranks: SequenceRanks | None = None,
     ) -> DecoderOutput:
         """Score the labels.
 
@@ -351,17 +360,24 @@ class Decoder(nn.Module):
             sequences_B: (B,) int64 place of each sequence in the global batch, for draws; None counts from 0.
             clock: the optimizer step this pass belongs to; annealing and noise follow it in training mode.
             observe: compute what only telemetry wants.
+            sequence_ranks: ranks that hold other tokens of the same sequences; `documents_BT` is of all of them then,
+                and attention is not observed.
         """
-        documents = None if documents_BT is None else Documents(documents_BT)
+        documents, part = None if documents_BT is None else Documents(documents_BT), None
+        if sequence_ranks is not None:
+            part = SequencePart(sequence_ranks, tokens_BT.shape[1] * sequence_ranks.count, documents)
+            documents = None if documents_BT is None else Documents(sequence_ranks.own(documents_BT, 1))
         if sequences_B is None:
             sequences_B = torch.arange(tokens_BT.shape[0], device=tokens_BT.device)
         context = RouterContext(counted_BT, tokens_BT, sequences_B, clock, documents, observe)
-        passed = self._run(context)
+        if part is not None:
+            context = context._replace(place=part.begins, length=part.length)
+        passed = self._run(context, part)
         stats = passed.stats
         router = self.config.ffn.router if isinstance(self.config.ffn, MoEConfig) else None
         if isinstance(router, ThorConfig) and self.training and torch.is_grad_enabled():
             again = context._replace(clock=clock.other("second pass"), observe=None)
-            other = self._run(again)
+            other = self._run(again, part)
             # The divergence needs both passes' logits at once.
             logits_BTV, other_BTV = (F.linear(each.x_BTD, self._head()) for each in (passed, other))
             nll_BT = (_nll(logits_BTV, labels_BT) + _nll(other_BTV, labels_BT)) / 2
@@ -406,12 +422,13 @@ class Decoder(nn.Module):
         weight: torch.Tensor = self.embedding.weight if self.head is None else self.head.weight
         return weight
 
-    def _run(self, context: RouterContext) -> _Pass:
+    def _run(self, context: RouterContext, part: SequencePart | None = None) -> _Pass:
         attention = self.config.attention
         tokens_BT = context.tokens_BT
-        rotary = rotary_table(
-            tokens_BT.shape[1], attention.head_dim, attention.rope_theta, tokens_BT.device, attention.yarn
-        )
+        length = tokens_BT.shape[1] if part is None else part.length
+        rotary = rotary_table(length, attention.head_dim, attention.rope_theta, tokens_BT.device, attention.yarn)
+        if part is not None:
+            rotary = Rotary(*(part.ranks.own(table, 0) for table in rotary))
         h_BTD = self.embedding(tokens_BT)
         units = None if self.units is None else self.units(h_BTD, context.clock)
         masks = [NO_MASKS] * len(self.blocks) if units is None else units.masks
@@ -425,7 +442,7 @@ class Decoder(nn.Module):
         recompute = self.recompute and self.training
         stats: list[RoutingStats] = []
         watch: AttentionWatch | None = None
-        if context.observe == "all" and self._attends:
+        if context.observe == "all" and self._attends and part is None:
             frees = self.recompute or not torch.is_grad_enabled()
             watch = AttentionWatch(attention.gate, tokens_BT, context.documents, copies=frees)
         largest_logits: list[torch.Tensor] = []
@@ -435,7 +452,7 @@ class Decoder(nn.Module):
             if recompute and y_BTD is not None:  # so that one tensor is kept for each block, not two
                 h_BTD, y_BTD = h_BTD + y_BTD, None
             h_BTD, y_BTD, x_BTD, layer_stats, sample, max_logit_H, published_BTC = run(
-                h_BTD, y_BTD, rotary, context, source_BTD, routing, layer_masks, memory_BTC
+                h_BTD, y_BTD, rotary, context, source_BTD, routing, layer_masks, memory_BTC, part
             )
             memory_BTC = memory_BTC if published_BTC is None else published_BTC
             source_BTD = x_BTD if pre_gated else None

@@ -15,6 +15,10 @@ class ParallelConfig(Config):
     expert: int = Field(default=1, ge=1)
     """Ranks that share one copy of the experts (EP). Ranks r and r + 1 are neighbours in a group; the world is
     EP x expert-data-parallel, and every rank is data parallel for all other parameters."""
+    sequence: int = Field(default=1, ge=1)
+    """Ranks that hold the same sequences, a run of their tokens each: for those that are too long for one. Neighbours
+    like those of `expert`, and data parallel for all parameters; attention swaps tokens for heads (Ulysses), a linear
+    mixer's state goes from rank to rank."""
     zero_stage: Literal[0, 1, 2] = 1
     """What DeepSpeed spreads over data-parallel ranks: 0 nothing, 1 optimizer state, 2 gradients too. With bf16, stages
     1 and 2 sum gradients in fp32; at 0 DeepSpeed sums them in bf16, which loses digits at large accumulation."""
@@ -39,6 +43,11 @@ class ParallelConfig(Config):
         if world_size % self.expert:
             return (
                 f"parallel.expert={self.expert} does not divide resources.workers={world_size}; "
+                f"use one of {_divisors(world_size)}"
+            )
+        if world_size % self.sequence:
+            return (
+                f"parallel.sequence={self.sequence} does not divide resources.workers={world_size}; "
                 f"use one of {_divisors(world_size)}"
             )
         if self.all_to_all == "hierarchical" and self.expert == 1:

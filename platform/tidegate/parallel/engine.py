@@ -35,6 +35,7 @@ from tidegate.parallel.expert import ExpertParallelMoE, SpreadMoE, tag_parameter
 from tidegate.parallel.expert_store import ExpertStore, StoreSettings
 from tidegate.parallel.flat_gradients import FlatGradients
 from tidegate.parallel.master_weights import scale_rows
+from tidegate.parallel.sequence import SequenceGroup
 from tidegate.parallel.snapshot import Fetch, HostSnapshots, Put
 from tidegate.parallel.stored_moe import StoredMoE, announce_early_routers
 
@@ -82,6 +83,10 @@ class Engine:
     ) -> None:
         self.device = collectives.default_device()
         expert_rank = collectives.rank() % parallel.expert
+        self.sequence_ranks: SequenceGroup | None = None
+        """Those that hold the same sequences, if they are several."""
+        if parallel.sequence > 1:
+            self.sequence_ranks = SequenceGroup(parallel.sequence)
         share: dict[str, Any] = {"expert_size": parallel.expert, "expert_rank": expert_rank, "keep_rows": keep_rows}
         moe: MoEFactory = partial(ExpertParallelMoE, **share)
         moments = torch.bfloat16 if optimizer_state == "bf16" else torch.float32
@@ -148,8 +153,12 @@ class Engine:
         return self._engine.module
 
     def forward(self, *args: torch.Tensor | None, **keywords: Any) -> DecoderOutput:
-        """`Decoder.forward` under the engine."""
-        return self._engine(*args, **keywords)
+        """`Decoder.forward` under the engine, on this rank's tokens of its sequences."""
+        return self._engine(*args, sequence_ranks=self.sequence_ranks, **keywords)
+
+    def own_tokens(self, x_BT: torch.Tensor) -> torch.Tensor:
+        """This rank's part of what is there for every token of its sequences."""
+        return x_BT if self.sequence_ranks is None else self.sequence_ranks.own(x_BT, 1).contiguous()
 
     def backward(self, loss: torch.Tensor) -> None:
         """Backward of one micro-batch; the engine averages over ranks and accumulation steps."""

@@ -77,8 +77,8 @@ def evaluate(engine: Engine, job: Job, dataset: TokenDataset) -> Evaluation:
         dataset,
         job.data,
         micro_batch=job.train.micro_batch,
-        rank=collectives.rank(),
-        world_size=collectives.world_size(),
+        rank=collectives.rank() // job.parallel.sequence,
+        world_size=collectives.world_size() // job.parallel.sequence,
     )
     num_domains = len(dataset.domains)
     bytes_V = None if dataset.token_bytes is None else torch.from_numpy(dataset.token_bytes).to(engine.device)
@@ -88,12 +88,11 @@ def evaluate(engine: Engine, job: Job, dataset: TokenDataset) -> Evaluation:
     with torch.no_grad():
         for batch in batches:
             tokens, documents, counted, domains, sequences = (t.to(engine.device) for t in batch)
-            output = engine.forward(
-                tokens[:, :-1], tokens[:, 1:], counted, documents if isolate else None, sequences_B=sequences
-            )
+            inputs, labels, counted = (engine.own_tokens(x) for x in (tokens[:, :-1], tokens[:, 1:], counted))
+            output = engine.forward(inputs, labels, counted, documents if isolate else None, sequences_B=sequences)
             sums_B3 = [output.nll_B, counted.sum(dim=1), torch.zeros_like(output.nll_B)]
             if bytes_V is not None:
-                sums_B3[2] = (bytes_V[tokens[:, 1:]] * counted).sum(dim=1)
+                sums_B3[2] = (bytes_V[labels] * counted).sum(dim=1)
             totals_D3.index_add_(0, domains, torch.stack([part.double() for part in sums_B3], dim=1))
             if output.stats is not None:
                 counts_BLE = output.stats.counts_BE.transpose(0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -11,6 +12,7 @@ from tidegate.data.config import DataConfig, TrainedTokenizer
 from tidegate.model.balance import BalanceConfig, Balancer, balance_problem
 from tidegate.model.decoder import ModelConfig
 from tidegate.model.masks import prunable
+from tidegate.model.mixers import DynamicMaskConfig
 from tidegate.model.moe import MoEConfig
 from tidegate.model.routers.comet import CometConfig
 from tidegate.model.routers.dense_to_sparse import DenseToSparseConfig
@@ -147,7 +149,7 @@ class Job(Config):
     @property
     def accumulation(self) -> int:
         """Micro-batches a step on each rank."""
-        return self.global_batch // (self.train.micro_batch * self.resources.workers)
+        return self.global_batch * self.parallel.sequence // (self.train.micro_batch * self.resources.workers)
 
     @property
     def total_steps(self) -> int:
@@ -173,10 +175,11 @@ class Job(Config):
     def layout(self) -> str:
         """For people: how the run is laid over its workers."""
         replicas = self.resources.workers // self.parallel.expert
+        sequences = f", SP {self.parallel.sequence}" if self.parallel.sequence > 1 else ""
         kernels = "Triton" if self.runs_triton else "PyTorch"
         offload = "" if self.parallel.offload == "none" else f", {self.parallel.offload} on the host"
         return (
-            f"EP {self.parallel.expert} x DP {replicas}, ZeRO {self.parallel.zero_stage}{offload}, "
+            f"EP {self.parallel.expert} x DP {replicas}{sequences}, ZeRO {self.parallel.zero_stage}{offload}, "
             f"{self.train.precision}, {kernels} kernels"
         )
 
@@ -201,12 +204,52 @@ class Job(Config):
                 f"train.batch_tokens={train.batch_tokens} is not a multiple of data.sequence_length={length}; "
                 f"use {near}"
             )
-        if self.global_batch % (train.micro_batch * workers):
+        if self.global_batch * self.parallel.sequence % (train.micro_batch * workers):
+            shared = f" / parallel.sequence={self.parallel.sequence}" if self.parallel.sequence > 1 else ""
             raise ValueError(
                 f"train.batch_tokens={train.batch_tokens} is {self.global_batch} sequences, which train.micro_batch="
-                f"{train.micro_batch} x resources.workers={workers} does not divide; change one of the three"
+                f"{train.micro_batch} x resources.workers={workers}{shared} does not divide; change one of the three"
             )
         return self
+
+    @model_validator(mode="after")
+    def _sequences_can_be_shared(self) -> Job:
+        ranks = self.parallel.sequence
+        if ranks == 1:
+            return self
+        model, length, what = self.model, self.data.sequence_length, f"parallel.sequence={ranks}"
+        numbers = {"data.sequence_length": length}
+        if model.windows:
+            numbers["model.attention.num_kv_heads"] = model.attention.num_kv_heads
+            numbers["model.attention.num_value_heads"] = model.attention.value_heads
+        for name, number in numbers.items():
+            if number % ranks:
+                raise ValueError(f"{what} does not divide {name}={number}; change one of them")
+        for name, value in self._not_with_shared_sequences():
+            raise ValueError(f"{what} does not go with {name}={value}; change one of them")
+        return self
+
+    def _not_with_shared_sequences(self) -> Iterator[tuple[str, object]]:
+        """What looks at the whole of a sequence, or would count a part of it as one."""
+        model = self.model
+        for name, mixer in model.mixers.items():
+            if isinstance(mixer, DynamicMaskConfig):
+                yield f"model.mixers.{name}.kind", mixer.kind
+        if model.attention.qk_clip is not None:
+            yield "model.attention.qk_clip", model.attention.qk_clip
+        for field in ("units", "self_tune"):
+            if getattr(model, field) is not None:
+                yield f"model.{field}", "..."
+        if isinstance(model.ffn, MoEConfig):
+            router, able = model.ffn.router, model.ffn.capabilities
+            if able.needs_global_batch or able.needs_token_ids or not able.causal or router.kind == "decoupled":
+                yield "model.ffn.router.kind", router.kind
+            if self.balance.scope != "global_batch":
+                yield "balance.scope", self.balance.scope
+        if self.train.oracle_sequences:
+            yield "train.oracle_sequences", self.train.oracle_sequences
+        if self.resources.min_workers is not None:
+            yield "resources.min_workers", self.resources.min_workers
 
     @model_validator(mode="after")
     def _layout_fits(self) -> Job:

@@ -193,8 +193,8 @@ def build_loader(job: Job, dataset: TokenDataset) -> TrainLoader:
         job.data,
         global_batch=job.global_batch,
         micro_batch=job.train.micro_batch,
-        rank=collectives.rank(),
-        world_size=collectives.world_size(),
+        rank=collectives.rank() // job.parallel.sequence,
+        world_size=collectives.world_size() // job.parallel.sequence,
     )
 
 
@@ -245,7 +245,8 @@ def build_observer(job: Job, dataset: TokenDataset) -> Observer:
     """Telemetry of one step over this process group."""
     ffn = job.model.ffn
     top_k = ffn.top_k if isinstance(ffn, MoEConfig) else 0
-    return Observer(dataset.domains, top_k, list(job.model.windows), collectives.rank(), collectives.world_size())
+    attending = list(job.model.windows) if job.parallel.sequence == 1 else []  # no rank sees all keys of its queries
+    return Observer(dataset.domains, top_k, attending, collectives.rank(), collectives.world_size())
 
 
 def _resumes(world: World) -> bool:

@@ -98,8 +98,8 @@ def predict(job: Job, load_skew: float = LOAD_SKEW) -> MemoryPrediction:
     state = state_memory(build.model(), parallel, job.resources.workers, train.precision, job.optimizer.state)
     isolate = job.data.documents == "isolate"
     kernels: Kernels = "auto" if job.runs_triton else "reference"
-    passes = _passes(build, train.micro_batch, job.data.sequence_length, isolate, kernels)
-    batch = _TOKEN_BYTES * train.batch_tokens // job.resources.workers
+    passes = _passes(build, train.micro_batch, job.data.sequence_length // parallel.sequence, isolate, kernels)
+    batch = _TOKEN_BYTES * train.batch_tokens * parallel.sequence // job.resources.workers
     kept_bucket = state.bucket if parallel.zero_stage == 1 else 0  # from one micro-batch to the next
     largest = max(passes.forward + kept_bucket, passes.backward + state.bucket)
     prediction = MemoryPrediction(

@@ -71,6 +71,7 @@ class _MicroBatch(NamedTuple):
     labels_BT: torch.Tensor
     counted_BT: torch.Tensor
     documents_BT: torch.Tensor | None
+    """Of whole sequences, also where other ranks hold parts of them."""
     sequences_B: torch.Tensor
     domains_B: torch.Tensor
 
@@ -101,7 +102,7 @@ def train_step(
     Returns:
         Losses on the device, so that reading them is the caller's host sync, and who wants to stop.
     """
-    micro_batches = _to_device(batch, engine.device, isolate)
+    micro_batches = _to_device(batch, engine, isolate)
     own_tokens = torch.stack([mb.counted_BT.sum() for mb in micro_batches]).sum().double()
     shares = own_tokens.new_zeros(2) if last is None else last.double()
     shared = torch.cat([torch.stack([own_tokens, torch.full_like(own_tokens, stop)]), shares])
@@ -153,7 +154,7 @@ def tune_step(engine: Engine, batch: StepBatch, clock: Clock, *, isolate: bool) 
     """
     tuning = engine.model.self_tuning
     assert tuning is not None
-    micro_batches = _to_device(batch, engine.device, isolate)
+    micro_batches = _to_device(batch, engine, isolate)
     tokens = torch.stack([mb.counted_BT.sum() for mb in micro_batches]).sum().float()
     collectives.all_reduce(tokens)
     engine.train(False)
@@ -225,7 +226,8 @@ def update_units(model: Decoder, losses: StepLosses, clock: Clock) -> None:
         model.units.update(model, clock, losses.nll, collectives.all_reduce)
 
 
-def _to_device(batch: StepBatch, device: torch.device, isolate: bool) -> list[_MicroBatch]:
+def _to_device(batch: StepBatch, engine: Engine, isolate: bool) -> list[_MicroBatch]:
+    device = engine.device
     pinned = device.type == "cuda"
     tokens, documents, counted, sequences, domains = (
         (t.pin_memory() if pinned else t).to(device, non_blocking=True)
@@ -233,9 +235,9 @@ def _to_device(batch: StepBatch, device: torch.device, isolate: bool) -> list[_M
     )
     return [
         _MicroBatch(
-            tokens[m, :, :-1],
-            tokens[m, :, 1:],
-            counted[m],
+            engine.own_tokens(tokens[m, :, :-1]),
+            engine.own_tokens(tokens[m, :, 1:]),
+            engine.own_tokens(counted[m]),
             documents[m] if isolate else None,
             sequences[m],
             domains[m],

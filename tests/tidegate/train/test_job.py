@@ -26,6 +26,42 @@ CONFLICTS = {
         ["parallel.expert=4"],
         "parallel.expert=4 does not divide resources.workers=2; use one of [1, 2]",
     ),
+    "SP and workers": (
+        ["parallel.sequence=4", "model.attention.num_kv_heads=4"],
+        "parallel.sequence=4 does not divide resources.workers=2; use one of [1, 2]",
+    ),
+    "SP and tokens": (
+        ["parallel.sequence=2", "train.batch_tokens=4080", "data.sequence_length=255"],
+        "parallel.sequence=2 does not divide data.sequence_length=255; change one of them",
+    ),
+    "SP and heads": (
+        ["parallel.sequence=2", "model.attention.num_kv_heads=1"],
+        "parallel.sequence=2 does not divide model.attention.num_kv_heads=1; change one of them",
+    ),
+    "SP and value heads": (
+        ["parallel.sequence=2", "model.attention.num_value_heads=1"],
+        "parallel.sequence=2 does not divide model.attention.num_value_heads=1; change one of them",
+    ),
+    "SP and the largest logits": (
+        ["parallel.sequence=2", "model.attention.qk_norm=false", "model.attention.qk_clip=30"],
+        "parallel.sequence=2 does not go with model.attention.qk_clip=30.0; change one of them",
+    ),
+    "SP and a mask of its own": (
+        ["parallel.sequence=2", "model.layers=best", "model.mixers={best: {kind: dynamic_mask, keep: 8}}"],
+        "parallel.sequence=2 does not go with model.mixers.best.kind=dynamic_mask; change one of them",
+    ),
+    "SP and a router that looks around": (
+        ["parallel.sequence=2", "model.ffn.router={kind: decoupled}"],
+        "parallel.sequence=2 does not go with model.ffn.router.kind=decoupled; change one of them",
+    ),
+    "SP and a balance of parts": (
+        ["parallel.sequence=2", "balance.scope=sequence"],
+        "parallel.sequence=2 does not go with balance.scope=sequence; change one of them",
+    ),
+    "SP and fewer workers": (
+        ["parallel.sequence=2", "resources.min_workers=1"],
+        "parallel.sequence=2 does not go with resources.min_workers=1; change one of them",
+    ),
     "EP and experts": (
         ["model.ffn.num_experts=7"],
         "parallel.expert=2 does not divide model.ffn.num_experts=7; use one of [1, 7]",

@@ -61,6 +61,10 @@ class GAM(nn.Module):
     def init_weights(self, draw: Draw) -> None:
         draw.normal_(self.bank, (2 / sum(self.bank.shape)) ** 0.5, "bank")  # the variance of the paper's Xavier values
 
+    def empty_state(self, x_BTD: torch.Tensor) -> MixerState:
+        """What a sequence begins with, for inputs of a batch."""
+        return MixerState(None, x_BTD.new_zeros(len(x_BTD), _TAPS - 1, x_BTD.shape[-1]))
+
     def forward(
         self, x_BTD: torch.Tensor, documents: Documents | None = None, state: MixerState | None = None
     ) -> MixerOutput:

@@ -189,6 +189,13 @@ class LinearMixer(nn.Module):
         self.w_gate = Linear(place.width, H * V, place.std) if config.gate is not None else None
         self.w_out = Linear(H * V, place.width, place.out_std)
 
+    def empty_state(self, x_BTD: torch.Tensor) -> MixerState:
+        """What a sequence begins with, for inputs of a batch."""
+        B, config = len(x_BTD), self.config
+        memory = x_BTD.new_zeros(B, config.num_heads, config.key_dim, config.value_dim, dtype=torch.float32)
+        last = None if self.conv is None else x_BTD.new_zeros(B, config.conv - 1, config.channels)
+        return MixerState(memory, last)
+
     def forward(
         self, x_BTD: torch.Tensor, documents: Documents | None = None, state: MixerState | None = None
     ) -> MixerOutput:

@@ -98,6 +98,10 @@ class RouterContext(NamedTuple):
     """(E,) or (N, E), logarithm of the factors of unit gates over experts, for the logits; -inf: not there."""
     tuned: Tuned = Tuned()
     """Hyperparameters that the model tunes itself."""
+    place: int = 0
+    """Of the first token in its sequence, where other ranks hold the rest."""
+    length: int | None = None
+    """Of the whole sequences; None for T."""
 
     @classmethod
     def alone(cls, counted_BT: torch.Tensor, tokens_BT: torch.Tensor | None = None) -> RouterContext:
@@ -109,9 +113,9 @@ class RouterContext(NamedTuple):
     @property
     def rows_N(self) -> torch.Tensor:
         """(N,) int64, place of every row in the global batch."""
-        length = self.tokens_BT.shape[1]
-        places = torch.arange(length, device=self.tokens_BT.device)
-        return (self.sequences_B[:, None] * length + places).flatten()
+        tokens = self.tokens_BT.shape[1]
+        places = self.place + torch.arange(tokens, device=self.tokens_BT.device)
+        return (self.sequences_B[:, None] * (self.length or tokens) + places).flatten()
 
 
 class RoutingSums(NamedTuple):
