@@ -34,7 +34,7 @@ class SequenceGroup(SequenceRanks):
         self.count, self.index = count, rank % count
         groups = [dist.new_group(list(range(first, first + count))) for first in range(0, world, count)]
         self._group = groups[rank // count]
-        self._before, self._after = rank - 1, rank + 1
+        self.before, self.after = rank - 1, rank + 1  # where there are any
         self._on_their_way: list[tuple[dist.Work, torch.Tensor]] = []
 
     def attend(
@@ -72,14 +72,6 @@ class SequenceGroup(SequenceRanks):
         dense = [x.contiguous() for x in tensors]
         works = [dist.isend(x, rank, self._group) for x in dense]
         self._on_their_way = [(work, x) for work, x in zip(works, dense, strict=True) if work is not None]
-
-    @property
-    def before(self) -> int:
-        return self._before
-
-    @property
-    def after(self) -> int:
-        return self._after
 
 
 class _Receive(torch.autograd.Function):
