@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from tidegate.data.recall import recall_batch
+from tidegate.model.balance import BalanceConfig
+from tidegate.model.decoder import ModelConfig
 from tidegate.model.initialisation import Draw
 from tidegate.model.mixers import (
     GatedDeltaNetConfig,
@@ -22,6 +21,7 @@ from tidegate.model.mixers import (
     Place,
     ScalarGatedConfig,
 )
+from tidegate.train.recall import RecallTask, learn_recall, learned
 from tidegate_kernels.gated_attention import Documents
 
 HEADS: dict[str, Any] = {"num_heads": 2, "key_dim": 8, "value_dim": 12}
@@ -153,45 +153,19 @@ def test_gates_begin_as_their_papers_say() -> None:
     assert decays(KINDS["kda"]).amin() > torch.tensor(-5.0).exp()
 
 
-class Recaller(nn.Module):
-    """Two layers of a mixer alone, and the embedding as the head."""
-
-    def __init__(self, layer: Callable[[int], nn.Module], vocab_size: int, width: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(vocab_size, width)
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
-        self.layers = nn.ModuleList(layer(number) for number in range(2))
-
-    def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-        h_BTD = self.embedding(tokens_BT)
-        for norm, layer in zip(self.norms[:2], self.layers, strict=True):
-            h_BTD = h_BTD + layer(norm(h_BTD)).y_BTD
-        return F.linear(self.norms[2](h_BTD), self.embedding.weight)
-
-
-def learned_recall(config: Any, steps: int, enough: float = 0.99) -> float:
-    """Best accuracy on fixed sequences, at the settings at which attention and linear mixers were calibrated."""
-    torch.manual_seed(0)
-    place = Place(64, 1e-6, 0.02, 0.02, num_layers=2)
-    model = Recaller(lambda layer: filled(config.build(place._replace(layer=layer)), layer), 128, 64)
-    nn.init.normal_(model.embedding.weight, std=0.02)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
-    test, best = recall_batch(512, 48, 6, 128, torch.Generator().manual_seed(99)), 0.0
-    generator = torch.Generator().manual_seed(1)
-    for step in range(1, steps + 1):
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1.0, step / 100)
-        tokens, labels, counted = recall_batch(64, 48, 6, 128, generator)
-        F.cross_entropy(model(tokens)[counted], labels[counted]).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 100 == 0:
-            with torch.no_grad():
-                said = model(test.tokens_BT)[test.counted_BT].argmax(dim=-1)
-            best = max(best, float((said == test.labels_BT[test.counted_BT]).float().mean()))
-            if best >= enough:
-                break
-    return best
+def recall_of(config: Any, steps: int) -> float:
+    """Best accuracy of two blocks of the mixer with a small feed-forward."""
+    fields = {
+        "vocab_size": 128,
+        "width": 64,
+        "num_layers": 2,
+        "mixers": {"linear": config},
+        "layers": "linear",
+        "attention": {"num_heads": 1, "num_kv_heads": 1, "head_dim": 64},
+        "ffn": {"kind": "dense", "hidden_dim": 64},
+    }
+    model = ModelConfig.model_validate(fields)
+    return learned(learn_recall(model, BalanceConfig(), RecallTask(), steps, 3e-3, seed=0)).accuracy
 
 
 WIDE: dict[str, Any] = {"num_heads": 2, "key_dim": 32, "value_dim": 32}
@@ -200,10 +174,10 @@ WIDE: dict[str, Any] = {"num_heads": 2, "key_dim": 32, "value_dim": 32}
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [pytest.param(KDAConfig(**WIDE), marks=pytest.mark.long), ScalarGatedConfig(**WIDE)])
 def test_two_layers_learn_to_recall(config: Any) -> None:
-    assert learned_recall(config, 1000) >= 0.99
+    assert recall_of(config, 1000) >= 0.99
 
 
 @pytest.mark.slow
 def test_without_a_convolution_keys_are_not_bound_to_values() -> None:
     """It learns which values there are, one in six of which is right, and no more (chance is 1 in 64)."""
-    assert 0.1 < learned_recall(ScalarGatedConfig(**WIDE, conv=0), 300) < 0.3
+    assert 0.1 < recall_of(ScalarGatedConfig(**WIDE, conv=0), 300) < 0.3
