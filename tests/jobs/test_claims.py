@@ -95,7 +95,7 @@ def test_differences_are_of_equal_seeds() -> None:
 def test_recall_is_asked_once_and_again_of_another_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = CLAIMS / "hybrid_ratio"
     claim = run.read_claim(folder)
-    path, called = tmp_path / "recall" / "claim-hybrid-linear-48-12-64.json", []
+    path, called = tmp_path / "recall" / "claim-hybrid-linear-32-8-64.json", []
 
     def call(command: list[str]) -> None:
         called.append(command)
@@ -115,8 +115,8 @@ def test_recall_is_asked_once_and_again_of_another_stack(tmp_path: Path, monkeyp
         assert math.isnan(found.rows[0]["steps to 0.99"])
     assert len(called) == 2
     assert called[0][3:] == [
-        *("recall", str(folder / "linear.yaml"), "--seeds", "2", "--length", "48", "--pairs", "12", "--vocab", "64"),
-        *("--steps", "400", "--rates", "1e-3", "--state-dir", str(tmp_path)),
+        *("recall", str(folder / "linear.yaml"), "--seeds", "2", "--length", "32", "--pairs", "8", "--vocab", "64"),
+        *("--steps", "400", "--rates", "1e-3,3e-3", "--state-dir", str(tmp_path)),
     ]
     assert claim.headings == ["held-out loss", "recall accuracy", "steps to 0.99"]
 
