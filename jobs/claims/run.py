@@ -104,8 +104,12 @@ def recall(folder: Path, arm: str, claim: Claim, seeds: int, state: Path, overri
     job: Job = load(folder / f"{arm}.yaml", Job, overrides).config
     path = state / "recall" / f"{job.name}-{asked['length']}-{asked['pairs']}-{asked['vocab']}.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    same = (job.model.model_dump(mode="json"), asked["steps"]) == (found.get("model"), found.get("steps"))
-    if not same or len(found["seeds"]) < seeds:
+    wanted = {
+        "model": job.model.model_dump(mode="json"),
+        "steps": asked["steps"],
+        "rates": [float(rate) for rate in asked["rates"].split(",")],
+    }
+    if not wanted.items() <= found.items() or len(found["seeds"]) < seeds:
         command = [sys.executable, "-m", "tidegate.cli", "recall", str(folder / f"{arm}.yaml"), "--seeds", str(seeds)]
         command += [word for name, value in asked.items() for word in (f"--{name}", str(value))]
         command += [word for setting in overrides for word in ("--set", setting)]

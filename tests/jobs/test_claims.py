@@ -105,7 +105,8 @@ def test_recall_is_asked_once_and_again_of_another_stack(tmp_path: Path, monkeyp
         rows = [{"seed": 0, "accuracy": 0.1, "reached": None}, {"seed": 1, "accuracy": 0.99, "reached": 300}]
         model = config.config.model.model_dump(mode="json")
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"commit": None, "steps": claim.recall["steps"], "model": model, "seeds": rows}))
+        about = {"commit": None, "steps": claim.recall["steps"], "rates": [1e-3, 3e-3], "model": model}
+        path.write_text(json.dumps(about | {"seeds": rows}))
 
     monkeypatch.setattr(run, "_call", call)
     for overrides in ([], [], ["model.width=32"]):
