@@ -31,8 +31,8 @@ from tidegate.train.job import Job
 HERE = Path(__file__).resolve().parent
 LAST_RECORDS = 5
 """A step's metric is noisy: averaged over the last records."""
-RECALL = ("recall accuracy", "steps to 0.99")
-"""Headings of what `tidegate recall` finds."""
+RECALL = ("recall accuracy", "seeds at 0.99")
+"""Headings of what `tidegate recall` finds; results.json has the step as well."""
 MARKS = ("<!-- table: written by run.py -->\n", "<!-- end of table -->\n")
 
 
@@ -93,8 +93,8 @@ class Recalled(NamedTuple):
     """What an arm's stack recalls."""
 
     commit: str
-    rows: Mapping[int, Mapping[str, float]]
-    """By seed: the columns of `RECALL`."""
+    rows: Mapping[int, Mapping[str, float | None]]
+    """By seed: the columns of `RECALL` and the step."""
 
 
 def recall(folder: Path, arm: str, claim: Claim, seeds: int, state: Path, overrides: Sequence[str]) -> Recalled:
@@ -117,7 +117,7 @@ def recall(folder: Path, arm: str, claim: Claim, seeds: int, state: Path, overri
         found = json.loads(path.read_text(encoding="utf-8"))
         print(folder.name, arm, "has learned recall", flush=True)
     rows = {
-        row["seed"]: dict(zip(RECALL, (row["accuracy"], row["reached"] or math.nan), strict=True))
+        row["seed"]: {RECALL[0]: row["accuracy"], RECALL[1]: float(row["reached"] is not None), "step": row["reached"]}
         for row in found["seeds"]
     }
     return Recalled(found["commit"] or "unknown", rows)

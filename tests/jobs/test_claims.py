@@ -112,14 +112,14 @@ def test_recall_is_asked_once_and_again_of_another_stack(tmp_path: Path, monkeyp
     for overrides in ([], [], ["model.width=32"]):
         found = run.recall(folder, "linear", claim, 2, tmp_path, overrides)
         assert found.commit == "unknown"
-        assert found.rows[1] == {"recall accuracy": 0.99, "steps to 0.99": 300}
-        assert math.isnan(found.rows[0]["steps to 0.99"])
+        assert found.rows[1] == {"recall accuracy": 0.99, "seeds at 0.99": 1.0, "step": 300}
+        assert found.rows[0] == {"recall accuracy": 0.1, "seeds at 0.99": 0.0, "step": None}
     assert len(called) == 2
     assert called[0][3:] == [
         *("recall", str(folder / "linear.yaml"), "--seeds", "2", "--length", "32", "--pairs", "8", "--vocab", "64"),
         *("--steps", "400", "--rates", "1e-3,3e-3", "--state-dir", str(tmp_path)),
     ]
-    assert claim.headings == ["held-out loss", "recall accuracy", "steps to 0.99"]
+    assert claim.headings == ["held-out loss", "recall accuracy", "seeds at 0.99"]
 
 
 @pytest.mark.parametrize("top", [1, 2, 3])
