@@ -1,8 +1,9 @@
 """Train the jobs of a claim with paired seeds and write its table: `python jobs/claims/run.py balance_scope`.
 
-A claim is a folder here: jobs, the arms, and claim.json, which says what is compared. Runs go to the state directory's
-MLflow, in an experiment of the claim's name; those that have ended there are not trained again. Beside the jobs come
-results.json, runs.csv (the runs as MLflow has them) and the table of README.md.
+A claim is a folder here: jobs, the arms, and claim.json, which says what is compared, and in `recall` whether the arms'
+stacks learn associative recall as well. Runs go to the state directory's MLflow, in an experiment of the claim's name;
+those that have ended there are not trained again. Beside the jobs come results.json, runs.csv (the runs as MLflow has
+them) and the table of README.md.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from tidegate.train.job import Job
 HERE = Path(__file__).resolve().parent
 LAST_RECORDS = 5
 """A step's metric is noisy: averaged over the last records."""
+RECALL = ("recall accuracy", "seeds at 0.99")
+"""Headings of what `tidegate recall` finds; results.json has the step as well."""
 MARKS = ("<!-- table: written by run.py -->\n", "<!-- end of table -->\n")
 
 
@@ -40,6 +43,12 @@ class Claim(NamedTuple):
     """The arm that others are compared with."""
     columns: Mapping[str, str]
     """Heading to metric; `*` is every layer, block or domain, of which the mean is taken."""
+    recall: Mapping[str, Any] | None = None
+    """Options of `tidegate recall`, all that say what the task is: length, pairs, vocab, steps, rates."""
+
+    @property
+    def headings(self) -> list[str]:
+        return [*self.columns, *(RECALL if self.recall else ())]
 
 
 def read_claim(folder: Path) -> Claim:
@@ -69,11 +78,49 @@ def train(folder: Path, arm: str, seed: int, state: Path, overrides: Sequence[st
     command = [sys.executable, "-m", "tidegate.cli", "train", str(folder / f"{arm}.yaml"), "--local"]
     command += ["--name", run_name(folder, arm, seed), "--state-dir", str(state)]
     command += [word for setting in settings for word in ("--set", setting)]
+    _call(command)
+    print(run_name(folder, arm, seed), "has ended", flush=True)
+
+
+def _call(command: Sequence[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         print(done.stdout[-3000:], done.stderr[-3000:], file=sys.stderr)
         done.check_returncode()
-    print(run_name(folder, arm, seed), "has ended", flush=True)
+
+
+class Recalled(NamedTuple):
+    """What an arm's stack recalls."""
+
+    commit: str
+    rows: Mapping[int, Mapping[str, float | None]]
+    """By seed: the columns of `RECALL` and the step."""
+
+
+def recall(folder: Path, arm: str, claim: Claim, seeds: int, state: Path, overrides: Sequence[str]) -> Recalled:
+    """Train the arm's stack on associative recall, unless the state directory has the same of as many seeds."""
+    asked = claim.recall
+    assert asked is not None
+    job: Job = load(folder / f"{arm}.yaml", Job, overrides).config
+    path = state / "recall" / f"{job.name}-{asked['length']}-{asked['pairs']}-{asked['vocab']}.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    wanted = {
+        "model": job.model.model_dump(mode="json"),
+        "steps": asked["steps"],
+        "rates": [float(rate) for rate in asked["rates"].split(",")],
+    }
+    if not wanted.items() <= found.items() or len(found["seeds"]) < seeds:
+        command = [sys.executable, "-m", "tidegate.cli", "recall", str(folder / f"{arm}.yaml"), "--seeds", str(seeds)]
+        command += [word for name, value in asked.items() for word in (f"--{name}", str(value))]
+        command += [word for setting in overrides for word in ("--set", setting)]
+        _call([*command, "--state-dir", str(state)])
+        found = json.loads(path.read_text(encoding="utf-8"))
+        print(folder.name, arm, "has learned recall", flush=True)
+    rows = {
+        row["seed"]: {RECALL[0]: row["accuracy"], RECALL[1]: float(row["reached"] is not None), "step": row["reached"]}
+        for row in found["seeds"]
+    }
+    return Recalled(found["commit"] or "unknown", rows)
 
 
 def finished(folder: Path, state: Path) -> dict[str, StoredRun]:
@@ -102,10 +149,10 @@ Results = Mapping[str, Mapping[int, Mapping[str, float]]]
 
 def table(results: Results, claim: Claim) -> list[str]:
     """Markdown: mean (standard deviation over seeds), and behind it the difference to the baseline at equal seeds."""
-    lines = ["| arm | " + " | ".join(claim.columns) + " |", "|" + "---|" * (1 + len(claim.columns))]
+    lines = ["| arm | " + " | ".join(claim.headings) + " |", "|" + "---|" * (1 + len(claim.headings))]
     for arm, seeds in results.items():
         cells = []
-        for heading in claim.columns:
+        for heading in claim.headings:
             values = [row[heading] for row in seeds.values()]
             cell = _with_spread(values)
             if arm != claim.baseline:
@@ -181,13 +228,19 @@ def main() -> None:
     there = finished(folder, state)
     found = [there[run_name(folder, *each)] for each in wanted]
     results: dict[str, dict[int, dict[str, float]]] = {arm: {} for arm in arms(folder)}
+    commits = {run.tags.get("tidegate.commit", "unknown") for run in found}
     for (arm, seed), run in zip(wanted, found, strict=True):
         results[arm][seed] = read(run, claim)
+    for arm in results if claim.recall else ():
+        recalled = recall(folder, arm, claim, arguments.seeds, state, arguments.overrides)
+        commits.add(recalled.commit)
+        for seed in results[arm]:
+            results[arm][seed] |= recalled.rows[seed]
     about = {
         "command": " ".join(["python", "jobs/claims/run.py", *sys.argv[1:]]),
         "seeds": arguments.seeds,
         "hardware": arguments.hardware,
-        "commit": " and ".join(sorted({_short(run.tags.get("tidegate.commit", "unknown")) for run in found})),
+        "commit": " and ".join(sorted(map(_short, commits))),
     }
     write(folder, claim, results, about, found)
     print("\n".join(table(results, claim)))

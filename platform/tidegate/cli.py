@@ -8,6 +8,19 @@ from typing import Annotated
 
 import typer
 
+from tidegate.cli_cluster import cluster
+from tidegate.options import (
+    CheckpointOption,
+    Dashboard,
+    JobFile,
+    Overrides,
+    RunName,
+    StateOption,
+    StateThere,
+    Submitted,
+    Wait,
+)
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -18,20 +31,7 @@ app = typer.Typer(
 kernels = typer.Typer(no_args_is_help=True, help="Show or measure the block sizes that the Triton kernels take.")
 app.add_typer(kernels, name="kernels")
 
-cluster = typer.Typer(no_args_is_help=True, help="Start a Ray cluster in a cloud, on hosts, on Kubernetes or in Slurm.")
 app.add_typer(cluster, name="cluster")
-
-JobFile = Annotated[Path, typer.Argument(help="YAML job file", show_default=False)]
-Overrides = Annotated[
-    list[str], typer.Option("--set", help="Override one field, as a.b=value; repeatable", show_default=False)
-]
-RunName = Annotated[str, typer.Argument(help="Name of a run, as train prints it", show_default=False)]
-CheckpointOption = Annotated[
-    str | None, typer.Option(help="Which one, as checkpoints lists them [default: the newest]", show_default=False)
-]
-StateOption = Annotated[
-    Path | None, typer.Option("--state-dir", help="Where runs live [default: $TIDEGATE_STATE or ./.tidegate]")
-]
 
 
 @app.command()
@@ -74,22 +74,6 @@ def train(
     if ran.outcome.stopped:
         # As of `timeout` where a limit ended it, or of a process that SIGTERM ended.
         raise typer.Exit(124 if ran.limit else 143)
-
-
-Dashboard = Annotated[
-    str | None,
-    typer.Option(
-        "--address", help="Ray's dashboard, http://HOST:8265 [default: $RAY_API_SERVER_ADDRESS]", show_default=False
-    ),
-]
-Wait = Annotated[bool, typer.Option("--wait", help="Follow its output until it ends; exit status is the job's")]
-Submitted = Annotated[str, typer.Argument(help="Name that it was submitted by", show_default=False)]
-StateThere = Annotated[
-    str | None,
-    typer.Option(
-        "--state-dir", help="On the cluster, seen by all nodes [default: $TIDEGATE_STATE there]", show_default=False
-    ),
-]
 
 
 @app.command()
@@ -319,6 +303,27 @@ def probe(
 
 
 @app.command()
+def recall(
+    job: JobFile,
+    overrides: Overrides = [],  # noqa: B006
+    seeds: Annotated[int, typer.Option(help="How many models, of seeds from 0 on", min=1)] = 3,
+    steps: Annotated[int, typer.Option(help="Of 64 sequences, at most", min=1)] = 1000,
+    rates: Annotated[str, typer.Option(help="Of learning, with commas; each until one does")] = "3e-3,1e-3",
+    length: Annotated[int, typer.Option(help="Tokens of a sequence, at least four a pair")] = 48,
+    pairs: Annotated[int, typer.Option(help="Keys with their values in a sequence", min=1)] = 6,
+    vocab: Annotated[int, typer.Option(help="Half are keys and half values")] = 128,
+    device: Annotated[str, typer.Option(help="Such as cuda")] = "cpu",
+    state_dir: StateOption = None,
+) -> None:
+    """Train a job's stack on associative recall instead of text: can it learn to recall, and how much does it hold?"""
+    from tidegate.launch.recall import RecallRequest, recall_job
+
+    print(
+        recall_job(RecallRequest(job, overrides, seeds, steps, rates, length, pairs, vocab, device), _state(state_dir))
+    )
+
+
+@app.command()
 def register(
     run: RunName,
     name: Annotated[str, typer.Option(help="Of the model in MLflow's registry", show_default=False)],
@@ -519,67 +524,10 @@ def show_kernels() -> None:
     show_kernels()
 
 
-ClusterFile = Annotated[str, typer.Argument(help="A file of cluster/, without .yaml, or a path", show_default=False)]
-ClusterName = Annotated[str, typer.Argument(help="Of a cluster that was started from here", show_default=False)]
-Nodes = Annotated[int | None, typer.Option(help="Worker nodes to begin with [default: none until jobs ask]")]
-ClusterJob = Annotated[Path | None, typer.Option(help="A job that must fit; on Kubernetes, a RayJob of it")]
-Minutes = Annotated[float, typer.Option(help="Give up after so many minutes", min=0.1)]
-
-
-@cluster.command()
-def render(
-    name: ClusterFile,
-    overrides: Overrides = [],  # noqa: B006
-    nodes: Nodes = None,
-    job: ClusterJob = None,
-    out: Annotated[Path | None, typer.Option(help="File to write [default: standard output]")] = None,
-    state_dir: StateOption = None,
-) -> None:
-    """Print what Ray's launcher, kubectl or sbatch reads for a cluster."""
-    from tidegate.launch.cluster import render_cluster
-    from tidegate.launch.state import default_state_dir
-
-    render_cluster(name, overrides, nodes, job, out, (state_dir or default_state_dir()).absolute())
-
-
-@cluster.command()
-def up(
-    name: ClusterFile,
-    overrides: Overrides = [],  # noqa: B006
-    nodes: Nodes = None,
-    job: ClusterJob = None,
-    minutes: Minutes = 30,
-    state_dir: StateOption = None,
-) -> None:
-    """Start a cluster, or change one that runs; one that does not start is taken down again."""
-    from tidegate.launch.cluster import cluster_up
-
-    if not cluster_up(name, overrides, nodes, job, _state(state_dir), minutes * 60):
-        raise typer.Exit(1)
-
-
-@cluster.command()
-def down(name: ClusterName, minutes: Minutes = 30, state_dir: StateOption = None) -> None:
-    """Take a cluster down, with all its nodes."""
-    from tidegate.launch.cluster import cluster_down
-
-    if not cluster_down(name, _state(state_dir), minutes * 60):
-        raise typer.Exit(1)
-
-
-@cluster.command()
-def status(name: ClusterName, state_dir: StateOption = None) -> None:
-    """Show the nodes of a cluster."""
-    from tidegate.launch.cluster import cluster_status
-
-    if not cluster_status(name, _state(state_dir)):
-        raise typer.Exit(1)
-
-
 def _state(state_dir: Path | None):  # type: ignore[no-untyped-def]
-    from tidegate.launch.state import StateDir, default_state_dir
+    from tidegate.launch.state import open_state
 
-    return StateDir(state_dir or default_state_dir())
+    return open_state(state_dir)
 
 
 def main() -> None:

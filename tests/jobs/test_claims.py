@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+
+from tidegate.config import load
+from tidegate.train.job import Job
 
 CLAIMS = Path(__file__).resolve().parents[2] / "jobs" / "claims"
 
@@ -86,6 +90,36 @@ def test_differences_are_of_equal_seeds() -> None:
     lines = run.table(results, run.Claim("a", {"loss": "val/loss", "gate": "attention/*/gate_mean"}))
     assert lines[2] == "| [a](a.yaml) | 2.000 (1.414) | - |"
     assert lines[3] == "| [b](b.yaml) | 2.500 (1.414); +0.500 (0.000) | 0.500 (0.000); - |"
+
+
+def test_recall_is_asked_once_and_again_of_another_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = CLAIMS / "hybrid_ratio"
+    claim = run.read_claim(folder)
+    path, called = tmp_path / "recall" / "claim-hybrid-linear-32-8-64.json", []
+
+    def call(command: list[str]) -> None:
+        called.append(command)
+        config = load(
+            folder / "linear.yaml", Job, [command[i + 1] for i, word in enumerate(command) if word == "--set"]
+        )
+        rows = [{"seed": 0, "accuracy": 0.1, "reached": None}, {"seed": 1, "accuracy": 0.99, "reached": 300}]
+        model = config.config.model.model_dump(mode="json")
+        path.parent.mkdir(exist_ok=True)
+        about = {"commit": None, "steps": claim.recall["steps"], "rates": [1e-3, 3e-3], "model": model}
+        path.write_text(json.dumps(about | {"seeds": rows}))
+
+    monkeypatch.setattr(run, "_call", call)
+    for overrides in ([], [], ["model.width=32"]):
+        found = run.recall(folder, "linear", claim, 2, tmp_path, overrides)
+        assert found.commit == "unknown"
+        assert found.rows[1] == {"recall accuracy": 0.99, "seeds at 0.99": 1.0, "step": 300}
+        assert found.rows[0] == {"recall accuracy": 0.1, "seeds at 0.99": 0.0, "step": None}
+    assert len(called) == 2
+    assert called[0][3:] == [
+        *("recall", str(folder / "linear.yaml"), "--seeds", "2", "--length", "32", "--pairs", "8", "--vocab", "64"),
+        *("--steps", "400", "--rates", "1e-3,3e-3", "--state-dir", str(tmp_path)),
+    ]
+    assert claim.headings == ["held-out loss", "recall accuracy", "seeds at 0.99"]
 
 
 @pytest.mark.parametrize("top", [1, 2, 3])

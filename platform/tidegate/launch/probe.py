@@ -22,7 +22,7 @@ from tidegate.train.generate import samples_of
 from tidegate.train.job import Job
 from tidegate.train.probes import ContextLoss, Needle, context_losses, needles, observed
 
-__all__ = ["SUITES", "probe_run"]
+__all__ = ["SUITES", "check_device", "probe_run"]
 
 SUITES = ("sink", "experts", "long", "recall", "samples")
 _DEPTHS = (0.0, 0.5, 1.0)
@@ -53,10 +53,7 @@ def probe_run(
         raise ConfigError(f"--suite {','.join(unknown)}: unknown; some of {', '.join(SUITES)}")
     if sequences < 2:
         raise ConfigError(f"--sequences {sequences}: must be at least 2")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    check_device(device)
     folder = state.run(run)
     job = load_stored(folder.job_file.read_text(encoding="utf-8"), Job, str(folder.job_file))
     dataset = token_dataset(job, folder, state)
@@ -74,6 +71,14 @@ def probe_run(
     except ConfigError:  # the store's password is nowhere
         print("not entered in MLflow, whose password is nowhere")
     return out
+
+
+def check_device(device: str) -> None:
+    """Raises ConfigError: PyTorch has no such device here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {device}: {str(error).splitlines()[0]}") from error
 
 
 def _ask(

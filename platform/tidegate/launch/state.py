@@ -22,7 +22,16 @@ from tidegate.track import RunHandle, recorded_uri
 from tidegate.train.job import Job
 from tidegate.train.storage import Storage
 
-__all__ = ["LAYOUT_VERSION", "RunFolder", "RunRecord", "StateDir", "check_name", "default_state_dir", "write_whole"]
+__all__ = [
+    "LAYOUT_VERSION",
+    "RunFolder",
+    "RunRecord",
+    "StateDir",
+    "check_name",
+    "default_state_dir",
+    "open_state",
+    "write_whole",
+]
 
 LAYOUT_VERSION = "1"
 _JOB_FILE, _RECORD_FILE = "job.json", "run.json"
@@ -32,6 +41,11 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 def default_state_dir() -> Path:
     """`TIDEGATE_STATE`, or `.tidegate` in the current directory."""
     return Path(os.environ.get("TIDEGATE_STATE", ".tidegate")).absolute()
+
+
+def open_state(path: Path | None) -> StateDir:
+    """The state directory that `--state-dir` names; None is the default."""
+    return StateDir(path or default_state_dir())
 
 
 class RunRecord(Config):

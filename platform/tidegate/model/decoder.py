@@ -45,6 +45,7 @@ from tidegate_kernels.gated_attention import Documents
 from tidegate_kernels.linear_cross_entropy import linear_cross_entropy
 
 __all__ = [
+    "NO_LABEL",
     "Block",
     "BlockOutput",
     "Decoder",
@@ -56,7 +57,8 @@ __all__ = [
     "unit_gates_on_meta",
 ]
 
-_NO_LABEL = -100  # no token's id: what does not count has weight 0
+NO_LABEL = -100
+"""No token's id; as a label it has no loss. What does not count has weight 0 whatever its label."""
 
 MoEFactory = Callable[..., MoE]
 """Takes the arguments of `MoE`; `parallel/` passes one that spreads experts over ranks."""
@@ -397,7 +399,7 @@ class Decoder(nn.Module):
                 counted_BT.flatten().float(),
                 z_loss=0.0,
                 soft_cap=None,
-                ignore_index=_NO_LABEL,
+                ignore_index=NO_LABEL,
             )
             nll_BT = nll_N.view_as(labels_BT)
         nll_BT = nll_BT.detach()
@@ -405,17 +407,18 @@ class Decoder(nn.Module):
         seen = passed.attention, passed.max_hidden_A, passed.max_logit_AH
         return DecoderOutput(nll, nll_B, stats, *seen, nll_BT, passed.unit_penalty, passed.tuned)
 
-    def logits(self, tokens_BT: torch.Tensor, counted_BT: torch.Tensor, place: int) -> torch.Tensor:
-        """(B, V) fp32, of the token after the one at this place.
+    def logits(self, tokens_BT: torch.Tensor, counted_BT: torch.Tensor, place: int | torch.Tensor) -> torch.Tensor:
+        """(B, V) fp32, of the token after the one at this place; (N, V) of N places.
 
         Args:
             tokens_BT: (B, T) int64; those after the place have no say, except where the router sees later tokens.
             counted_BT: (B, T) bool, as in `forward`.
-            place: 0 <= place < T.
+            place: 0 <= place < T of every sequence, or (B, T) bool.
         """
         rows_B = torch.arange(len(tokens_BT), device=tokens_BT.device)
         x_BTD = self._run(RouterContext(counted_BT, tokens_BT, rows_B, STILL)).x_BTD
-        return F.linear(x_BTD[:, place], self._head()).float()
+        x_ND = x_BTD[:, place] if isinstance(place, int) else x_BTD[place]
+        return F.linear(x_ND, self._head()).float()
 
     def _head(self) -> torch.Tensor:
         """(V, D)."""
