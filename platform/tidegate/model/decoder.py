@@ -17,13 +17,15 @@ from torch.utils.checkpoint import checkpoint
 
 from tidegate.config import Config
 from tidegate.model.activations import ActivationName
-from tidegate.model.attention import Attention, AttentionConfig, Rotary, rotary_table
+from tidegate.model.attention import Attention, AttentionConfig, AttentionOutput, KeysValues, Rotary, rotary_table
 from tidegate.model.clock import STILL, Clock, derive_key, uniform
 from tidegate.model.initialisation import Draw
 from tidegate.model.layers import Embedding, FeedForward, Linear
 from tidegate.model.mixers import (
     GAM,
     GMU,
+    CrossAttention,
+    CrossAttentionConfig,
     DynamicMaskAttention,
     DynamicMaskConfig,
     GMUConfig,
@@ -101,6 +103,21 @@ class ModelConfig(StackConfig):
         return self
 
     @model_validator(mode="after")
+    def _keys_are_of_one_block(self) -> ModelConfig:
+        kind, clip = self.attention.gate.kind, self.attention.qk_clip
+        if self.cross_attention and kind in ("key", "value"):
+            raise ValueError(
+                f"attention.gate.kind={kind} with layers={self.layers!r}: blocks of cross attention have no keys and "
+                "values to gate; use another gate"
+            )
+        if self.cross_attention and clip is not None:
+            raise ValueError(
+                f"attention.qk_clip={clip:g} with layers={self.layers!r}: it scales a block's own keys, which cross "
+                "attention has not; use attention.qk_norm"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _units_fit(self) -> ModelConfig:
         if self.units is not None:
             unit_gates_on_meta(self)
@@ -157,6 +174,18 @@ class DecoderOutput(NamedTuple):
     """Hyperparameters of this pass."""
 
 
+class Published(NamedTuple):
+    """What later blocks read, of the nearest block that has it."""
+
+    memory_BTC: torch.Tensor | None = None
+    """Of a linear mixer, for GMUs."""
+    keys: KeysValues | None = None
+    """Of attention to all tokens, for cross attention."""
+
+
+_NOTHING = Published()
+
+
 class BlockOutput(NamedTuple):
     h_BTD: torch.Tensor
     """The residual stream before the feed-forward."""
@@ -167,17 +196,17 @@ class BlockOutput(NamedTuple):
     stats: RoutingStats | None
     sample: AttentionSample | None
     max_logit_H: torch.Tensor | None
-    memory_BTC: torch.Tensor | None
-    """For the GMUs of later blocks."""
+    published: Published
+    """By this block and those before."""
 
 
 class _Mixed(NamedTuple):
     """What a block's token mixer returns."""
 
     y_BTD: torch.Tensor
-    sample: AttentionSample | None = None
-    max_logit_H: torch.Tensor | None = None
-    memory_BTC: torch.Tensor | None = None
+    sample: AttentionSample | None
+    max_logit_H: torch.Tensor | None
+    published: Published
 
 
 class Block(nn.Module):
@@ -198,6 +227,8 @@ class Block(nn.Module):
         elif isinstance(mixer, DynamicMaskConfig):
             given = config.attention, config.width, config.norm_eps, std, out_std
             self.attention = DynamicMaskAttention(*given, mixer.keep)
+        elif isinstance(mixer, CrossAttentionConfig):
+            self.attention = CrossAttention(config.attention, config.width, config.norm_eps, std, out_std)
         else:
             place = Place(config.width, config.norm_eps, std, out_std, layer, config.num_layers)
             if isinstance(mixer, GMUConfig):
@@ -223,7 +254,7 @@ class Block(nn.Module):
         source_BTD: torch.Tensor | None = None,
         routing: Routing | None = None,
         units: LayerMasks = NO_MASKS,
-        memory_BTC: torch.Tensor | None = None,
+        below: Published = _NOTHING,
     ) -> BlockOutput:
         """Run the block.
 
@@ -235,14 +266,14 @@ class Block(nn.Module):
             source_BTD: what a pre-gated router reads in place of this block's own input.
             routing: decided elsewhere.
             units: factors of the layer's gated units.
-            memory_BTC: that the last block before has published; a GMU reads it.
+            below: published by the blocks before.
         """
         share = None if units.block is None else units.block.to(h_BTD.dtype)
         if y_BTD is None:
             x_BTD = self.attention_norm(h_BTD)
         else:
             x_BTD, h_BTD = self.attention_norm.add(y_BTD, h_BTD)
-        mixed = self._mixed(x_BTD, rotary, context, units, memory_BTC)
+        mixed = self._mixed(x_BTD, rotary, context, units, below)
         seen = mixed[1:]
         x_BTD, h_BTD = self.ffn_norm.add(_shared(mixed.y_BTD, share), h_BTD)
         if not isinstance(self.ffn, MoE):
@@ -267,16 +298,21 @@ class Block(nn.Module):
         rotary: Rotary,
         context: RouterContext,
         units: LayerMasks,
-        memory_BTC: torch.Tensor | None,
+        below: Published,
     ) -> _Mixed:
         if isinstance(self.mixer, GMU):
-            assert memory_BTC is not None  # the config has seen to it
-            return _Mixed(self.mixer(x_BTD, memory_BTC))
+            assert below.memory_BTC is not None  # the config has seen to it
+            return _Mixed(self.mixer(x_BTD, below.memory_BTC), None, None, below)
         if self.mixer is not None:
             output = self.mixer(x_BTD, context.documents)
-            return _Mixed(output.y_BTD, memory_BTC=output.memory_BTC if self._publishes else None)
+            published = below._replace(memory_BTC=output.memory_BTC) if self._publishes else below
+            return _Mixed(output.y_BTD, None, None, published)
         assert self.attention is not None
-        return _Mixed(*self.attention(x_BTD, rotary, context.documents, context.observe == "all", units.heads))
+        observe = context.observe == "all"
+        attended: AttentionOutput = self.attention(x_BTD, rotary, context.documents, observe, units.heads, below.keys)
+        if self._publishes:  # a copy: values are a view of a tensor that holds queries and scores of the gate too
+            below = below._replace(keys=KeysValues(attended.keys.k_BTGd, attended.keys.v_BTVd.contiguous()))
+        return _Mixed(attended.y_BTD, attended.sample, attended.max_logit_H, below)
 
     def _dropped(self, y_BTD: torch.Tensor, context: RouterContext) -> torch.Tensor:
         """Dropout at the rate that the model tunes itself, in training."""
@@ -421,7 +457,7 @@ class Decoder(nn.Module):
         pre_gated = isinstance(self.config.ffn, MoEConfig) and self.config.ffn.reads_previous_block
         source_BTD: torch.Tensor | None = None
         y_BTD: torch.Tensor | None = None
-        memory_BTC: torch.Tensor | None = None
+        published = _NOTHING
         recompute = self.recompute and self.training
         stats: list[RoutingStats] = []
         watch: AttentionWatch | None = None
@@ -434,10 +470,9 @@ class Decoder(nn.Module):
             run = partial(checkpoint, block, use_reentrant=False) if recompute else block
             if recompute and y_BTD is not None:  # so that one tensor is kept for each block, not two
                 h_BTD, y_BTD = h_BTD + y_BTD, None
-            h_BTD, y_BTD, x_BTD, layer_stats, sample, max_logit_H, published_BTC = run(
-                h_BTD, y_BTD, rotary, context, source_BTD, routing, layer_masks, memory_BTC
+            h_BTD, y_BTD, x_BTD, layer_stats, sample, max_logit_H, published = run(
+                h_BTD, y_BTD, rotary, context, source_BTD, routing, layer_masks, published
             )
-            memory_BTC = memory_BTC if published_BTC is None else published_BTC
             source_BTD = x_BTD if pre_gated else None
             if layer_stats is not None:
                 stats.append(layer_stats)
