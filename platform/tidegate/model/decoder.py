@@ -425,16 +425,24 @@ class Decoder(nn.Module):
         seen = passed.attention, passed.max_hidden_A, passed.max_logit_AH
         return DecoderOutput(nll, nll_B, stats, *seen, nll_BT, passed.unit_penalty, passed.tuned)
 
-    def logits(self, tokens_BT: torch.Tensor, counted_BT: torch.Tensor, place: int) -> torch.Tensor:
-        """(B, V) fp32, of the token after the one at this place.
+    def logits(
+        self,
+        tokens_BT: torch.Tensor,
+        counted_BT: torch.Tensor,
+        place: int | slice,
+        documents_BT: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(B, V) fp32, of the token after the one at this place; (B, T, V) of those after each of a slice.
 
         Args:
             tokens_BT: (B, T) int64; those after the place have no say, except where the router sees later tokens.
             counted_BT: (B, T) bool, as in `forward`.
-            place: 0 <= place < T.
+            place: 0 <= place < T, or some.
+            documents_BT: as in `forward`.
         """
+        documents = None if documents_BT is None else Documents(documents_BT)
         rows_B = torch.arange(len(tokens_BT), device=tokens_BT.device)
-        x_BTD = self._run(RouterContext(counted_BT, tokens_BT, rows_B, STILL)).x_BTD
+        x_BTD = self._run(RouterContext(counted_BT, tokens_BT, rows_B, STILL, documents)).x_BTD
         return F.linear(x_BTD[:, place], self._head()).float()
 
     def _head(self) -> torch.Tensor:
