@@ -289,17 +289,18 @@ def generate(
 def probe(
     run: RunName,
     suite: Annotated[
-        str, typer.Option(help="Which of sink, experts, long, recall and samples, with commas")
+        str, typer.Option(help="Which of sink, experts, long, recall, samples and lm_eval, with commas")
     ] = "sink,experts,long,recall,samples",
     sequences: Annotated[int, typer.Option(help="Held-out sequences that each probe reads, at most")] = 32,
     checkpoint: CheckpointOption = None,
     device: Annotated[str, typer.Option(help="Such as cuda")] = "cpu",
+    tasks: Annotated[str | None, typer.Option(help="Of lm_eval: a folder of them, or names with commas")] = None,
     state_dir: StateOption = None,
 ) -> None:
     """Ask a run's weights: attention sinks, what experts know, longer contexts, recall, samples."""
     from tidegate.launch.probe import probe_run
 
-    print(probe_run(run, _state(state_dir), suite.split(","), sequences, checkpoint, device))
+    print(probe_run(run, _state(state_dir), suite.split(","), sequences, checkpoint, device, tasks))
 
 
 @app.command()

@@ -27,7 +27,16 @@ from tidegate_kernels.qk_norm_rope import Rotated, qk_norm_rope
 if TYPE_CHECKING:  # it knows the mixers, one of which is a kind of attention
     from tidegate.model.sequence import SequencePart
 
-__all__ = ["Attention", "AttentionConfig", "AttentionOutput", "Rotary", "YarnConfig", "rotary_table"]
+__all__ = [
+    "Attention",
+    "AttentionConfig",
+    "AttentionOutput",
+    "KeysValues",
+    "Rotary",
+    "Seen",
+    "YarnConfig",
+    "rotary_table",
+]
 
 _MOST_ROTATIONS, _FEWEST_ROTATIONS = 32, 1
 """Within the trained length: pairs that turn more often are left as they are, those that turn less are interpolated."""
@@ -132,12 +141,19 @@ def rotary_table(
     return Rotary((angle.cos() * scale).float().to(device), (angle.sin() * scale).float().to(device))
 
 
-class _Projected(NamedTuple):
-    """What attention reads of its input; views of one tensor."""
+class KeysValues(NamedTuple):
+    """Normalised, gated and with their positions, as the softmax sees them."""
 
-    q_BTHd: torch.Tensor
     k_BTGd: torch.Tensor
     v_BTVd: torch.Tensor
+
+
+class Seen(NamedTuple):
+    """What a block attends with."""
+
+    q_BTHd: torch.Tensor
+    """As the softmax sees them."""
+    keys: KeysValues
     scores_BTHs: torch.Tensor | None
     """Of the gate, H of the tensor that it gates."""
 
@@ -149,6 +165,8 @@ class AttentionOutput(NamedTuple):
     """If observed."""
     max_logit_H: torch.Tensor | None
     """(H,) fp32, largest logits of the batch: of every training pass with `qk_clip`, else None."""
+    keys: KeysValues
+    """For later blocks of cross attention."""
 
 
 class Attention(nn.Module):
@@ -200,6 +218,7 @@ class Attention(nn.Module):
         documents: Documents | None,
         observe: bool = False,
         heads: torch.Tensor | None = None,
+        below: KeysValues | None = None,
         part: SequencePart | None = None,
     ) -> AttentionOutput:
         """Attend.
@@ -210,11 +229,11 @@ class Attention(nn.Module):
             documents: attention stays inside; None for plain causal attention.
             observe: return what telemetry looks at.
             heads: (..., H) factors of the heads, or None.
+            below: of the block that `CrossAttention` reads; others have their own.
             part: of the sequences, where other ranks hold the rest; not with `observe` or `qk_clip`.
         """
-        q, k, v, scores = self._projected(x_BTD)
-        v = self._gated("value", v, scores)
-        q, k = self._positioned(q, k, scores, rotary)
+        q, keys, scores = self._seen(x_BTD, rotary, below)
+        k, v = keys
         if self.key_of_head is not None and self.value_of_head is not None:
             k, v = k[:, :, self.key_of_head], v[:, :, self.value_of_head]
         sink_H = self._sink(q)
@@ -232,7 +251,13 @@ class Attention(nn.Module):
         clips = self.config.qk_clip is not None and self.training and torch.is_grad_enabled()
         max_logit_H = max_logits(q.detach(), k.detach(), visible) if clips else None
         sample = self._sample(q, k, v, scores, visible, sink_H) if observe else None
-        return AttentionOutput(out_BTD, sample, max_logit_H)
+        return AttentionOutput(out_BTD, sample, max_logit_H, keys)
+
+    def _seen(self, x_BTD: torch.Tensor, rotary: Rotary, below: KeysValues | None) -> Seen:
+        (q, k, v), scores = self._projected(x_BTD, self.wq, self.wk, self.wv)
+        v = self._gated("value", v, scores)
+        q, k = self._positioned(q, k, scores, rotary)
+        return Seen(q, KeysValues(k, v), scores)
 
     def _visible(self, x_BTD: torch.Tensor, documents: Documents | None, part: SequencePart | None) -> Visible | None:
         documents, length = (documents, x_BTD.shape[1]) if part is None else (part.documents, part.length)
@@ -242,18 +267,20 @@ class Attention(nn.Module):
             return documents.nearest(self.window)
         return nearest(len(x_BTD), length, self.window, x_BTD.device)
 
-    def _projected(self, x_BTD: torch.Tensor) -> _Projected:
-        """One product for all: its gradient by x is one product too, not a sum of four."""
-        gate, linears = self.gate, [self.wq, self.wk, self.wv]
+    def _projected(self, x_BTD: torch.Tensor, *own: Linear) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """Heads of each matrix, views of one tensor, and the gate's scores.
+
+        One product for all: its gradient by x is one product too, not a sum of four.
+        """
+        gate, linears = self.gate, [*own]
         if gate is not None and gate.projection is not None:
             linears.append(gate.projection)
         weights: list[torch.Tensor] = [linear.weight for linear in linears]
         parts = F.linear(x_BTD, torch.cat(weights)).split([len(weight) for weight in weights], dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self.config.head_dim)) for part in parts[:3])
         scores = None
         if gate is not None:
-            scores = gate.scores(x_BTD) if gate.projection is None else gate.by_head(parts[3])
-        return _Projected(q, k, v, scores)
+            scores = gate.scores(x_BTD) if gate.projection is None else gate.by_head(parts[-1])
+        return [part.unflatten(-1, (-1, self.config.head_dim)) for part in parts[: len(own)]], scores
 
     def _attend(
         self,

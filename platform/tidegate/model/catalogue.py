@@ -47,9 +47,9 @@ def _unit_gates() -> list[Choice]:
 
 
 def _mixers() -> list[Choice]:
-    found = _kinds(MixerConfig, "model: {{layers: 'mine, attention', mixers: {{mine: {{{it}}}}}}}")
+    found = _kinds(MixerConfig, "model: {{layers: 'attention, mine', mixers: {{mine: {{{it}}}}}}}")
     below = next(choice.yaml for choice in found if choice.name == "kda")  # a GMU reads what a linear mixer publishes
-    unit = below.replace("'mine, attention'", "'mine, unit'").replace("}}}", "}, unit: {kind: gmu}}}")
+    unit = below.replace("'attention, mine'", "'mine, unit'").replace("}}}", "}, unit: {kind: gmu}}}")
     return [choice._replace(yaml=unit) if choice.name == "gmu" else choice for choice in found]
 
 

@@ -17,13 +17,16 @@ from torch.utils.checkpoint import checkpoint
 
 from tidegate.config import Config
 from tidegate.model.activations import ActivationName
-from tidegate.model.attention import Attention, AttentionConfig, Rotary, rotary_table
+from tidegate.model.attention import Attention, AttentionConfig, AttentionOutput, KeysValues, Rotary, rotary_table
 from tidegate.model.clock import STILL, Clock, derive_key, uniform
+from tidegate.model.consistency import symmetric_divergence, with_consistency
 from tidegate.model.initialisation import Draw
 from tidegate.model.layers import Embedding, FeedForward, Linear
 from tidegate.model.mixers import (
     GAM,
     GMU,
+    CrossAttention,
+    CrossAttentionConfig,
     DynamicMaskAttention,
     DynamicMaskConfig,
     GMUConfig,
@@ -104,6 +107,21 @@ class ModelConfig(StackConfig):
         return self
 
     @model_validator(mode="after")
+    def _keys_are_of_one_block(self) -> ModelConfig:
+        kind, clip = self.attention.gate.kind, self.attention.qk_clip
+        if self.cross_attention and kind in ("key", "value"):
+            raise ValueError(
+                f"attention.gate.kind={kind} with layers={self.layers!r}: blocks of cross attention have no keys and "
+                "values to gate; use another gate"
+            )
+        if self.cross_attention and clip is not None:
+            raise ValueError(
+                f"attention.qk_clip={clip:g} with layers={self.layers!r}: it scales a block's own keys, which cross "
+                "attention has not; use attention.qk_norm"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _units_fit(self) -> ModelConfig:
         if self.units is not None:
             unit_gates_on_meta(self)
@@ -160,6 +178,18 @@ class DecoderOutput(NamedTuple):
     """Hyperparameters of this pass."""
 
 
+class Published(NamedTuple):
+    """What later blocks read, of the nearest block that has it."""
+
+    memory_BTC: torch.Tensor | None = None
+    """Of a linear mixer, for GMUs."""
+    keys: KeysValues | None = None
+    """Of attention to all tokens, for cross attention."""
+
+
+_NOTHING = Published()
+
+
 class BlockOutput(NamedTuple):
     h_BTD: torch.Tensor
     """The residual stream before the feed-forward."""
@@ -170,17 +200,17 @@ class BlockOutput(NamedTuple):
     stats: RoutingStats | None
     sample: AttentionSample | None
     max_logit_H: torch.Tensor | None
-    memory_BTC: torch.Tensor | None
-    """For the GMUs of later blocks."""
+    published: Published
+    """By this block and those before."""
 
 
 class _Mixed(NamedTuple):
     """What a block's token mixer returns."""
 
     y_BTD: torch.Tensor
-    sample: AttentionSample | None = None
-    max_logit_H: torch.Tensor | None = None
-    memory_BTC: torch.Tensor | None = None
+    sample: AttentionSample | None
+    max_logit_H: torch.Tensor | None
+    published: Published
 
 
 class Block(nn.Module):
@@ -201,6 +231,8 @@ class Block(nn.Module):
         elif isinstance(mixer, DynamicMaskConfig):
             given = config.attention, config.width, config.norm_eps, std, out_std
             self.attention = DynamicMaskAttention(*given, mixer.keep)
+        elif isinstance(mixer, CrossAttentionConfig):
+            self.attention = CrossAttention(config.attention, config.width, config.norm_eps, std, out_std)
         else:
             place = Place(config.width, config.norm_eps, std, out_std, layer, config.num_layers)
             if isinstance(mixer, GMUConfig):
@@ -226,7 +258,7 @@ class Block(nn.Module):
         source_BTD: torch.Tensor | None = None,
         routing: Routing | None = None,
         units: LayerMasks = NO_MASKS,
-        memory_BTC: torch.Tensor | None = None,
+        below: Published = _NOTHING,
         part: SequencePart | None = None,
     ) -> BlockOutput:
         """Run the block.
@@ -239,7 +271,7 @@ class Block(nn.Module):
             source_BTD: what a pre-gated router reads in place of this block's own input.
             routing: decided elsewhere.
             units: factors of the layer's gated units.
-            memory_BTC: that the last block before has published; a GMU reads it.
+            below: published by the blocks before.
             part: of the sequences, where other ranks hold the rest.
         """
         share = None if units.block is None else units.block.to(h_BTD.dtype)
@@ -247,7 +279,7 @@ class Block(nn.Module):
             x_BTD = self.attention_norm(h_BTD)
         else:
             x_BTD, h_BTD = self.attention_norm.add(y_BTD, h_BTD)
-        mixed = self._mixed(x_BTD, rotary, context, units, memory_BTC, part)
+        mixed = self._mixed(x_BTD, rotary, context, units, below, part)
         seen = mixed[1:]
         x_BTD, h_BTD = self.ffn_norm.add(_shared(mixed.y_BTD, share), h_BTD)
         if not isinstance(self.ffn, MoE):
@@ -272,21 +304,27 @@ class Block(nn.Module):
         rotary: Rotary,
         context: RouterContext,
         units: LayerMasks,
-        memory_BTC: torch.Tensor | None,
+        below: Published,
         part: SequencePart | None,
     ) -> _Mixed:
         if isinstance(self.mixer, GMU):
-            assert memory_BTC is not None  # the config has seen to it
-            return _Mixed(self.mixer(x_BTD, memory_BTC))
+            assert below.memory_BTC is not None  # the config has seen to it
+            return _Mixed(self.mixer(x_BTD, below.memory_BTC), None, None, below)
         if self.mixer is not None:
             if part is None:
                 output = self.mixer(x_BTD, context.documents)
             else:
                 output = passed_on(self.mixer, x_BTD, context.documents, part)
-            return _Mixed(output.y_BTD, memory_BTC=output.memory_BTC if self._publishes else None)
+            published = below._replace(memory_BTC=output.memory_BTC) if self._publishes else below
+            return _Mixed(output.y_BTD, None, None, published)
         assert self.attention is not None
         observe = context.observe == "all" and part is None
-        return _Mixed(*self.attention(x_BTD, rotary, context.documents, observe, units.heads, part))
+        attended: AttentionOutput = self.attention(
+            x_BTD, rotary, context.documents, observe, units.heads, below.keys, part
+        )
+        if self._publishes:  # a copy: values are a view of a tensor that holds queries and scores of the gate too
+            below = below._replace(keys=KeysValues(attended.keys.k_BTGd, attended.keys.v_BTVd.contiguous()))
+        return _Mixed(attended.y_BTD, attended.sample, attended.max_logit_H, below)
 
     def _dropped(self, y_BTD: torch.Tensor, context: RouterContext) -> torch.Tensor:
         """Dropout at the rate that the model tunes itself, in training."""
@@ -384,11 +422,11 @@ class Decoder(nn.Module):
             logits_BTV, other_BTV = (F.linear(each.x_BTD, self._head()) for each in (passed, other))
             nll_BT = (_nll(logits_BTV, labels_BT) + _nll(other_BTV, labels_BT)) / 2
             nll = (nll_BT * counted_BT).sum()
-            divergence_BT = _symmetric_divergence(logits_BTV, other_BTV)
+            divergence_BT = symmetric_divergence(logits_BTV, other_BTV)
             # The paper adds two cross entropies and alpha times the divergence; all of it is halved here, so that the
             # loss stays nats a token.
             consistency_B = router.consistency / 2 * (divergence_BT * counted_BT).sum(dim=1)
-            stats = _with_consistency(passed.stats, other.stats, consistency_B)
+            stats = with_consistency(passed.stats, other.stats, consistency_B)
             if passed.max_logit_AH is not None and other.max_logit_AH is not None:
                 passed = passed._replace(max_logit_AH=torch.maximum(passed.max_logit_AH, other.max_logit_AH))
         else:
@@ -407,17 +445,25 @@ class Decoder(nn.Module):
         seen = passed.attention, passed.max_hidden_A, passed.max_logit_AH
         return DecoderOutput(nll, nll_B, stats, *seen, nll_BT, passed.unit_penalty, passed.tuned)
 
-    def logits(self, tokens_BT: torch.Tensor, counted_BT: torch.Tensor, place: int | torch.Tensor) -> torch.Tensor:
-        """(B, V) fp32, of the token after the one at this place; (N, V) of N places.
+    def logits(
+        self,
+        tokens_BT: torch.Tensor,
+        counted_BT: torch.Tensor,
+        place: int | slice | torch.Tensor,
+        documents_BT: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(B, V) fp32, of the token after the one at this place; (B, T, V) of a slice, (N, V) of N places.
 
         Args:
             tokens_BT: (B, T) int64; those after the place have no say, except where the router sees later tokens.
             counted_BT: (B, T) bool, as in `forward`.
-            place: 0 <= place < T of every sequence, or (B, T) bool.
+            place: 0 <= place < T, or some of them, of every sequence; or (B, T) bool.
+            documents_BT: as in `forward`.
         """
+        documents = None if documents_BT is None else Documents(documents_BT)
         rows_B = torch.arange(len(tokens_BT), device=tokens_BT.device)
-        x_BTD = self._run(RouterContext(counted_BT, tokens_BT, rows_B, STILL)).x_BTD
-        x_ND = x_BTD[:, place] if isinstance(place, int) else x_BTD[place]
+        x_BTD = self._run(RouterContext(counted_BT, tokens_BT, rows_B, STILL, documents)).x_BTD
+        x_ND = x_BTD[place] if isinstance(place, torch.Tensor) else x_BTD[:, place]
         return F.linear(x_ND, self._head()).float()
 
     def _head(self) -> torch.Tensor:
@@ -441,7 +487,7 @@ class Decoder(nn.Module):
         pre_gated = isinstance(self.config.ffn, MoEConfig) and self.config.ffn.reads_previous_block
         source_BTD: torch.Tensor | None = None
         y_BTD: torch.Tensor | None = None
-        memory_BTC: torch.Tensor | None = None
+        published = _NOTHING
         recompute = self.recompute and self.training
         stats: list[RoutingStats] = []
         watch: AttentionWatch | None = None
@@ -454,10 +500,9 @@ class Decoder(nn.Module):
             run = partial(checkpoint, block, use_reentrant=False) if recompute else block
             if recompute and y_BTD is not None:  # so that one tensor is kept for each block, not two
                 h_BTD, y_BTD = h_BTD + y_BTD, None
-            h_BTD, y_BTD, x_BTD, layer_stats, sample, max_logit_H, published_BTC = run(
-                h_BTD, y_BTD, rotary, context, source_BTD, routing, layer_masks, memory_BTC, part
+            h_BTD, y_BTD, x_BTD, layer_stats, sample, max_logit_H, published = run(
+                h_BTD, y_BTD, rotary, context, source_BTD, routing, layer_masks, published, part
             )
-            memory_BTC = memory_BTC if published_BTC is None else published_BTC
             source_BTD = x_BTD if pre_gated else None
             if layer_stats is not None:
                 stats.append(layer_stats)
@@ -513,9 +558,8 @@ def _shared_router(config: ModelConfig) -> Router | None:
     ffn = config.ffn
     if not isinstance(ffn, MoEConfig) or ffn.capabilities.source_layer != "embedding":
         return None
-    return ffn.router.build(
-        RouterShape(config.width, ffn.num_experts, ffn.top_k, config.init_std, 0, config.vocab_size)
-    )
+    shape = RouterShape(config.width, ffn.num_experts, ffn.top_k, config.init_std, 0, config.vocab_size)
+    return ffn.router.build(shape)
 
 
 def _stacked(layers: list[RoutingStats]) -> RoutingStats | None:
@@ -528,23 +572,6 @@ def _stacked(layers: list[RoutingStats]) -> RoutingStats | None:
 def _nll(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
     nll_N = F.cross_entropy(logits_BTV.flatten(0, 1).float(), labels_BT.flatten(), reduction="none")
     return nll_N.view_as(labels_BT)
-
-
-def _symmetric_divergence(one_BTV: torch.Tensor, other_BTV: torch.Tensor) -> torch.Tensor:
-    """(B, T) mean of KL(p || q) and KL(q || p) in nats, from logits (THOR, arXiv 2110.04260, Eq. 4)."""
-    log_p, log_q = one_BTV.float().log_softmax(dim=-1), other_BTV.float().log_softmax(dim=-1)
-    return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=-1)
-
-
-def _with_consistency(
-    one: RoutingStats | None, other: RoutingStats | None, consistency_B: torch.Tensor
-) -> RoutingStats:
-    """Statistics of two passes as of one, with the consistency loss spread over the layers' penalties."""
-    assert one is not None
-    assert other is not None
-    layers = one.penalty_sums_B.shape[0]
-    counts = (one.counts_BE + other.counts_BE) / 2
-    return one._replace(counts_BE=counts, penalty_sums_B=one.penalty_sums_B + consistency_B / layers)
 
 
 def unit_gates_on_meta(config: ModelConfig) -> UnitGates:

@@ -81,8 +81,9 @@ def total(config: ModelConfig, sequence_length: int) -> Cost:
 
 
 def kv_cache_bytes(config: ModelConfig) -> int:
-    """Of keys and values a token of context at inference, in bf16."""
-    return _kv_bytes(config) * sum(window is None for window in config.windows.values())
+    """Of keys and values a token of context at inference, in bf16; cross attention has none of its own."""
+    whole = sum(window is None for window in config.windows.values())
+    return _kv_bytes(config) * (whole - len(config.cross_attention))
 
 
 def state_bytes(config: ModelConfig) -> int:
@@ -114,7 +115,7 @@ def _norms(config: ModelConfig) -> list[Cost]:
     num, D = 2 * config.num_layers + 1, config.width
     vectors = num * D * (2 if isinstance(config.norm, PreAffineNormConfig) else 1)
     if config.attention.qk_norm:
-        vectors += 2 * len(config.windows) * config.attention.head_dim
+        vectors += (2 * len(config.windows) - len(config.cross_attention)) * config.attention.head_dim
     rows = [Cost("norms", vectors, vectors, 0.0)]
     if isinstance(config.norm, GatedNormConfig):
         rows.append(_matrix("norm.rank", num * 2 * D * config.norm.rank))
@@ -133,8 +134,10 @@ def _attention(config: ModelConfig, sequence_length: int) -> list[Cost]:
     nearest = (min(window or sequence_length, sequence_length) for window in windows)
     # 2 products of 2 FLOPs and 3 passes for each key: half of T in the mean, or a window less its first half.
     keys = sum(window * (1 - window / (2 * sequence_length)) for window in nearest)
-    rows = [_scaled(row, len(windows)) for row in _projections(config.attention, config.width)]
-    return [*rows[:2], Cost("attention (scores)", 0, 0, 12.0 * keys * H * d), *rows[2:]]
+    queries, own, *rest = _projections(config.attention, config.width)
+    scores = Cost("attention (scores)", 0, 0, 12.0 * keys * H * d)
+    own = _scaled(own, len(windows) - len(config.cross_attention))
+    return [_scaled(queries, len(windows)), own, scores, *(_scaled(row, len(windows)) for row in rest)]
 
 
 def _projections(config: AttentionConfig, D: int) -> list[Cost]:

@@ -7,7 +7,14 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from tidegate.config import Config
-from tidegate.model.mixers import DynamicMaskConfig, GMUConfig, LinearMixerConfig, MixerConfig, SlidingWindowConfig
+from tidegate.model.mixers import (
+    CrossAttentionConfig,
+    DynamicMaskConfig,
+    GMUConfig,
+    LinearMixerConfig,
+    MixerConfig,
+    SlidingWindowConfig,
+)
 from tidegate.model.schedule import ATTENTION, repeated
 
 __all__ = ["StackConfig"]
@@ -32,7 +39,7 @@ class StackConfig(Config):
         found: dict[int, int | None] = {}
         for block, name in enumerate(self.schedule):
             mixer = self.mixers.get(name)
-            if mixer is None:
+            if mixer is None or isinstance(mixer, CrossAttentionConfig):
                 found[block] = None
             elif isinstance(mixer, SlidingWindowConfig):
                 found[block] = mixer.window
@@ -41,10 +48,21 @@ class StackConfig(Config):
         return found
 
     def publisher(self, block: int) -> int | None:
-        """The nearest block before this one with a linear mixer, whose memory a GMU reads; None: there is none."""
+        """The nearest block before this one that it reads: a GMU the memory of a linear mixer, cross attention the keys
+        and values of `model.attention`; None: there is none."""
         names = self.schedule[:block]
+        if block in self.cross_attention:
+            return max((i for i, name in enumerate(names) if name == ATTENTION), default=None)
         linear = (i for i, name in enumerate(names) if isinstance(self.mixers.get(name), LinearMixerConfig))
         return max(linear, default=None)
+
+    @property
+    def cross_attention(self) -> frozenset[int]:
+        """The blocks that attend without keys and values of their own."""
+        return self._of(CrossAttentionConfig)
+
+    def _of(self, *kinds: type[MixerConfig]) -> frozenset[int]:
+        return frozenset(i for i, name in enumerate(self.schedule) if isinstance(self.mixers.get(name), kinds))
 
     def memory_channels(self, block: int) -> int:
         """C of what a block with a linear mixer publishes."""
@@ -54,8 +72,8 @@ class StackConfig(Config):
 
     @property
     def publishing(self) -> frozenset[int]:
-        """The blocks whose memory a GMU reads."""
-        readers = [i for i, name in enumerate(self.schedule) if isinstance(self.mixers.get(name), GMUConfig)]
+        """The blocks whose memory, or keys and values, others read."""
+        readers = self._of(GMUConfig, CrossAttentionConfig)
         return frozenset(source for reader in readers if (source := self.publisher(reader)) is not None)
 
     @model_validator(mode="after")
@@ -72,5 +90,10 @@ class StackConfig(Config):
                 raise ValueError(
                     f"layers={self.layers!r}: block {block} is {name!r}, a Gated Memory Unit, and no block before it "
                     "has a linear mixer whose memory it could read"
+                )
+            if block in self.cross_attention and self.publisher(block) is None:
+                raise ValueError(
+                    f"layers={self.layers!r}: block {block} is {name!r}, cross attention, and no block before it is "
+                    f"{ATTENTION!r}, whose keys and values it could read"
                 )
         return self

@@ -46,7 +46,7 @@ def test_a_trained_run_is_asked_and_mlflow_has_the_answer(tiny_job: Callable[...
     probe("tiny-1", "--suite", "experts", "--state-dir", state)
     assert set(json.loads(path.read_text())) == {"run", "checkpoint", "step", "tokens", "sequences", "experts"}
     for arguments, problem in (
-        (["--suite", "sink,all"], "--suite all: unknown; some of sink, experts, long, recall, samples"),
+        (["--suite", "sink,all"], "--suite all: unknown; some of sink, experts, long, recall, samples, lm_eval"),
         (["--sequences", "1"], "--sequences 1: must be at least 2"),
         (["--device", "abacus"], "--device abacus: "),
         (["--checkpoint", "no"], "--checkpoint no: no such checkpoint of tiny-1"),

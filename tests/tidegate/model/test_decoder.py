@@ -69,6 +69,11 @@ VARIANTS["decoder_hybrid_decoder"] = {
     "num_layers": 6,
     "mixers": {"mine": MLSTM, "kda": KDA, "unit": {"kind": "gmu"}, "local": WINDOW},
 }
+VARIANTS["cross_attention"] = {
+    "layers": "kda, attention, unit, shared",
+    "num_layers": 4,
+    "mixers": {"kda": KDA, "unit": {"kind": "gmu"}, "shared": {"kind": "cross_attention"}},
+}
 VARIANTS["no_attention"] = {
     "layers": "[mine, yours] x 1",
     "num_layers": 2,
@@ -231,7 +236,8 @@ def test_every_variant_trains(changes: dict[str, Any], length: int, model_config
 
 
 @pytest.mark.parametrize(
-    "variant", ["moe", "dense", "no_qk_norm", "key", "gated_norm", "pre_affine", "poly_norm", "value_heads"]
+    "variant",
+    ["moe", "dense", "no_qk_norm", "key", "gated_norm", "pre_affine", "poly_norm", "value_heads", "cross_attention"],
 )
 def test_kernels_compute_the_same(variant: str, model_config: MakeConfig) -> None:
     """Losses and gradients of the Triton kernels are those of the reference."""

@@ -14,6 +14,7 @@ from tidegate.model.clock import Clock
 from tidegate.model.decoder import Decoder, ModelConfig, materialize
 from tidegate.model.gates import AttentionGate
 from tidegate.model.mixers import (
+    CrossAttentionConfig,
     GAMConfig,
     GatedDeltaNetConfig,
     GLAConfig,
@@ -42,6 +43,7 @@ MIXERS: dict[str, Any] = {
     "gam": GAMConfig(slots=5),
     "near": SlidingWindowConfig(window=13),
     "unit": GMUConfig(),
+    "shared": CrossAttentionConfig(),
 }
 
 
@@ -62,7 +64,7 @@ MODELS = {
     "attention": model_of("attention, near", softmax="learnable_sink"),
     "grouped": model_of("near, attention", num_kv_heads=2, gate=AttentionGate(kind="value")),
     "linear": model_of("kda, gdn, gla, hgrn2, scalar, gam"),
-    "hybrid": model_of("kda, attention, scalar, unit, near"),
+    "hybrid": model_of("kda, attention, scalar, unit, near, shared"),
 }
 # Experts are drawn by each token's place in its sequence and the batch.
 RANDOM = FFN.model_copy(update={"router": RandomConfig()})

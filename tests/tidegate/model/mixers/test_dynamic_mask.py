@@ -73,7 +73,7 @@ def test_it_is_a_softmax_over_kept_keys_with_the_bias(
     module = attention(5, **changes).double()
     documents = Documents((torch.arange(T) // 17).expand(B, -1))
     x = torch.randn(B, T, D, dtype=torch.float64)
-    q, k, v, scores = module._projected(x)
+    (q, k, v), scores = module._projected(x, module.wq, module.wk, module.wv)
     v = module._gated("value", v, scores)
     q, k = module._positioned(q, k, scores, rotary_table(T, 6, 10_000.0, CPU))
     bias = module.bias_scale * torch.nn.functional.softplus(v.flatten(-2) @ module.w_bias.weight.T)
