@@ -71,8 +71,8 @@ UNKNOWN = {
     ),
     "nothing near": (
         "parallel: {zzz: 1}",
-        "parallel.zzz: unknown field (got 1); known here: expert, zero_stage, gradients_at_once, all_to_all, offload, "
-        "offload_folder",
+        "parallel.zzz: unknown field (got 1); known here: expert, sequence, zero_stage, gradients_at_once, all_to_all, "
+        "offload, offload_folder",
     ),
     "kind": (
         "model: {ffn: {router: {kind: softmax_topk}}}",
