@@ -23,6 +23,8 @@ from tidegate_kernels.tiles import strides
 
 __all__ = ["Forward", "Gradients", "Tiles", "backward", "forward", "tiles_of"]
 
+_WIDEST_TILE = 128
+"""Columns of a row that a program multiplies, or adds up, at a time."""
 _SHUT = tl.constexpr(-40.0)
 """Of a log decay: nothing is left behind it (4e-18), and sums over a chunk keep their digits."""
 
@@ -308,17 +310,14 @@ class _Work(NamedTuple):
         return out, dots
 
 
-_WIDEST_TILE = 128
-
-
 def _padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def _work(q: torch.Tensor, v: torch.Tensor, first_BT: torch.Tensor | None, tiles: Tiles | None) -> _Work:
+def _work(q: torch.Tensor, first_BT: torch.Tensor | None) -> _Work:
     B, T, H, K = q.shape
     precision = ("ieee" if q.dtype == torch.float32 else "tf32") if q.is_cuda else "wide"
-    return _Work(first_BT, tiles or tiles_of(q.dtype), B * H, T, H, K**-0.5, precision)
+    return _Work(first_BT, tiles_of(q.dtype), B * H, T, H, K**-0.5, precision)
 
 
 def forward(
@@ -328,10 +327,9 @@ def forward(
     log_decay_BTH1: torch.Tensor,
     first_BT: torch.Tensor | None,
     state_BHKV: torch.Tensor | None,
-    tiles: Tiles | None = None,
 ) -> Forward:
     """Rows have unit stride; the state, if there is one, is contiguous and fp32."""
-    work = _work(q_BTHK, v_BTHV, first_BT, tiles)
+    work = _work(q_BTHK, first_BT)
     B, T, H, _ = q_BTHK.shape
     sums = torch.empty(B, H, work.N * work.tiles.chunk, dtype=torch.float32, device=q_BTHK.device)
     _sums_kernel[(work.heads * work.N,)](
@@ -353,10 +351,9 @@ def backward(
     first_BT: torch.Tensor | None,
     begins: bool,
     decay_dtype: torch.dtype,
-    tiles: Tiles | None = None,
 ) -> Gradients:
     """Gradients of all inputs, after what `forward` returned; `begins` if a state was given."""
-    work = _work(q_BTHK, v_BTHV, first_BT, tiles)
+    work = _work(q_BTHK, first_BT)
     B, T, H, K = q_BTHK.shape
     dstates, dbegin = work.scan(q_BTHK, g_BTHV, sums, g_state_BHKV, reverse=True)
     dq, dots_q = work.read(g_BTHV, v_BTHV, k_BTHK, states_BHNKV, sums, q_BTHK, transposed=True)

@@ -259,7 +259,6 @@ class Block(nn.Module):
         routing: Routing | None = None,
         units: LayerMasks = NO_MASKS,
         below: Published = _NOTHING,
-        part: SequencePart | None = None,
     ) -> BlockOutput:
         """Run the block.
 
@@ -272,14 +271,13 @@ class Block(nn.Module):
             routing: decided elsewhere.
             units: factors of the layer's gated units.
             below: published by the blocks before.
-            part: of the sequences, where other ranks hold the rest.
         """
         share = None if units.block is None else units.block.to(h_BTD.dtype)
         if y_BTD is None:
             x_BTD = self.attention_norm(h_BTD)
         else:
             x_BTD, h_BTD = self.attention_norm.add(y_BTD, h_BTD)
-        mixed = self._mixed(x_BTD, rotary, context, units, below, part)
+        mixed = self._mixed(x_BTD, rotary, context, units, below)
         seen = mixed[1:]
         x_BTD, h_BTD = self.ffn_norm.add(_shared(mixed.y_BTD, share), h_BTD)
         if not isinstance(self.ffn, MoE):
@@ -305,22 +303,21 @@ class Block(nn.Module):
         context: RouterContext,
         units: LayerMasks,
         below: Published,
-        part: SequencePart | None,
     ) -> _Mixed:
         if isinstance(self.mixer, GMU):
             assert below.memory_BTC is not None  # the config has seen to it
             return _Mixed(self.mixer(x_BTD, below.memory_BTC), None, None, below)
         if self.mixer is not None:
-            if part is None:
+            if context.part is None:
                 output = self.mixer(x_BTD, context.documents)
             else:
-                output = passed_on(self.mixer, x_BTD, context.documents, part)
+                output = passed_on(self.mixer, x_BTD, context.documents, context.part)
             published = below._replace(memory_BTC=output.memory_BTC) if self._publishes else below
             return _Mixed(output.y_BTD, None, None, published)
         assert self.attention is not None
-        observe = context.observe == "all" and part is None
+        observe = context.observe == "all" and context.part is None
         attended: AttentionOutput = self.attention(
-            x_BTD, rotary, context.documents, observe, units.heads, below.keys, part
+            x_BTD, rotary, context.documents, observe, units.heads, below.keys, context.part
         )
         if self._publishes:  # a copy: values are a view of a tensor that holds queries and scores of the gate too
             below = below._replace(keys=KeysValues(attended.keys.k_BTGd, attended.keys.v_BTVd.contiguous()))
@@ -409,15 +406,13 @@ class Decoder(nn.Module):
             documents = None if documents_BT is None else Documents(sequence_ranks.own(documents_BT, 1))
         if sequences_B is None:
             sequences_B = torch.arange(tokens_BT.shape[0], device=tokens_BT.device)
-        context = RouterContext(counted_BT, tokens_BT, sequences_B, clock, documents, observe)
-        if part is not None:
-            context = context._replace(place=part.begins, length=part.length)
-        passed = self._run(context, part)
+        context = RouterContext(counted_BT, tokens_BT, sequences_B, clock, documents, observe, part=part)
+        passed = self._run(context)
         stats = passed.stats
         router = self.config.ffn.router if isinstance(self.config.ffn, MoEConfig) else None
         if isinstance(router, ThorConfig) and self.training and torch.is_grad_enabled():
             again = context._replace(clock=clock.other("second pass"), observe=None)
-            other = self._run(again, part)
+            other = self._run(again)
             # The divergence needs both passes' logits at once.
             logits_BTV, other_BTV = (F.linear(each.x_BTD, self._head()) for each in (passed, other))
             nll_BT = (_nll(logits_BTV, labels_BT) + _nll(other_BTV, labels_BT)) / 2
@@ -471,8 +466,8 @@ class Decoder(nn.Module):
         weight: torch.Tensor = self.embedding.weight if self.head is None else self.head.weight
         return weight
 
-    def _run(self, context: RouterContext, part: SequencePart | None = None) -> _Pass:
-        attention = self.config.attention
+    def _run(self, context: RouterContext) -> _Pass:
+        attention, part = self.config.attention, context.part
         tokens_BT = context.tokens_BT
         length = tokens_BT.shape[1] if part is None else part.length
         rotary = rotary_table(length, attention.head_dim, attention.rope_theta, tokens_BT.device, attention.yarn)
@@ -501,7 +496,7 @@ class Decoder(nn.Module):
             if recompute and y_BTD is not None:  # so that one tensor is kept for each block, not two
                 h_BTD, y_BTD = h_BTD + y_BTD, None
             h_BTD, y_BTD, x_BTD, layer_stats, sample, max_logit_H, published = run(
-                h_BTD, y_BTD, rotary, context, source_BTD, routing, layer_masks, published, part
+                h_BTD, y_BTD, rotary, context, source_BTD, routing, layer_masks, published
             )
             source_BTD = x_BTD if pre_gated else None
             if layer_stats is not None:

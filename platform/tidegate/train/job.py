@@ -225,31 +225,32 @@ class Job(Config):
         for name, number in numbers.items():
             if number % ranks:
                 raise ValueError(f"{what} does not divide {name}={number}; change one of them")
-        for name, value in self._not_with_shared_sequences():
-            raise ValueError(f"{what} does not go with {name}={value}; change one of them")
+        for other in self._not_with_shared_sequences():
+            raise ValueError(f"{what} does not go with {other}; change one of them")
         return self
 
-    def _not_with_shared_sequences(self) -> Iterator[tuple[str, object]]:
+    def _not_with_shared_sequences(self) -> Iterator[str]:
         """What looks at the whole of a sequence, or would count a part of it as one."""
         model = self.model
         for name, mixer in model.mixers.items():
             if isinstance(mixer, DynamicMaskConfig):
-                yield f"model.mixers.{name}.kind", mixer.kind
+                yield f"model.mixers.{name}.kind={mixer.kind}"
         if model.attention.qk_clip is not None:
-            yield "model.attention.qk_clip", model.attention.qk_clip
-        for field in ("units", "self_tune"):
-            if getattr(model, field) is not None:
-                yield f"model.{field}", "..."
+            yield f"model.attention.qk_clip={model.attention.qk_clip:g}"
+        if model.units is not None:
+            yield f"model.units.over={list(model.units.over)}"
+        if model.self_tune is not None:
+            yield "model.self_tune"
         if isinstance(model.ffn, MoEConfig):
             router, able = model.ffn.router, model.ffn.capabilities
             if able.needs_global_batch or able.needs_token_ids or not able.causal or router.kind == "decoupled":
-                yield "model.ffn.router.kind", router.kind
+                yield f"model.ffn.router.kind={router.kind}"
             if self.balance.scope != "global_batch":
-                yield "balance.scope", self.balance.scope
+                yield f"balance.scope={self.balance.scope}"
         if self.train.oracle_sequences:
-            yield "train.oracle_sequences", self.train.oracle_sequences
+            yield f"train.oracle_sequences={self.train.oracle_sequences}"
         if self.resources.min_workers is not None:
-            yield "resources.min_workers", self.resources.min_workers
+            yield f"resources.min_workers={self.resources.min_workers}"
 
     @model_validator(mode="after")
     def _layout_fits(self) -> Job:

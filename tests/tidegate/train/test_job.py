@@ -44,7 +44,7 @@ CONFLICTS = {
     ),
     "SP and the largest logits": (
         ["parallel.sequence=2", "model.attention.qk_norm=false", "model.attention.qk_clip=30"],
-        "parallel.sequence=2 does not go with model.attention.qk_clip=30.0; change one of them",
+        "parallel.sequence=2 does not go with model.attention.qk_clip=30; change one of them",
     ),
     "SP and a mask of its own": (
         ["parallel.sequence=2", "model.layers=best", "model.mixers={best: {kind: dynamic_mask, keep: 8}}"],
@@ -57,6 +57,10 @@ CONFLICTS = {
     "SP and a balance of parts": (
         ["parallel.sequence=2", "balance.scope=sequence"],
         "parallel.sequence=2 does not go with balance.scope=sequence; change one of them",
+    ),
+    "SP and unit gates": (
+        ["parallel.sequence=2", "model.units={over: [channels], keep: 0.5, method: {kind: random}}"],
+        "parallel.sequence=2 does not go with model.units.over=['channels']; change one of them",
     ),
     "SP and fewer workers": (
         ["parallel.sequence=2", "resources.min_workers=1"],

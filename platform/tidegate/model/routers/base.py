@@ -9,7 +9,7 @@ Letters: N rows (tokens of all sequences), D width, E experts, K chosen experts,
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from tidegate.model.layers import Fp32Buffers
 from tidegate.model.self_tuning import Tuned
 from tidegate_kernels.gated_attention import Documents
 from tidegate_kernels.router_logits import router_logits
+
+if TYPE_CHECKING:  # it knows the mixers
+    from tidegate.model.sequence import SequencePart
 
 __all__ = [
     "Capabilities",
@@ -98,10 +101,8 @@ class RouterContext(NamedTuple):
     """(E,) or (N, E), logarithm of the factors of unit gates over experts, for the logits; -inf: not there."""
     tuned: Tuned = Tuned()
     """Hyperparameters that the model tunes itself."""
-    place: int = 0
-    """Of the first token in its sequence, where other ranks hold the rest."""
-    length: int | None = None
-    """Of the whole sequences; None for T."""
+    part: SequencePart | None = None
+    """Of the sequences, where other ranks hold the rest."""
 
     @classmethod
     def alone(cls, counted_BT: torch.Tensor, tokens_BT: torch.Tensor | None = None) -> RouterContext:
@@ -113,9 +114,9 @@ class RouterContext(NamedTuple):
     @property
     def rows_N(self) -> torch.Tensor:
         """(N,) int64, place of every row in the global batch."""
-        tokens = self.tokens_BT.shape[1]
-        places = self.place + torch.arange(tokens, device=self.tokens_BT.device)
-        return (self.sequences_B[:, None] * (self.length or tokens) + places).flatten()
+        begins, length = (0, self.tokens_BT.shape[1]) if self.part is None else (self.part.begins, self.part.length)
+        places = begins + torch.arange(self.tokens_BT.shape[1], device=self.tokens_BT.device)
+        return (self.sequences_B[:, None] * length + places).flatten()
 
 
 class RoutingSums(NamedTuple):
