@@ -24,8 +24,11 @@ from typing import Any, NamedTuple
 
 import tidegate
 from tidegate.config import ConfigError, load
+from tidegate.data.build import prepare
 from tidegate.launch.notebook import StoredRun
-from tidegate.launch.state import default_state_dir
+from tidegate.launch.state import StateDir, default_state_dir
+from tidegate.track.client import connect
+from tidegate.track.store import resolve_tracking_uri
 from tidegate.train.job import Job
 
 HERE = Path(__file__).resolve().parent
@@ -80,6 +83,24 @@ def train(folder: Path, arm: str, seed: int, state: Path, overrides: Sequence[st
     command += [word for setting in settings for word in ("--set", setting)]
     _call(command)
     print(run_name(folder, arm, seed), "has ended", flush=True)
+
+
+def text_of(folder: Path) -> list[str]:
+    """The setting that trains on a folder's files, a domain each, in the place of what the jobs name."""
+    domains = [
+        {"name": path.name.partition(".")[0], "paths": [str(path.resolve())]}
+        for path in sorted(folder.glob("*.jsonl*"))
+    ]
+    return [f"data.domains={json.dumps(domains)}"]
+
+
+def make_ready(folder: Path, runs: Sequence[tuple[str, int]], state: Path, overrides: Sequence[str]) -> None:
+    """Make the store and the token shards, which runs at a time would make once each."""
+    for arm, seed in runs:
+        job: Job = load(folder / f"{arm}.yaml", Job, [f"data.seed={seed}", *overrides]).config
+        prepare(job.data, cache_dir=StateDir(state).data, job_dir=folder)
+        (state / "mlflow").mkdir(exist_ok=True)
+        connect(resolve_tracking_uri(job.track, state)).search_experiments()
 
 
 def _call(command: Sequence[str]) -> None:
@@ -209,22 +230,23 @@ def main() -> None:
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="PATH=VALUE", help="of all jobs"
     )
+    parser.add_argument("--text", type=Path, help="folder of .jsonl[.gz|.xz|.zst] files: the text, a domain each")
     parser.add_argument("--state-dir", type=Path, default=default_state_dir())
     parser.add_argument("--hardware", default=f"{os.cpu_count()} CPU cores")
     arguments = parser.parse_args()
     folder, state = HERE / arguments.claim, arguments.state_dir
     claim = read_claim(folder)
+    overrides = [*arguments.overrides, *(text_of(arguments.text) if arguments.text else ())]
     for arm in arms(folder):
-        load(folder / f"{arm}.yaml", Job, arguments.overrides)  # a mistake ends it here, not in the middle
+        load(folder / f"{arm}.yaml", Job, overrides)  # a mistake ends it here, not in the middle
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     wanted = [(arm, seed) for seed in range(arguments.seeds) for arm in arms(folder)]
     there = finished(folder, state)
+    todo = [each for each in wanted if run_name(folder, *each) not in there]
+    make_ready(folder, todo, state, overrides)
     with ThreadPoolExecutor(arguments.parallel) as pool:
-        todo = [each for each in wanted if run_name(folder, *each) not in there]
-        # The first one alone: it makes the token shards and the store.
-        for chunk in (todo[:1], todo[1:]):
-            for future in [pool.submit(train, folder, arm, seed, state, arguments.overrides) for arm, seed in chunk]:
-                future.result()
+        for future in [pool.submit(train, folder, arm, seed, state, overrides) for arm, seed in todo]:
+            future.result()
     there = finished(folder, state)
     found = [there[run_name(folder, *each)] for each in wanted]
     results: dict[str, dict[int, dict[str, float]]] = {arm: {} for arm in arms(folder)}
@@ -232,7 +254,7 @@ def main() -> None:
     for (arm, seed), run in zip(wanted, found, strict=True):
         results[arm][seed] = read(run, claim)
     for arm in results if claim.recall else ():
-        recalled = recall(folder, arm, claim, arguments.seeds, state, arguments.overrides)
+        recalled = recall(folder, arm, claim, arguments.seeds, state, overrides)
         commits.add(recalled.commit)
         for seed in results[arm]:
             results[arm][seed] |= recalled.rows[seed]
