@@ -3,7 +3,7 @@
 A claim is a folder here: jobs, the arms, and claim.json, which says what is compared, and in `recall` whether the arms'
 stacks learn associative recall as well. Runs go to the state directory's MLflow, in an experiment of the claim's name;
 those that have ended there are not trained again. Beside the jobs come results.json, runs.csv (the runs as MLflow has
-them) and the table of README.md.
+them), the table of README.md and, where matplotlib is installed, pictures (plots.py).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import fnmatch
+import importlib.util
 import json
 import math
 import os
@@ -265,6 +266,11 @@ def main() -> None:
         "commit": " and ".join(sorted(map(_short, commits))),
     }
     write(folder, claim, results, about, found)
+    if importlib.util.find_spec("matplotlib"):
+        import plots  # beside this file
+
+        plots.draw_columns(folder)
+        plots.draw_experts(folder, {arm: there[run_name(folder, arm, 0)] for arm in arms(folder)})
     print("\n".join(table(results, claim)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import math
 import sys
@@ -31,7 +32,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
-run, estimate = script("run.py"), script("estimation_rates/estimate.py")
+run, plots, estimate = script("run.py"), script("plots.py"), script("estimation_rates/estimate.py")
 
 
 @pytest.mark.parametrize("folder", [path.parent for path in sorted(CLAIMS.glob("*/claim.json"))], ids=lambda p: p.name)
@@ -90,6 +91,35 @@ def test_differences_are_of_equal_seeds() -> None:
     lines = run.table(results, run.Claim("a", {"loss": "val/loss", "gate": "attention/*/gate_mean"}))
     assert lines[2] == "| [a](a.yaml) | 2.000 (1.414) | - |"
     assert lines[3] == "| [b](b.yaml) | 2.500 (1.414); +0.500 (0.000) | 0.500 (0.000); - |"
+
+
+def test_pictures_show_every_run(tmp_path: Path) -> None:
+    rows = {"0": {"loss": 1.0, "step": None}, "1": {"loss": math.nan, "step": 3}}
+    (tmp_path / "results.json").write_text(json.dumps({"results": {"a": rows, "b": rows}}))
+    plots.draw_columns(tmp_path)
+    assert plots.plt.imread(tmp_path / "results.png").std() > 0
+
+    class Stored:
+        def __init__(self, layers: int) -> None:
+            self.layers = layers
+
+        def artifact(self, name: str) -> bytes | None:
+            file = io.BytesIO()
+            np.savez(file, steps=[1, 2], domains=["p", "q"], load_SDLE=np.full((2, 2, self.layers, 4), 0.25))
+            return file.getvalue() if self.layers else None
+
+    plots.draw_experts(tmp_path, {"dense": Stored(0)})
+    assert not (tmp_path / "experts.png").exists()
+    plots.draw_experts(tmp_path, {"dense": Stored(0), "small": Stored(1), "large": Stored(2)})
+    assert plots.plt.imread(tmp_path / "experts.png").std() > 0
+
+
+def test_text_of_ones_own_is_a_domain_a_file(tmp_path: Path) -> None:
+    for name in ("one.jsonl", "two.jsonl.zst", "notes.md"):
+        (tmp_path / name).touch()
+    job = load(CLAIMS / "balance_scope" / "sequence.yaml", Job, run.text_of(tmp_path)).config
+    assert [domain.name for domain in job.data.domains] == ["one", "two"]
+    assert job.data.domains[1].paths == (str(tmp_path / "two.jsonl.zst"),)
 
 
 def test_recall_is_asked_once_and_again_of_another_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,7 +158,7 @@ def read_loads(data: bytes) -> Loads | None:
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             loads = Loads(arrays["steps"].tolist(), arrays["domains"].tolist(), arrays["load_SDLE"])
-    except (OSError, ValueError, KeyError, BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, BadZipFile):
         return None
     return loads if loads.load_SDLE.ndim == 4 else None
 
