@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from tidegate.train.job import Job
 
 __all__ = ["cluster_files", "find_cluster", "load_cluster", "render"]
 
-_FOLDER = Path(__file__).resolve().parents[3] / "cluster"
+_REPOSITORY = Path(__file__).resolve().parents[3] / "cluster"
+_INSTALLED = Path(sysconfig.get_path("data")) / "share" / "tidegate" / "cluster"
 
 
 class _Dumper(yaml.SafeDumper):
@@ -29,8 +31,9 @@ class _Dumper(yaml.SafeDumper):
 
 
 def cluster_files() -> dict[str, Path]:
-    """The clusters that can be named: those of ./cluster, else of this repository."""
-    folder = Path("cluster") if any(Path("cluster").glob("*.yaml")) else _FOLDER
+    """The clusters that can be named: those of ./cluster, else of this repository, else of the wheel."""
+    places = Path("cluster"), _REPOSITORY, _INSTALLED
+    folder = next((place for place in places if any(place.glob("*.yaml"))), places[0])
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 

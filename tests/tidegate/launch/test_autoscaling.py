@@ -13,11 +13,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+from ray.autoscaler._private.autoscaler import AutoscalerSummary
 from ray.util.state import list_nodes
 from ray.util.state.exception import RayStateApiException
 
@@ -289,6 +293,36 @@ def test_patience_is_for_machines_that_are_missing_and_begins_anew(monkeypatch: 
     now = 270.0
     assert not patience.is_out()
     assert "there is room for 1" in patience.said()
+
+
+@pytest.mark.parametrize(
+    ("report", "coming"),
+    [
+        ({}, False),
+        ({"pending_launches": {"gpu": 2}}, True),
+        ({"pending_nodes": [("10.0.0.4", "gpu", "setting-up")]}, True),
+        ({"failed_nodes": [("10.0.0.4", "gpu")]}, True),
+        (None, False),
+    ],
+)
+def test_the_first_autoscaler_says_what_is_on_its_way(
+    report: dict[str, Any] | None, coming: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the form in which its monitor writes a summary to Ray's store, before the first round without one."""
+    nothing = {"pending_nodes": [], "pending_launches": {}, "failed_nodes": []}
+    summary = None if report is None else asdict(AutoscalerSummary({"head": 1}, None, **(nothing | report)))
+
+    class Store:
+        def __init__(self, address: str) -> None:
+            assert address == "10.0.0.1:6379"
+
+        def internal_kv_get(self, key: bytes, namespace: None) -> bytes:
+            assert key == DEBUG_AUTOSCALING_STATUS.encode()
+            return json.dumps({"autoscaler_report": summary}, default=lambda value: value._asdict()).encode()
+
+    monkeypatch.setattr(capacity, "GcsClient", Store)
+    monkeypatch.setattr(capacity.ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="10.0.0.1:6379"))
+    assert capacity._are_coming(begun=0.0) == coming
 
 
 @pytest.mark.parametrize(
