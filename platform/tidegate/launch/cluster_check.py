@@ -80,20 +80,21 @@ def examine_cluster(address: str, state: Path, storage: str | None, expected_gb_
 
 
 def unfit_nodes(
-    job: Job, address: str, folders: Sequence[str], tracking: str, notice: Callable[[str], None]
+    job: Job, address: str, folders: Sequence[str], tracking: str, notice: Callable[[str], None], trials: int = 1
 ) -> tuple[str, ...]:
     """Ids of the nodes that should get no workers of a job which begins on several; says why.
 
     Args:
         folders: that all nodes must share; URIs too.
         tracking: URI of MLflow.
+        trials: of the job, that begin at a time.
 
     Raises:
-        ConfigError: the job does not fit on the others.
+        ConfigError: the job does not fit on the others, not once.
     """
     nodes = nodes_alive()
     useful = [node for node in nodes if node.room(job)]
-    if job.resources.workers == 1 or len(useful) < 2:
+    if job.resources.workers * trials == 1 or len(useful) < 2:
         return ()
     heads = [node for node in nodes if node.is_head and node not in useful]  # for its clock
     judged = _judge(_survey([*useful, *heads], folders, tracking))

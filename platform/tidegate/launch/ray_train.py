@@ -47,7 +47,16 @@ from tidegate.train.loop import Outcome, World, train
 from tidegate.train.telemetry import Record
 from tidegate.train.throughput import device_name
 
-__all__ = ["SHIPPED", "SUBMITTED", "connect", "forwarded_environment", "join", "run_on_ray", "storage_filesystem"]
+__all__ = [
+    "SHIPPED",
+    "SUBMITTED",
+    "connect",
+    "elsewhere",
+    "forwarded_environment",
+    "join",
+    "run_on_ray",
+    "storage_filesystem",
+]
 
 SUBMITTED = RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ
 """Whether this process was submitted to its cluster."""
@@ -156,7 +165,7 @@ def run_on_ray(
             use_gpu=resources.gpu,
             resources_per_worker={"CPU": resources.cpus_per_worker, **({"GPU": 1} if resources.gpu else {})},
             elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,
-            label_selector={"ray.io/node-id": f"!in({','.join(without)})"} if without else None,
+            label_selector=elsewhere(without) if without else None,
         ),
         torch_config=TorchConfig(backend="nccl" if resources.gpu else "gloo"),
         run_config=RunConfig(
@@ -179,6 +188,11 @@ def run_on_ray(
             raise _cause(error, job) from error
     outcome, delivery = result.return_value  # type: ignore[attr-defined]
     return Ended(outcome, delivery)
+
+
+def elsewhere(nodes: Sequence[str]) -> dict[str, str]:
+    """The label selector of all nodes but these, which are ids."""
+    return {"ray.io/node-id": f"!in({','.join(nodes)})"}
 
 
 def storage_filesystem(storage: str) -> tuple[pyarrow.fs.FileSystem | None, str]:

@@ -63,6 +63,8 @@ class Request(NamedTuple):
     """What `{job}` stands for; the folder of `job_file` by default."""
     local: bool = False
     address: str | None = None
+    without: tuple[str, ...] = ()
+    """Ids of Ray's nodes that get no workers, beside those that are found unfit."""
     tags: Mapping[str, str] = MappingProxyType({})
     """More tags for MLflow."""
     opened: Callable[[str], None] = lambda name: None
@@ -115,7 +117,7 @@ def run(request: Request) -> Ran:
         from tidegate.launch.capacity import Needs, wait_for_room
 
         wait_for_room(Needs.of(job), request.address, reporter.say)
-    without = _unfit_nodes(request, plan, storage, reporter) if request.address is not None else ()
+    unfit = _unfit_nodes(request, plan, storage, reporter) if request.address is not None else ()
     run_folder, tracking, checkpoints, ledger = _open(
         request, plan, storage, TokenDataset.open(dataset, verify=False), reporter
     )
@@ -125,7 +127,7 @@ def run(request: Request) -> Ran:
         try:
             _introduce(request, run_folder, tracking, reporter)
             reporter.start()
-            ended = _train(request, job, run_folder, dataset, checkpoints, tracking, reporter, page, ledger, without)
+            ended = _train(request, job, run_folder, dataset, checkpoints, tracking, reporter, page, ledger, unfit)
             status = "FINISHED" if ended.outcome.finished else "KILLED"
         except (KeyboardInterrupt, SystemExit):  # Ray ends the process on Ctrl-C
             status = "KILLED"
@@ -343,7 +345,7 @@ def _train(
     reporter: Reporter,
     page: RunPage,
     ledger: Ledger,
-    without: Sequence[str],
+    unfit: Sequence[str],
 ) -> Ended:
     def show(record: Record) -> bool:
         reporter.record(record)
@@ -358,6 +360,7 @@ def _train(
         from tidegate.launch.ray_train import run_on_ray
 
         sweep = request.tags.get("tidegate.sweep", "")
+        without = *request.without, *unfit
         return run_on_ray(job, checkpoints, dataset, tracking, run_folder.spool, show, notice, ledger, sweep, without)
     from tidegate.launch.local import run_local
 

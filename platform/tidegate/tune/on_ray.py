@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from ray import tune
 from ray.tune.search import Searcher as RaySearcher
 
+from tidegate.launch.ray_train import elsewhere
 from tidegate.launch.state import StateDir
 from tidegate.track import finish_run
 from tidegate.train.job import Job
@@ -31,7 +33,7 @@ def run_trials(queue: Queue, task: Task, job: Job, concurrent: int) -> None:
     assert job.search is not None
     folder = SweepFolder(task.folder.parent, task.folder.name)
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(_trial, task=task), needs_of(job, task.alone)),
+        tune.with_resources(tune.with_parameters(_trial, task=task), needs_of(job, task.alone, task.without)),
         tune_config=tune.TuneConfig(
             search_alg=_Feed(queue),
             scheduler=build_scheduler(job, folder) if task.judged else None,
@@ -49,12 +51,11 @@ def run_trials(queue: Queue, task: Task, job: Job, concurrent: int) -> None:
     tuner.fit()
 
 
-def needs_of(job: Job, alone: bool) -> dict[str, float]:
-    """What a trial's process asks Ray for."""
-    if alone:
-        return {"CPU": float(job.resources.cpus_per_worker), "GPU": gpus_of(job)}
+def needs_of(job: Job, alone: bool, without: Sequence[str] = ()) -> dict[str, float] | tune.PlacementGroupFactory:
+    """What a trial's process asks Ray for, on none of the nodes `without`, which are ids."""
     # Ray Train asks for its workers by itself. Ray refuses to be asked for nothing, so for one byte.
-    return {"memory": 1.0}
+    needs = {"CPU": float(job.resources.cpus_per_worker), "GPU": gpus_of(job)} if alone else {"memory": 1.0}
+    return tune.PlacementGroupFactory([needs], bundle_label_selector=[elsewhere(without)]) if without else needs
 
 
 class _Feed(RaySearcher):

@@ -35,7 +35,7 @@ from tidegate.train.prune import PruneConfig
 from tidegate.train.storage import Storage
 from tidegate.tune.pictures import draw_pruning
 from tidegate.tune.report import console_of_width
-from tidegate.tune.run_trial import Task, open_parent, run_trial
+from tidegate.tune.run_trial import Task, left_out, open_parent, run_trial
 from tidegate.tune.trials import Result, SweepFolder, SweepRecord, Trial
 
 __all__ = ["PruneRequest", "prune_in_rounds"]
@@ -83,12 +83,13 @@ def prune_in_rounds(request: PruneRequest) -> SweepFolder:
     chain = _open(request)
     folder, base, record = chain.folder, chain.base, chain.folder.read()
     connect(request.address, base)
+    without = left_out(base, request.address, request.state)
     console, say = console_of_width(), Reporter(base).say
     parent = open_parent(folder, base, request.state, say)
     say(f"chain {folder.name}: {len(record.trials)} runs; {run_url(parent)}")
     where = Path(record.job_file), record.overrides, folder.folder, request.state.root
     # On Ray's workers even if it is one: DeepSpeed starts once in a process.
-    task = Task(*where, parent.run_id, METRIC, base.train.tokens, alone=False, judged=False)
+    task = Task(*where, parent.run_id, METRIC, base.train.tokens, alone=False, judged=False, without=without)
     finished = False
     try:
         for trial in record.trials:

@@ -25,7 +25,7 @@ from tidegate.train.telemetry import Record
 from tidegate.tune.space import overrides_of
 from tidegate.tune.trials import Phase, SweepFolder
 
-__all__ = ["Task", "gpus_of", "one_line", "open_parent", "run_trial"]
+__all__ = ["Task", "gpus_of", "left_out", "one_line", "open_parent", "run_trial"]
 
 
 class Task(NamedTuple):
@@ -48,12 +48,28 @@ class Task(NamedTuple):
     against: tuple[Goal, ...] = ()
     budget: str = ""
     """That all keep to."""
+    without: tuple[str, ...] = ()
+    """Ids of Ray's nodes that train nothing."""
 
 
 def gpus_of(job: Job) -> float:
     """GPUs that a trial takes."""
     assert job.search is not None
     return job.resources.workers * job.resources.gpu * job.search.gpu_share
+
+
+def left_out(job: Job, address: str | None, state: StateDir, trials: int = 1) -> tuple[str, ...]:
+    """Ids of a cluster's nodes that are unfit to train such a job, so many trials at a time; says which and why.
+
+    Raises:
+        ConfigError: without them not one trial fits.
+    """
+    if address is None:
+        return ()
+    from tidegate.launch.cluster_check import unfit_nodes  # Ray takes seconds
+
+    folders = dict.fromkeys((str(state.root), state.storage_of(job)))
+    return unfit_nodes(job, address, [*folders], resolve_tracking_uri(job.track, state.root), print, trials)
 
 
 def open_parent(
@@ -137,6 +153,7 @@ def run_trial(number: int, task: Task, judge: Callable[[dict[str, Any]], None] |
         state,
         resume=before if began else None,
         local=task.alone,
+        without=task.without,
         tags={
             "mlflow.parentRunId": task.parent,
             "tidegate.sweep": folder.name,

@@ -27,7 +27,7 @@ from tidegate.tune.measured import estimate
 from tidegate.tune.population import begin_round, recipe, rounds, schedule_of
 from tidegate.tune.queue import Limits, Queue
 from tidegate.tune.report import console_of_width, cost_of, field_of, ranked_results, report, short
-from tidegate.tune.run_trial import Task, gpus_of, open_parent
+from tidegate.tune.run_trial import Task, gpus_of, left_out, open_parent
 from tidegate.tune.searchers import build_searcher
 from tidegate.tune.space import Candidate, Space, draw
 from tidegate.tune.trials import Phase, SweepFolder, SweepRecord, Trial
@@ -69,6 +69,7 @@ def sweep(request: SweepRequest) -> SweepFolder:
     record, base, config = folder.read(), space.base, space.config
     console = console_of_width()
     concurrent = _connect(request, base)
+    without = left_out(base, request.address, request.state, concurrent)
     limits = Limits(base, concurrent)
     reporter = Reporter(base)
     prepare_data(base, request.state, Path(record.job_file).parent, reporter)
@@ -77,7 +78,7 @@ def sweep(request: SweepRequest) -> SweepFolder:
     console.print(f"sweep {folder.name}: {config.trials} candidates, {concurrent} at a time; {run_url(parent)}")
     where = Path(record.job_file), record.overrides, folder.folder, request.state.root
     alone, judged = base.resources.workers == 1, config.scheduler in ("asha", "median")
-    task = Task(*where, parent.run_id, config.metric, base.train.tokens, alone, judged, config.against, budget)
+    task = Task(*where, parent.run_id, config.metric, base.train.tokens, alone, judged, config.against, budget, without)
     finished, notes = False, list[str]()
 
     def run_queue(what: str, queue: Queue, task: Task) -> bool:

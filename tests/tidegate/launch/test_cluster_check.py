@@ -101,18 +101,19 @@ def test_the_table_names_what_is_wrong_with_which_node(
 def test_a_job_is_kept_off_unfit_nodes_or_refused(
     nodes: Nodes, tiny_job: Callable[..., Path], home: Path, tmp_path: Path
 ) -> None:
-    def unfit(**resources: int) -> tuple[set[str], str]:
+    def unfit(trials: int = 1, **resources: int) -> tuple[set[str], str]:
         said: list[str] = []
         overrides = [f"resources.{name}={value}" for name, value in resources.items()]
         job = load(tiny_job(train={"micro_batch": 1}), Job, overrides).config
         folders = [str(tmp_path / "state"), "~/shared"]
         tracking = f"sqlite:///{tmp_path}/mlflow.db"
-        return {*unfit_nodes(job, nodes.address, folders, tracking, said.append)}, "\n".join(said)
+        return {*unfit_nodes(job, nodes.address, folders, tracking, said.append, trials)}, "\n".join(said)
 
     left_out, said = unfit(workers=2, min_workers=1)
     assert left_out == {nodes.other_version.node_id, nodes.no_storage.node_id}
     assert f"mlflow 0.1, here {HERE['mlflow']}" in said
     assert unfit(workers=1) == (set(), ""), "one worker is no job on several nodes"
+    assert unfit(trials=2, workers=1)[0] == left_out, "a sweep of such jobs is one"
     refused = rf"({nodes.no_storage.node_id[:8]}).*resources.workers=2 does not fit: there is room for 1 workers"
     with pytest.raises(ConfigError, match=refused):
         unfit(workers=2)
@@ -156,6 +157,29 @@ def test_workers_run_on_the_other_nodes(
     there = [actor["Address"]["NodeID"] for actor in actors if "RayTrainWorker" in actor["ActorClassName"]]
     assert set(there) == {nodes.well.node_id, nodes.no_storage.node_id}
     assert len(there) == 2, "as there is room for on these"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray, about itself
+def test_trials_run_on_the_other_nodes(
+    nodes: Nodes, tiny_job: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ray._private.state
+
+    from tidegate.launch.state import StateDir
+    from tidegate.tune.sweep import SweepRequest, sweep
+
+    before = {*ray._private.state.actors()}
+    search = {"space": {"train.seed": {"choice": [1, 2, 3]}}, "trials": 1, "finalists": 1, "seeds": 1}
+    job = tiny_job(search=search, train={"tokens": 1024, "micro_batch": 1})
+    done = sweep(SweepRequest(job, [], [], StateDir(tmp_path / "state"), address=nodes.address))
+    assert {result.status for result in done.results()} == {"finished"}, done.results()
+    assert f"({nodes.other_version.node_id[:8]})" in capsys.readouterr().out
+    actors = [actor for key, actor in ray._private.state.actors().items() if key not in before]
+    there = {actor["Address"]["NodeID"] for actor in actors if "ImplicitFunc" in actor["ActorClassName"]}
+    assert there, actors
+    assert there <= {nodes.well.node_id, nodes.no_storage.node_id}
 
 
 def seen(clock_s: float = 0.0, within_s: float = 0.001, **fields: Any) -> Seen:

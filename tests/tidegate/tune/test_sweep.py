@@ -45,9 +45,14 @@ def kill_trial(driver: int) -> int:
 
 @pytest.mark.parametrize("alone", [True, False])
 def test_what_a_trial_asks_for_is_something_that_ray_takes(tiny_job: Callable[..., Path], alone: bool) -> None:
-    needs = needs_of(load(tiny_job(search=ANY), Job).config, alone)
+    job = load(tiny_job(search=ANY), Job).config
+    needs = needs_of(job, alone)
     assert needs.get("CPU", 0) == alone, "workers on Ray Train ask for theirs"
     tune.with_resources(lambda config: None, needs)
+    off = needs_of(job, alone, without=["aa", "bb"])
+    tune.with_resources(lambda config: None, off)
+    assert off.bundles == [{name: number for name, number in needs.items() if number}]
+    assert off._bound.kwargs["bundle_label_selector"] == [{"ray.io/node-id": "!in(aa,bb)"}]
 
 
 @pytest.mark.parametrize(
