@@ -34,8 +34,8 @@ demo-tune: $(READY)
 	@echo "see it: $(BIN)/tidegate ui"
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not chaos and not long and not alone" -n logical --maxprocesses 8 --dist worksteal
-	$(BIN)/python -m pytest -m "not chaos and not long and alone" --durations=25
+	$(BIN)/python -m pytest -m "not chaos and not long and not ray" -n logical --maxprocesses 8 --dist worksteal
+	$(BIN)/python -m pytest -m "ray and not chaos and not long" --durations=25
 
 chaos: $(READY)
 	$(BIN)/python tests/chaos/inject.py 240

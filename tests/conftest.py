@@ -26,16 +26,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is loaded; worker processes inherit it
 
 
-_ALONE = {"chaos", "launch", "parallel", "track", "train"}
-"""Folders of tests that start processes and wait for them."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.get_closest_marker("ray") or _ALONE.intersection(item.path.parts):
-            item.add_marker("alone")
-
-
 def tiny_settings(folder: Path) -> dict[str, Any]:
     """A job on two small generated domains that trains a step in well under a second."""
     random.seed(0)
