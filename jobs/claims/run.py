@@ -72,22 +72,18 @@ def arms(folder: Path) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.yaml") if path.stem != "base")
 
 
-def run_name(folder: Path, arm: str, seed: int, mark: str = "") -> str:
-    return f"{folder.name}-{arm}-{seed}{mark}".replace("_", "-")
+def run_name(folder: Path, arm: str, seed: int) -> str:
+    return f"{folder.name}-{arm}-{seed}".replace("_", "-")
 
 
-def train(folder: Path, arm: str, seed: int, state: Path, overrides: Sequence[str], mark: str = "") -> None:
-    """One run, in a process of its own; raises CalledProcessError if it fails.
-
-    Args:
-        mark: of its name, where it is not one of the claim's own.
-    """
+def train(folder: Path, arm: str, seed: int, state: Path, overrides: Sequence[str]) -> None:
+    """One run, in a process of its own; raises CalledProcessError if it fails."""
     settings = [f"train.seed={seed}", f"data.seed={seed}", f"track.experiment={folder.name}", *overrides]
     command = [sys.executable, "-m", "tidegate.cli", "train", str(folder / f"{arm}.yaml"), "--local"]
-    command += ["--name", run_name(folder, arm, seed, mark), "--state-dir", str(state)]
+    command += ["--name", run_name(folder, arm, seed), "--state-dir", str(state)]
     command += [word for setting in settings for word in ("--set", setting)]
     _call(command)
-    print(run_name(folder, arm, seed, mark), "has ended", flush=True)
+    print(run_name(folder, arm, seed), "has ended", flush=True)
 
 
 def text_of(folder: Path) -> list[str]:
@@ -180,18 +176,17 @@ def table(results: Results, claim: Claim) -> list[str]:
         cells = []
         for heading in claim.headings:
             values = [row[heading] for row in seeds.values()]
-            cell = with_spread(values)
+            cell = _with_spread(values)
             if arm != claim.baseline:
                 against = results[claim.baseline]
                 differences = [row[heading] - against[seed][heading] for seed, row in seeds.items() if seed in against]
-                cell += f"; {with_spread(differences, sign='+')}"
+                cell += f"; {_with_spread(differences, sign='+')}"
             cells.append(cell)
         lines.append(f"| [{arm}]({arm}.yaml) | " + " | ".join(cells) + " |")
     return lines
 
 
-def with_spread(values: Sequence[float], sign: str = "") -> str:
-    """Mean (standard deviation)."""
+def _with_spread(values: Sequence[float], sign: str = "") -> str:
     mean = statistics.mean(values)
     if math.isnan(mean):  # an arm that does not record the metric
         return "-"
@@ -223,7 +218,7 @@ def write(folder: Path, claim: Claim, results: Results, about: Mapping[str, Any]
     readme.write_text(head + MARKS[0] + body + MARKS[1] + tail, encoding="utf-8")
 
 
-def short(commit: str) -> str:
+def _short(commit: str) -> str:
     digits, _, dirty = commit.partition("+")
     return digits[:7] + ("+" + dirty if dirty else "")
 
@@ -268,7 +263,7 @@ def main() -> None:
         "command": " ".join(["python", "jobs/claims/run.py", *sys.argv[1:]]),
         "seeds": arguments.seeds,
         "hardware": arguments.hardware,
-        "commit": " and ".join(sorted(map(short, commits))),
+        "commit": " and ".join(sorted(map(_short, commits))),
     }
     write(folder, claim, results, about, found)
     if importlib.util.find_spec("matplotlib"):

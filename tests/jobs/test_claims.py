@@ -6,7 +6,6 @@ import importlib.util
 import io
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -34,7 +33,6 @@ def script(name: str) -> ModuleType:
 
 
 run, plots, estimate = script("run.py"), script("plots.py"), script("estimation_rates/estimate.py")
-learning_rates = script("gated_attention/learning_rates.py")
 
 
 @pytest.mark.parametrize("folder", [path.parent for path in sorted(CLAIMS.glob("*/claim.json"))], ids=lambda p: p.name)
@@ -152,43 +150,6 @@ def test_recall_is_asked_once_and_again_of_another_stack(tmp_path: Path, monkeyp
         *("--steps", "400", "--rates", "1e-3,3e-3", "--state-dir", str(tmp_path)),
     ]
     assert claim.headings == ["held-out loss", "recall accuracy", "seeds at 0.99"]
-
-
-def test_the_largest_rate_is_the_last_within_a_tenth_of_the_best() -> None:
-    inf = math.inf
-    losses = {
-        "a": {0.1: [2.0, 3.0], 0.2: [1.0, 2.0], 0.4: [1.05, 2.2], 0.8: [1.5, inf]},
-        "b": {0.1: [1.0, 1.0], 0.2: [inf, inf], 0.4: [inf, inf], 0.8: [inf, inf]},
-    }
-    lines = learning_rates.table(losses)
-    assert lines[0] == "| arm | 0.1 | 0.2 | 0.4 | 0.8 | largest | of each seed |"
-    assert lines[2].split(" | ")[4:] == ["diverged", "0.2", "0.4, 0.2 |"]
-    assert lines[3] == "| b | 1.000 (0.000) | diverged | diverged | diverged | 0.1 | 0.1, 0.1 |"
-
-
-def test_the_ladder_takes_what_has_ended_and_knows_a_divergence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ended, trained = {"gated-attention-a-0-1024-at-0.5": 2.0}, []
-
-    def train(folder: Path, arm: str, seed: int, state: Path, overrides: list[str], mark: str) -> None:
-        trained.append((arm, seed, overrides, mark))
-        if arm == "b":
-            raise subprocess.CalledProcessError(1, [], "", "tidegate.train.guards.TrainingDiverged: so often")
-        if arm == "c":
-            raise subprocess.CalledProcessError(1, [], "", "ConfigError")
-        ended[run.run_name(folder, arm, seed, mark)] = 3.0
-
-    module = learning_rates.run
-    monkeypatch.setattr(module, "train", train)
-    monkeypatch.setattr(module, "finished", lambda folder, state: ended)
-    monkeypatch.setattr(module, "read", lambda loss, claim: {"loss": loss})
-    found = learning_rates.losses_at(0.5, ["a", "b"], 2, tmp_path, 1024)
-    assert found == {"a": [2.0, 3.0], "b": [math.inf, math.inf]}
-    overrides, mark = ["optimizer.schedule.peak=0.5", "train.tokens=1024"], "-1024-at-0.5"
-    assert trained == [("b", 0, overrides, mark), ("a", 1, overrides, mark), ("b", 1, overrides, mark)]
-    with pytest.raises(subprocess.CalledProcessError):
-        learning_rates.losses_at(0.5, ["c"], 1, tmp_path, 1024)
 
 
 @pytest.mark.parametrize("top", [1, 2, 3])

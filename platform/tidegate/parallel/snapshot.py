@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -159,6 +160,8 @@ class _Copier:
             return type(value)((key, self.on_host(item)) for key, item in value.items())
         if type(value) in (list, tuple):
             return type(value)(map(self.on_host, value))
+        if isinstance(value, Enum):  # before Python 3.11.4 one is written as a call of getattr, which is not read again
+            return value.value
         return value
 
     def _copy(self, tensor: torch.Tensor) -> torch.Tensor:

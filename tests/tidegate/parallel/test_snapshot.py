@@ -41,3 +41,12 @@ def test_the_next_snapshot_takes_the_same_memory_unless_shapes_change() -> None:
     assert second[1].shape == (3,)
     other = snapshot(buffers, [weight], "another file")
     assert other[0] is not second[0]
+
+
+def test_a_member_of_an_enum_is_kept_as_its_value() -> None:
+    """A class of its own would have to be read again by name, which Python before 3.11.4 writes as code."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    taken = snapshot({}, {"zero_stage": ZeroStageEnum.gradients})
+    assert type(taken["zero_stage"]) is int
+    assert taken["zero_stage"] == ZeroStageEnum.gradients
