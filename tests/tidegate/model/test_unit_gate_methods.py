@@ -102,6 +102,17 @@ def test_the_multiplier_brings_the_expected_cost_to_the_budget(kind: str, over: 
     assert sum(losses[-20:]) / 20 < (1.0 if kind == "reinforce" else 0.3)
 
 
+def test_the_multiplier_does_not_wind_up_on_the_way_to_a_small_budget() -> None:
+    """Adding up all of the excess took the share from 0.97 to 0.10, where it stayed."""
+    model = build({"kind": "hard_concrete"}, keep=0.2)
+    gates = gates_of(model)
+    shares = []
+    gates.register_forward_hook(lambda *_: shares.append(float(gates.excess(gates.probabilities(clock_of(1))).detach())))
+    train(model, STEPS - 1)
+    assert min(shares) > -0.07
+    assert max(shares[STEPS // 2 :]) < 0.02
+
+
 # --- straight-through
 
 

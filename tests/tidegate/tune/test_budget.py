@@ -184,6 +184,7 @@ def test_a_space_that_has_too_little_is_refused(
         ({"space": WIDTHS, "scheduler": "asha", "metric": "train/loss"}, "metric=train/loss is not of evaluations"),
         ({"space": WIDTHS, "max_tokens": 43007}, "is less than the 43008 of one candidate .* and 6 reruns"),
         ({"space": {"balance.loss_weight": {"log": [0, 1]}}}, r"log=\[0.0, 1.0\] is no range of positive numbers"),
+        ({"space": {"train.seed": {"choice": [0, 1]}}}, "search.space.train.seed: all candidates have the job's seed"),
         ({"space": {"balance.loss_weight": {}}}, "give one of choice, integer, uniform and log"),
         ({"space": {"model.ffn.top_k": {"choice": [1], "when": {"a.b": [1]}}}}, "when: a.b is not in the space"),
     ],

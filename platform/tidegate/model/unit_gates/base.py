@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DAMPING",
+    "WINDUP",
     "AllReduce",
     "BudgetedConfig",
     "BudgetedGates",
@@ -40,6 +41,10 @@ AllReduce = Callable[[torch.Tensor], None]
 
 DAMPING = 10.0
 """Weight of the squared excess: at 1 the multiplier overshoots and the share swings for hundreds of steps."""
+
+WINDUP = 0.1
+"""Excess that a step adds to the multiplier at most. Logits move so far a step and no faster: all of it, added up for as
+long as they need, takes the share far below the budget and leaves it there for hundreds of steps."""
 
 NOISE = 0.01
 """Standard deviation of initial logits: equal ones would fall by their position, or by rounding."""
@@ -196,14 +201,15 @@ class BudgetedConfig(LogitConfig):
     """Gates whose expected cost a multiplier moves to the budget."""
 
     multiplier_rate: float = Field(default=0.1, gt=0)
-    """The multiplier grows by this times (expected share - keep) a step."""
+    """The multiplier grows by this times (expected share - keep) a step, which counts as 0.1 where it is more."""
 
 
 class BudgetedGates(LogitGates):
     """Logits, and a Lagrange multiplier on the expected cost.
 
     The penalty is `m v + DAMPING v^2 / 2` with v the expected share of the cost minus `keep`; after each step
-    `m += rate v` (the method of multipliers, Hestenes 1969). No weight has to be tuned for a budget; m may be negative.
+    `m += rate clip(v)` (the method of multipliers, Hestenes 1969, whose sum does not wind up). No weight has to be tuned
+    for a budget; m may be negative.
     """
 
     config: BudgetedConfig
@@ -225,4 +231,5 @@ class BudgetedGates(LogitGates):
         return self.multiplier * excess + DAMPING * excess.square() / 2
 
     def learn(self, model: Decoder, clock: Clock, loss: torch.Tensor, all_reduce: AllReduce) -> None:
-        self.multiplier += self.config.multiplier_rate * self.excess(self.probabilities(clock))
+        excess = self.excess(self.probabilities(clock))
+        self.multiplier += self.config.multiplier_rate * excess.clamp(-WINDUP, WINDUP)

@@ -19,7 +19,7 @@ from torch import nn
 from tidegate.config import Variant
 from tidegate.model.clock import Clock
 from tidegate.model.initialisation import Draw
-from tidegate.model.unit_gates.base import DAMPING, NOISE, AllReduce, UnitGates
+from tidegate.model.unit_gates.base import DAMPING, NOISE, WINDUP, AllReduce, UnitGates
 from tidegate.model.unit_gates.units import Units
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class ReinforceConfig(Variant):
     initial: float = 2.0
     """Logit of every gate at the start."""
     multiplier_rate: float = Field(default=0.1, gt=0)
-    """The multiplier grows by this times (expected share - keep) a step."""
+    """The multiplier grows by this times (expected share - keep) a step, which counts as 0.1 where it is more."""
 
     def build(self, units: Units, keep: float, freeze_tokens: int | None, width: int) -> Reinforce:
         return Reinforce(self, units, keep, freeze_tokens, width)
@@ -114,4 +114,4 @@ class Reinforce(UnitGates):
         budget_U = (self.multiplier + DAMPING * excess) * costs_U / costs_U.mean() * p_U * (1 - p_U)
         step_U = gradient_U * (self.square + _TINY).rsqrt() + budget_U
         self.logits_U.sub_(self.config.rate * step_U).clamp_(-_LIMIT, _LIMIT)
-        self.multiplier += self.config.multiplier_rate * excess
+        self.multiplier += self.config.multiplier_rate * excess.clamp(-WINDUP, WINDUP)
