@@ -48,7 +48,7 @@ class Claim(NamedTuple):
     columns: Mapping[str, str]
     """Heading to metric; `*` is every layer, block or domain, of which the mean is taken."""
     recall: Mapping[str, Any] | None = None
-    """Options of `tidegate recall`, all that say what the task is: length, pairs, vocab, steps, rates."""
+    """Options of `tidegate recall`: all that say what the task is (length, pairs, vocab, steps, rates), and device."""
 
     @property
     def headings(self) -> list[str]:
@@ -254,11 +254,13 @@ def main() -> None:
     commits = {run.tags.get("tidegate.commit", "unknown") for run in found}
     for (arm, seed), run in zip(wanted, found, strict=True):
         results[arm][seed] = read(run, claim)
-    for arm in results if claim.recall else ():
-        recalled = recall(folder, arm, claim, arguments.seeds, state, overrides)
-        commits.add(recalled.commit)
-        for seed in results[arm]:
-            results[arm][seed] |= recalled.rows[seed]
+    if claim.recall:
+        with ThreadPoolExecutor(arguments.parallel) as pool:
+            learned = pool.map(lambda arm: recall(folder, arm, claim, arguments.seeds, state, overrides), results)
+        for rows, recalled in zip(results.values(), learned, strict=True):
+            commits.add(recalled.commit)
+            for seed in rows:
+                rows[seed] |= recalled.rows[seed]
     about = {
         "command": " ".join(["python", "jobs/claims/run.py", *sys.argv[1:]]),
         "seeds": arguments.seeds,

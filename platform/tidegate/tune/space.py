@@ -64,8 +64,8 @@ class Space:
         self.budgets: list[Budget] = [parse(text, self.base) for text in (*self.config.budgets, *budgets)]
         if "train.seed" in self.config.space:
             raise ConfigError(
-                f"{job_file}: search.space.train.seed: all candidates have the job's seed, and finalists run again with "
-                "others; set search.seeds, and search.finalists to how many"
+                f"{job_file}: search.space.train.seed: all candidates have the job's seed, and finalists run again "
+                "with others; set search.seeds, and search.finalists to how many"
             )
         for path, variation in self.config.space.items():
             unknown = [other for other in variation.when if other not in self.config.space]

@@ -43,8 +43,8 @@ DAMPING = 10.0
 """Weight of the squared excess: at 1 the multiplier overshoots and the share swings for hundreds of steps."""
 
 WINDUP = 0.1
-"""Excess that a step adds to the multiplier at most. Logits move so far a step and no faster: all of it, added up for as
-long as they need, takes the share far below the budget and leaves it there for hundreds of steps."""
+"""Excess that counts of a step at most. Logits move so far a step and no faster: all of it, added up for as long as
+they need, takes the share far below the budget and leaves it there for hundreds of steps."""
 
 NOISE = 0.01
 """Standard deviation of initial logits: equal ones would fall by their position, or by rounding."""
@@ -208,8 +208,8 @@ class BudgetedGates(LogitGates):
     """Logits, and a Lagrange multiplier on the expected cost.
 
     The penalty is `m v + DAMPING v^2 / 2` with v the expected share of the cost minus `keep`; after each step
-    `m += rate clip(v)` (the method of multipliers, Hestenes 1969, whose sum does not wind up). No weight has to be tuned
-    for a budget; m may be negative.
+    `m += rate v`, v within `WINDUP` (the method of multipliers, Hestenes 1969). No weight has to be tuned for a
+    budget; m may be negative.
     """
 
     config: BudgetedConfig
