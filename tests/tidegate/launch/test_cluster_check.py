@@ -171,7 +171,7 @@ def test_trials_run_on_the_other_nodes(
     from tidegate.tune.sweep import SweepRequest, sweep
 
     before = {*ray._private.state.actors()}
-    search = {"space": {"train.seed": {"choice": [1, 2, 3]}}, "trials": 1, "finalists": 1, "seeds": 1}
+    search = {"space": {"optimizer.weight_decay": {"choice": [0.1, 0.2, 0.3]}}, "trials": 1, "finalists": 1, "seeds": 1}
     job = tiny_job(search=search, train={"tokens": 1024, "micro_batch": 1})
     done = sweep(SweepRequest(job, [], [], StateDir(tmp_path / "state"), address=nodes.address))
     assert {result.status for result in done.results()} == {"finished"}, done.results()
