@@ -201,7 +201,7 @@ class BudgetedConfig(LogitConfig):
     """Gates whose expected cost a multiplier moves to the budget."""
 
     multiplier_rate: float = Field(default=0.1, gt=0)
-    """The multiplier grows by this times (expected share - keep) a step, which counts as 0.1 where it is more."""
+    """The multiplier grows by this times (expected share - keep) a step, which counts as 0.1 at most, either way."""
 
 
 class BudgetedGates(LogitGates):

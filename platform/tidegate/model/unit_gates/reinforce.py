@@ -53,7 +53,7 @@ class ReinforceConfig(Variant):
     initial: float = 2.0
     """Logit of every gate at the start."""
     multiplier_rate: float = Field(default=0.1, gt=0)
-    """The multiplier grows by this times (expected share - keep) a step, which counts as 0.1 where it is more."""
+    """The multiplier grows by this times (expected share - keep) a step, which counts as 0.1 at most, either way."""
 
     def build(self, units: Units, keep: float, freeze_tokens: int | None, width: int) -> Reinforce:
         return Reinforce(self, units, keep, freeze_tokens, width)
