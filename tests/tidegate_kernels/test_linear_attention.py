@@ -249,7 +249,10 @@ def test_bf16_is_fp32_rounded() -> None:
 @pytest.mark.parametrize("closing", [0.0, 0.05, 1.0, 5.0, 1e4])
 @pytest.mark.parametrize(
     ("T", "K", "V"),
-    [(1, 64, 64), (63, 128, 128), (64, 64, 128), (65, 128, 64), (300, 16, 64), (1000, 128, 128), (999, 96, 200)],
+    [
+        *((1, 64, 64), (63, 128, 128), (64, 64, 128), (65, 128, 64), (1000, 128, 128), (999, 96, 200)),
+        *((300, 16, 64), (300, 64, 16), (200, 16, 16), (130, 8, 40), (65, 32, 32), (130, 128, 32)),
+    ],
 )
 def test_kernels_in_bf16(T: int, K: int, V: int, closing: float, packed: bool) -> None:
     """Within 5e-3 of fp64, outputs, states and every gradient, however far gates close."""

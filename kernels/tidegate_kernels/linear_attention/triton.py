@@ -25,6 +25,8 @@ __all__ = ["Forward", "Gradients", "Tiles", "backward", "forward", "tiles_of"]
 
 _WIDEST_TILE = 128
 """Columns of a row that a program multiplies, or adds up, at a time."""
+_NARROWEST = 64
+"""Of tiles in bf16: Triton 3.6 gets products of 16 columns wrong on Hopper, or reads outside shared memory."""
 _SHUT = tl.constexpr(-40.0)
 """Of a log decay: nothing is left behind it (4e-18), and sums over a chunk keep their digits."""
 
@@ -280,7 +282,7 @@ class _Work(NamedTuple):
         X, Y, tiles = x.shape[-1], y.shape[-1], self.tiles
         states = y.new_empty(x.shape[0], self.H, self.N, X, Y)
         end = torch.empty(x.shape[0], self.H, X, Y, dtype=torch.float32, device=x.device)
-        blocks = [min(tiles.side, _padded(width)) for width in (X, Y)]
+        blocks = [min(tiles.side, _padded(width, x.dtype)) for width in (X, Y)]
         _scan_kernel[(self.heads * triton.cdiv(X, blocks[0]) * triton.cdiv(Y, blocks[1]),)](
             x, y, sums, self.first_BT, begin, states, end, self.T, self.H, self.N, self.scale, *strides(x, y),
             X=X, Y=Y, REVERSE=reverse, BEGINS=begin is not None, DOCUMENTS=self.first_BT is not None,
@@ -297,7 +299,7 @@ class _Work(NamedTuple):
         tokens', each in P parts."""
         X, Y, tiles = x.shape[-1], y.shape[-1], self.tiles
         out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
-        block_x, block_y = (min(_WIDEST_TILE, _padded(width)) for width in (X, Y))
+        block_x, block_y = (min(_WIDEST_TILE, _padded(width, x.dtype)) for width in (X, Y))
         parts = triton.cdiv(Y, block_y)
         dots = None if z is None else torch.empty(2, parts, *sums.shape, dtype=torch.float32, device=y.device)
         _read_kernel[(self.heads * self.N * (tiles.chunk // tiles.rows) * parts,)](
@@ -310,8 +312,8 @@ class _Work(NamedTuple):
         return out, dots
 
 
-def _padded(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+def _padded(width: int, dtype: torch.dtype) -> int:
+    return max(16 if dtype == torch.float32 else _NARROWEST, triton.next_power_of_2(width))
 
 
 def _work(q: torch.Tensor, first_BT: torch.Tensor | None) -> _Work:
