@@ -18,7 +18,7 @@ from torch import nn
 from tidegate.config import Config
 from tidegate.model.gates import AttentionGate, Gate, GateConfig, NoGate
 from tidegate.model.initialisation import Draw
-from tidegate.model.layers import Linear, RMSNorm
+from tidegate.model.layers import FeedForward, Linear, RMSNorm
 from tidegate.model.observations import AttentionSample
 from tidegate.model.qk_clip import max_logits
 from tidegate_kernels.gated_attention import Documents, Visible, gated_attention, nearest
@@ -56,6 +56,9 @@ class AttentionConfig(Config):
     num_kv_heads: int = Field(ge=1)
     num_value_heads: int | None = Field(default=None, ge=1)
     """None for `num_kv_heads`; else that is the number of key heads alone (DiffQKV, arXiv 2501.13629)."""
+    augmented_query: int | None = Field(default=None, ge=1)
+    """Hidden width of a SwiGLU from all query heads to all query heads (augmented Q, arXiv 2501.13629, appendix E: 1.5
+    times the model's). Queries are not cached, so it costs nothing a token of context."""
     head_dim: int = Field(ge=2)
     rope_theta: float = Field(default=10_000.0, gt=1)
     yarn: YarnConfig | None = None
@@ -194,6 +197,7 @@ class Attention(nn.Module):
         self.config, self.norm_eps, self.window = config, norm_eps, window
         H, G, V, d = config.num_heads, config.num_kv_heads, config.value_heads, config.head_dim
         self.wq = Linear(width, H * d, std)
+        self.augment = None if config.augmented_query is None else FeedForward(H * d, config.augmented_query, std, std)
         self.wk = Linear(width, G * d, std)
         self.wv = Linear(width, V * d, std)
         self.wo = Linear(H * d, width, out_std)
@@ -206,6 +210,11 @@ class Attention(nn.Module):
         self.gate: Gate | None = None
         if not isinstance(config.gate, NoGate):
             self.gate = Gate(config.gate, width, *config.gated_shape(width), std)
+
+    @property
+    def makes_queries(self) -> Linear:
+        """What has a row for each number of a query: the last product before norm and positions."""
+        return self.wq if self.augment is None else self.augment.w2
 
     def init_weights(self, draw: Draw) -> None:
         if self.sink is not None:
@@ -268,7 +277,7 @@ class Attention(nn.Module):
         return nearest(len(x_BTD), length, self.window, x_BTD.device)
 
     def _projected(self, x_BTD: torch.Tensor, *own: Linear) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """Heads of each matrix, views of one tensor, and the gate's scores.
+        """Heads of each matrix, the first of which is the queries', and the gate's scores.
 
         One product for all: its gradient by x is one product too, not a sum of four.
         """
@@ -280,6 +289,8 @@ class Attention(nn.Module):
         scores = None
         if gate is not None:
             scores = gate.scores(x_BTD) if gate.projection is None else gate.by_head(parts[-1])
+        if self.augment is not None:
+            parts = (self.augment(parts[0]), *parts[1:])
         return [part.unflatten(-1, (-1, self.config.head_dim)) for part in parts[: len(own)]], scores
 
     def _attend(

@@ -113,6 +113,12 @@ _ATTENTION = (
         "fewer key heads than value heads",
         "Sigma, arXiv 2501.13629",
     ),
+    Choice(
+        "augmented Q",
+        "model.attention.augmented_query: 3072",
+        "queries through a SwiGLU, which no cache holds; with DiffQKV",
+        "Sigma, arXiv 2501.13629",
+    ),
     Choice("qk_norm", "model.attention.qk_norm: true", "RMSNorm of queries and keys, the default", "arXiv 2302.05442"),
     Choice(
         "qk_clip",

@@ -147,6 +147,8 @@ def _projections(config: AttentionConfig, D: int) -> list[Cost]:
         _matrix("attention.num_heads (query, output)", 2 * D * H * d),
         _matrix("attention.num_kv_heads (key, value)", D * (G + V) * d),
     ]
+    if config.augmented_query is not None:
+        rows.append(_feed_forward("attention.augmented_query", "swiglu", H * d, config.augmented_query))
     if config.softmax == "learnable_sink":
         rows.append(Cost("attention.softmax (sinks)", H, H, 0.0))
     gate = config.gate

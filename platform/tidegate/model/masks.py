@@ -22,7 +22,7 @@ __all__ = ["Held", "Prunable", "hold_gradients", "masks_here", "prunable", "prun
 Prunable = Literal["attention", "ffn", "experts"]
 
 _NAMES: Mapping[Prunable, str] = {
-    "attention": r"blocks\.\d+\.attention\.w[qkvo]\.weight",
+    "attention": r"blocks\.\d+\.attention\.(w[qkvo]|augment\.w[123])\.weight",
     "ffn": r"blocks\.\d+\.ffn\.(shared_experts\.)?w[123]\.weight",
     "experts": r"blocks\.\d+\.ffn\.experts\.w[123]",
 }

@@ -172,6 +172,7 @@ def _elementwise_bytes(model: ModelConfig) -> float:
     D, attention = model.width, model.attention
     H, G, d = attention.num_heads, attention.num_kv_heads, attention.head_dim
     numbers = 2 * 8 * D + (5 if attention.qk_norm else 4) * (H + G) * d
+    numbers += 8 * (attention.augmented_query or 0)
     if not isinstance(attention.gate, NoGate):
         heads, dim = attention.gated_shape(D)
         numbers += (8 if attention.gate.granularity == "elementwise" else 5) * heads * dim

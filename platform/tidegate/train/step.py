@@ -216,7 +216,7 @@ def clip_attention_logits(engine: Engine, largest_LH: torch.Tensor, threshold: f
     for layer, largest_H, above in zip(layers, largest_LH, above_L, strict=True):
         if above:
             query_H, key_G = clip_factors(largest_H, threshold, layer.config.num_kv_heads)
-            engine.scale_rows(layer.wq.weight, query_H.repeat_interleave(layer.config.head_dim))
+            engine.scale_rows(layer.makes_queries.weight, query_H.repeat_interleave(layer.config.head_dim))
             engine.scale_rows(layer.wk.weight, key_G.repeat_interleave(layer.config.head_dim))
 
 

@@ -107,7 +107,12 @@ def _attention_formula(
         turned = torch.complex(first, second) * torch.exp(1j * angle)
         return torch.cat([turned.real, turned.imag], dim=-1).to(y_BTHd.dtype)
 
-    q = (x_BTD @ parameters["wq.weight"].T).view(B, T, H, d)
+    q = x_BTD @ parameters["wq.weight"].T
+    if config.augmented_query is not None:
+        w1, w2, w3 = (parameters[f"augment.{name}.weight"] for name in ("w1", "w2", "w3"))
+        up = q @ w1.T
+        q = (up * up.sigmoid() * (q @ w3.T)) @ w2.T
+    q = q.view(B, T, H, d)
     k = (x_BTD @ parameters["wk.weight"].T).view(B, T, G, d)
     v = gated("value", (x_BTD @ parameters["wv.weight"].T).view(B, T, V, d))
     if config.qk_norm:

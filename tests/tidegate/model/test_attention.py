@@ -165,6 +165,31 @@ def test_keys_and_values_of_different_numbers(
         torch.testing.assert_close(parameter.grad.double(), exact.grads[name], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+@pytest.mark.parametrize(("augmented_query", "qk_norm", "gate"), [(7, True, "query"), (40, False, "sdpa_output")])
+def test_augmented_queries(
+    augmented_query: int,
+    qk_norm: bool,
+    gate: str,
+    kernels: Kernels,
+    attention: Callable[..., Attention],
+    exact_attention: Callable[..., Any],
+) -> None:
+    """A SwiGLU over all heads, before norm, gate and positions."""
+    module = attention(augmented_query=augmented_query, qk_norm=qk_norm, gate={"kind": gate})
+    x, g, ids = torch.randn(2, 33, D, requires_grad=True), torch.randn(2, 33, D), documents(33)
+    with chosen(kernels):
+        out = attend(module, x, ids)
+        out.backward(g)
+    exact = exact_attention(module, x, g, ids)
+    torch.testing.assert_close(out.double(), exact.out, rtol=1e-4, atol=1e-5)
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad.double(), exact.x_grad, rtol=1e-3, atol=1e-3)
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None, name
+        torch.testing.assert_close(parameter.grad.double(), exact.grads[name], rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("number", [1, 2, 4])
 def test_as_many_values_as_keys_is_attention(number: int, attention: Callable[..., Attention]) -> None:
     """To the last bit, gradients too."""

@@ -56,6 +56,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "poly_norm": {"ffn": {**MIXTURE, "activation": "poly_norm", "shared": {"num": 1}}},
     "poly_relu_dense": {"ffn": {**DENSE, "activation": "poly_relu"}},
     "value_heads": {"attention": {**HEADS, "num_value_heads": 4}},
+    "augmented_query": {"attention": {**HEADS, "num_value_heads": 4, "augmented_query": 20}},
     "few_value_heads": {"attention": {**HEADS, "num_value_heads": 1, "gate": {"kind": "value"}}},
     "wide_heads_tied": {"tie_embeddings": True, "attention": {"num_heads": 3, "num_kv_heads": 1, "head_dim": 20}},
 }
@@ -220,7 +221,7 @@ def test_every_variant_trains(changes: dict[str, Any], length: int, model_config
     for name, parameter in model.named_parameters():
         # One expert or one token leaves nothing to route, to attend to or to forget.
         silent = (".router." in name and model.config.ffn.num_experts == 1) or (
-            length == 1 and name.split("attention.")[-1].startswith(("wq", "wk", "q_norm", "k_norm", "gate"))
+            length == 1 and name.split("attention.")[-1].startswith(("wq", "augment", "wk", "q_norm", "k_norm", "gate"))
         )
         silent |= length == 1 and (".mixer.rule." in name or name.endswith(("w_bias.weight", "bias_scale")))
         assert parameter.grad is not None or silent, name
@@ -237,7 +238,17 @@ def test_every_variant_trains(changes: dict[str, Any], length: int, model_config
 
 @pytest.mark.parametrize(
     "variant",
-    ["moe", "dense", "no_qk_norm", "key", "gated_norm", "pre_affine", "poly_norm", "value_heads", "cross_attention"],
+    [
+        "moe",
+        "dense",
+        "no_qk_norm",
+        "key",
+        "gated_norm",
+        "pre_affine",
+        "poly_norm",
+        "augmented_query",
+        "cross_attention",
+    ],
 )
 def test_kernels_compute_the_same(variant: str, model_config: MakeConfig) -> None:
     """Losses and gradients of the Triton kernels are those of the reference."""
@@ -502,6 +513,16 @@ def test_value_heads_cost_what_key_heads_cost(model_config: MakeConfig) -> None:
         for keys in (4, 16)
     )
     assert sigma == 0.625 * grouped
+
+
+def test_augmented_queries_cost_their_matrices_and_no_cache(model_config: MakeConfig) -> None:
+    """Three matrices of 20 x 24 in two blocks, of 4 heads of 6."""
+    more, plain = model_config(**VARIANTS["augmented_query"]), model_config(**VARIANTS["value_heads"])
+    one, other = flops.total(more, 63), flops.total(plain, 63)
+    assert one.params - other.params == one.active_params - other.active_params == 2 * 3 * 20 * 24
+    assert one.flops_per_token - other.flops_per_token == 6 * 2 * 3 * 20 * 24
+    assert one.params == sum(parameter.numel() for parameter in build(more).parameters())
+    assert flops.kv_cache_bytes(more) == flops.kv_cache_bytes(plain)
 
 
 def test_a_gate_costs_what_its_projection_costs(model_config: MakeConfig) -> None:

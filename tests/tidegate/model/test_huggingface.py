@@ -149,6 +149,7 @@ def test_bf16_norms_less_one_lose_nothing(tmp_path: Path) -> None:
     [
         ({"gate": HEADWISE}, {}, "Qwen3NextForCausalLM .* model.attention.gate.granularity is headwise"),
         ({"num_value_heads": 6}, {}, "model.attention.num_value_heads is 6, not None"),
+        ({"augmented_query": 9}, {}, "model.attention.augmented_query is 9, not None"),
         ({"softmax": "learnable_sink"}, {}, "model.attention.softmax is learnable_sink, not plain"),
         ({}, {"activation": "geglu"}, "model.ffn.activation is geglu, not swiglu"),
         ({}, {"router": {"kind": "relu"}}, "model.ffn.router.kind is relu, not softmax_top_k"),

@@ -70,12 +70,19 @@ def test_embeddings_norms_routers_gates_and_coefficients_are_never_pruned() -> N
         "vocab_size": 97,
         "width": 16,
         "num_layers": 1,
-        "attention": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "gate": {"kind": "sdpa_output"}},
+        "attention": {
+            "num_heads": 2,
+            "num_kv_heads": 1,
+            "head_dim": 8,
+            "augmented_query": 20,
+            "gate": {"kind": "sdpa_output"},
+        },
         "ffn": {"kind": "moe", "num_experts": 3, "top_k": 1, "expert_dim": 8, "shared": {"num": 1}},
     }
     config["ffn"]["activation"] = "poly_norm"  # type: ignore[index]
     model = ModelConfig.model_validate(config)
     attention = {f"blocks.0.attention.w{letter}.weight" for letter in "qkvo"}
+    attention |= {f"blocks.0.attention.augment.w{number}.weight" for number in (1, 2, 3)}
     shared = {f"blocks.0.ffn.shared_experts.w{number}.weight" for number in (1, 2)}
     experts = {f"blocks.0.ffn.experts.w{number}" for number in (1, 2)}
     assert set(prunable(model, ("attention", "ffn", "experts"))) == attention | shared | experts

@@ -52,9 +52,10 @@ def test_with_one_query_head_a_key_head_it_is_the_rule_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize("gate", ["none", "query", "key", "sdpa_output"])
+@pytest.mark.parametrize("augmented_query", [None, 20])
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), GROUPINGS)
 def test_every_head_shrinks_to_the_threshold_and_no_other_moves(
-    num_heads: int, num_kv_heads: int, gate: str, initialise: Callable[..., nn.Module]
+    num_heads: int, num_kv_heads: int, augmented_query: int | None, gate: str, initialise: Callable[..., nn.Module]
 ) -> None:
     config = AttentionConfig.model_validate(
         {
@@ -63,13 +64,14 @@ def test_every_head_shrinks_to_the_threshold_and_no_other_moves(
             "head_dim": 6,
             "qk_norm": False,
             "qk_clip": 4.0,
+            "augmented_query": augmented_query,
             "gate": {"kind": gate},
         }
     )
     module = Attention(config, 12, norm_eps=1e-6, std=0.3, out_std=0.3)
     initialise(module)
     with torch.no_grad():  # heads of very different sizes
-        module.wq.weight.mul_(torch.linspace(8, 0.3, num_heads).repeat_interleave(6)[:, None])
+        module.makes_queries.weight.mul_(torch.linspace(8, 0.1, num_heads).repeat_interleave(6)[:, None])
     x, table = torch.randn(2, 63, 12), rotary_table(63, 6, 10_000.0, torch.device("cpu"))
 
     def largest() -> torch.Tensor:
@@ -81,7 +83,7 @@ def test_every_head_shrinks_to_the_threshold_and_no_other_moves(
     before = largest()
     query, key = clip_factors(before, 4.0, num_kv_heads)
     with torch.no_grad():
-        module.wq.weight.mul_(query.repeat_interleave(6)[:, None])
+        module.makes_queries.weight.mul_(query.repeat_interleave(6)[:, None])
         module.wk.weight.mul_(key.repeat_interleave(6)[:, None])
     torch.testing.assert_close(largest(), before.clamp(max=4.0), rtol=1e-5, atol=1e-5)
     assert (before > 4.0).any()

@@ -308,6 +308,7 @@ def test_a_unit_costs_its_parameters() -> None:
     assert cost("heads", **gate(kind="none")) == 2 * 24 * 8  # query rows and output columns
     assert cost("heads") == 3 * 24 * 8, "and the rows of its gate"
     assert cost("heads", **gate(kind="sdpa_output", granularity="headwise")) == 2 * 24 * 8 + 24
+    assert cost("heads", attention={**HEADS, "augmented_query": 20, "gate": {"kind": "none"}}) == (20 + 24) * 8
     assert cost("heads", **gate(kind="value")) == 2 * 24 * 8, "which belongs to a key/value head"
     assert cost("dense_channels") == cost("expert_channels") == 3 * 24
     assert cost("experts") == 3 * 24 * 32 + 24, "and its row of the router"
@@ -324,15 +325,14 @@ GATES: list[dict[str, Any]] = [
 ] + [{"kind": "none"}, {"kind": "dense_output"}, {"kind": "dense_output", "form": "additive"}]
 
 
-@pytest.mark.parametrize("value_heads", [None, 2])
+@pytest.mark.parametrize(("value_heads", "augmented_query"), [(None, None), (2, 20)])
 @pytest.mark.parametrize("gate", GATES, ids=lambda gate: "-".join(gate.values()))
 def test_heads_leave_with_their_gates_and_key_value_heads(
-    gate: dict[str, Any], value_heads: int | None, batch: Any
+    gate: dict[str, Any], value_heads: int | None, augmented_query: int | None, batch: Any
 ) -> None:
     """Any subset of heads, unevenly over the groups; also with documents and without QK-norm."""
-    model = build(
-        "random", "heads", attention={**HEADS, "num_value_heads": value_heads, "gate": gate, "qk_norm": False}
-    ).eval()
+    heads = {**HEADS, "num_value_heads": value_heads, "augmented_query": augmented_query}
+    model = build("random", "heads", attention={**heads, "gate": gate, "qk_norm": False}).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("constant"):

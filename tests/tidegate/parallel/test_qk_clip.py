@@ -26,6 +26,9 @@ MODEL = ModelConfig(
     ffn=DenseConfig(hidden_dim=24),
     init_std=0.15,
 )
+AUGMENTED = MODEL.model_copy(
+    update={"attention": MODEL.attention.model_copy(update={"augmented_query": 40, "qk_clip": 1.2})}
+)
 
 
 def largest_logits(engine: Any, tokens: torch.Tensor) -> torch.Tensor:
@@ -34,13 +37,15 @@ def largest_logits(engine: Any, tokens: torch.Tensor) -> torch.Tensor:
     return engine.model(tokens[:, :-1], tokens[:, 1:], counted).max_logit_AH.detach()
 
 
-def clipped_steps(zero_stage: int, accumulation: int, precision: Any, learning_rate: float) -> dict[str, Any]:
+def clipped_steps(
+    zero_stage: int, accumulation: int, precision: Any, learning_rate: float, model: ModelConfig = MODEL
+) -> dict[str, Any]:
     """Two steps; the largest logits before and after the first, and the weights after the second."""
     from tidegate.parallel.engine import Engine
     from tidegate.train.step import train_step
 
     engine = Engine(
-        MODEL,
+        model,
         ParallelConfig(zero_stage=zero_stage),  # type: ignore[arg-type]
         precision=precision,
         seed=0,
@@ -89,6 +94,16 @@ def test_heads_come_down_to_the_threshold_and_stay_there(on_ranks: Any, precisio
             assert found["changed"] == {f"blocks.1.attention.{name}.weight" for name in ("wq", "wk")}, setting
             for name, weight in found["weights"].items():
                 assert torch.equal(weight, rank[0]["weights"][name]), (setting, name)
+
+
+def test_augmented_queries_come_down_by_their_last_product(on_ranks: Any) -> None:
+    """The first is below a SwiGLU, which halves nothing where its input is halved."""
+    for rank in on_ranks(2, several, [(stage, 1, "fp32", 0.0, AUGMENTED) for stage in (0, 1, 2)]):
+        for found in rank:
+            assert (found["before"] > 1.2).tolist() == [[False] * 4, [True, True, True, False]]
+            torch.testing.assert_close(found["after"], found["before"].clamp(max=1.2), rtol=1e-5, atol=1e-5)
+            names = {name.removeprefix("blocks.1.attention.") for name in found["changed"]}
+            assert names == {"augment.w2.weight", "wk.weight"}
 
 
 def test_the_cut_of_the_batch_changes_nothing(on_ranks: Any) -> None:

@@ -41,7 +41,7 @@ def test_logits_are_those_that_the_loss_is_of() -> None:
 
 
 BLOCKS = {"bank": {"kind": "gam", "slots": 5}, "best": {"kind": "dynamic_mask", "keep": 3}}
-VALUES = {"num_heads": 4, "num_kv_heads": 1, "num_value_heads": 2, "head_dim": 4}
+VALUES = {"num_heads": 4, "num_kv_heads": 1, "num_value_heads": 2, "augmented_query": 9, "head_dim": 4}
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "layers": (None,),
     "attention.softmax": ("plain",),
     "attention.num_value_heads": (None,),
+    "attention.augmented_query": (None,),
     "ffn.activation": ("swiglu",),
 }
 _UNGATED = {**_PLAIN, "attention.gate.kind": ("none",)}

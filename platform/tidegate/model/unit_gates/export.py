@@ -85,7 +85,8 @@ def _cut_heads(attention: Attention, heads: torch.Tensor) -> None:
     def features(index: torch.Tensor, width: int = d) -> torch.Tensor:
         return (index[:, None] * width + torch.arange(width, device=index.device)).flatten()
 
-    attention.wq.weight = _rows(attention.wq.weight, features(heads))
+    queries = attention.makes_queries
+    queries.weight = _rows(queries.weight, features(heads))
     attention.wk.weight = _rows(attention.wk.weight, features(keys))
     attention.wv.weight = _rows(attention.wv.weight, features(values))
     attention.wo.weight = _rows(attention.wo.weight, features(heads), dim=1)

@@ -115,7 +115,8 @@ def groups_of(config: ModelConfig, block: Block, over: Sequence[Kind]) -> tuple[
             H, d = attention.num_heads, attention.head_dim
             assert block.attention is not None  # in a model with unit gates all blocks attend
             gate = block.attention.gate if attention.gate.kind in ("sdpa_output", "query") else None
-            cost = 2 * D * d + params(gate) // H  # keys and values belong to several heads and are not counted
+            # Query rows, output columns; keys and values belong to several heads and are not counted.
+            cost = ((attention.augmented_query or D) + D) * d + params(gate) // H
             groups.append(Group(layer, "heads", 1, H, cost, (D, H * d)))
         if "channels" in over and F.kind == "dense":
             groups.append(Group(layer, "channels", 1, F.hidden_dim, matrices * D, (D, F.hidden_dim)))

@@ -57,6 +57,7 @@ def documents() -> torch.Tensor:
         {"gate": {"kind": "query"}},
         {"gate": {"kind": "dense_output"}, "softmax": "learnable_sink"},
         {"gate": {"kind": "sdpa_output", "granularity": "headwise"}, "num_value_heads": 4},
+        {"augmented_query": 20},
         {"num_heads": 1, "num_kv_heads": 1},
     ],
 )
