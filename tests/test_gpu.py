@@ -115,11 +115,18 @@ def test_attention_with_a_sink_is_within_twice_the_error_of_its_formula(
 @pytest.mark.parametrize("isolate", [False, True])
 @pytest.mark.parametrize("activation", ["poly_norm", "relu2"])
 def test_the_variants_score_on_the_gpu_as_on_the_cpu(activation: str, isolate: bool) -> None:
-    """Sinks, gated norms, polynomial experts, the largest logits and observations, in bf16 against fp32."""
+    """Sinks, DiffQKV, gated norms, polynomial experts, the largest logits and observations, in bf16 against fp32."""
     config = CONFIG.model_copy(
         update={
             "attention": AttentionConfig(
-                num_heads=4, num_kv_heads=2, head_dim=32, qk_norm=False, qk_clip=100, softmax="learnable_sink"
+                num_heads=4,
+                num_kv_heads=2,
+                num_value_heads=4,
+                augmented_query=96,
+                head_dim=32,
+                qk_norm=False,
+                qk_clip=100,
+                softmax="learnable_sink",
             ),
             "ffn": CONFIG.ffn.model_copy(update={"activation": activation}),
             "norm": GatedNormConfig(),
