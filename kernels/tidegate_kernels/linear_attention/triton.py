@@ -26,7 +26,7 @@ __all__ = ["Forward", "Gradients", "Tiles", "backward", "forward", "tiles_of"]
 _WIDEST_TILE = 128
 """Columns of a row that a program multiplies, or adds up, at a time."""
 _NARROWEST = 64
-"""Of tiles in bf16: Triton 3.6 gets products of 16 or 32 columns beside wider ones wrong on Hopper (../../LOG.md)."""
+"""Of tiles in bf16: with narrower ones Triton 3.6 gets keys of 16 or 32 beside wider values wrong on Hopper: LOG.md"""
 _SHUT = tl.constexpr(-40.0)
 """Of a log decay: nothing is left behind it (4e-18), and sums over a chunk keep their digits."""
 

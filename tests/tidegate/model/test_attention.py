@@ -53,6 +53,22 @@ def documents(length: int, batch: int = 2) -> torch.Tensor:
     return ids
 
 
+def assert_exact(module: Attention, length: int, packed: bool, exact_attention: Callable[..., Any]) -> None:
+    """Outputs and every gradient are those of the formula in fp64."""
+    x, g = torch.randn(2, length, D, requires_grad=True), torch.randn(2, length, D)
+    ids = documents(length) if packed else None
+    out = attend(module, x, ids)
+    out.backward(g)
+    exact = exact_attention(module, x, g, ids)
+    torch.testing.assert_close(out.double(), exact.out, rtol=1e-4, atol=1e-5)
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad.double(), exact.x_grad, rtol=1e-4, atol=1e-4)
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None, name
+        # Gradients of weights sum over 2 T tokens; their largest values are near 100.
+        torch.testing.assert_close(parameter.grad.double(), exact.grads[name], rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("length", [1, 63, 200])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -67,18 +83,7 @@ def test_values_and_gradients(
     exact_attention: Callable[..., Any],
 ) -> None:
     module = attention(num_heads=num_heads, num_kv_heads=num_kv_heads, qk_norm=qk_norm)
-    x, g = torch.randn(2, length, D, requires_grad=True), torch.randn(2, length, D)
-    ids = documents(length) if packed else None
-    out = attend(module, x, ids)
-    out.backward(g)
-    exact = exact_attention(module, x, g, ids)
-    torch.testing.assert_close(out.double(), exact.out, rtol=1e-4, atol=1e-5)
-    assert x.grad is not None
-    torch.testing.assert_close(x.grad.double(), exact.x_grad, rtol=1e-4, atol=1e-4)
-    for name, parameter in module.named_parameters():
-        assert parameter.grad is not None, name
-        # Gradients of weights sum over 2 T tokens; their largest values are near 100.
-        torch.testing.assert_close(parameter.grad.double(), exact.grads[name], rtol=1e-4, atol=1e-3)
+    assert_exact(module, length, packed, exact_attention)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -154,15 +159,8 @@ def test_keys_and_values_of_different_numbers(
     """DiffQKV, head by head: query head h reads key head `h G / H` and value head `h V / H`; 4 and 6 do not nest."""
     module = attention(num_heads=12, num_kv_heads=keys, num_value_heads=values, gate={"kind": gate})
     assert [len(each.weight) for each in (module.wk, module.wv)] == [keys * 6, values * 6]
-    x, g, ids = torch.randn(2, 33, D), torch.randn(2, 33, D), documents(33)
     with chosen(kernels):
-        out = attend(module, x, ids)
-        out.backward(g)
-    exact = exact_attention(module, x, g, ids)
-    torch.testing.assert_close(out.double(), exact.out, rtol=1e-4, atol=1e-5)
-    for name, parameter in module.named_parameters():
-        assert parameter.grad is not None, name
-        torch.testing.assert_close(parameter.grad.double(), exact.grads[name], rtol=1e-3, atol=1e-3)
+        assert_exact(module, 33, True, exact_attention)
 
 
 @pytest.mark.parametrize("kernels", ["reference", "triton"])
@@ -177,17 +175,8 @@ def test_augmented_queries(
 ) -> None:
     """A SwiGLU over all heads, before norm, gate and positions."""
     module = attention(augmented_query=augmented_query, qk_norm=qk_norm, gate={"kind": gate})
-    x, g, ids = torch.randn(2, 33, D, requires_grad=True), torch.randn(2, 33, D), documents(33)
     with chosen(kernels):
-        out = attend(module, x, ids)
-        out.backward(g)
-    exact = exact_attention(module, x, g, ids)
-    torch.testing.assert_close(out.double(), exact.out, rtol=1e-4, atol=1e-5)
-    assert x.grad is not None
-    torch.testing.assert_close(x.grad.double(), exact.x_grad, rtol=1e-3, atol=1e-3)
-    for name, parameter in module.named_parameters():
-        assert parameter.grad is not None, name
-        torch.testing.assert_close(parameter.grad.double(), exact.grads[name], rtol=1e-3, atol=1e-3)
+        assert_exact(module, 33, True, exact_attention)
 
 
 @pytest.mark.parametrize("number", [1, 2, 4])

@@ -246,6 +246,7 @@ def test_every_variant_trains(changes: dict[str, Any], length: int, model_config
         "gated_norm",
         "pre_affine",
         "poly_norm",
+        "value_heads",
         "augmented_query",
         "cross_attention",
     ],

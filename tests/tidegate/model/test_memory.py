@@ -34,6 +34,7 @@ INTERPRETED: dict[str, dict[str, Any]] = {
         "attention": {"gate": {"kind": "sdpa_output", "granularity": "headwise"}},
         "norm": {"kind": "gated"},
     },
+    "value_heads": {"attention": {"num_value_heads": 4}},
     "augmented_query": {"attention": {"num_value_heads": 4, "augmented_query": 48}},
     "value_gate_and_poly_norm": {
         "attention": {"gate": {"kind": "value", "form": "additive"}, "softmax": "learnable_sink"},

@@ -325,7 +325,7 @@ GATES: list[dict[str, Any]] = [
 ] + [{"kind": "none"}, {"kind": "dense_output"}, {"kind": "dense_output", "form": "additive"}]
 
 
-@pytest.mark.parametrize(("value_heads", "augmented_query"), [(None, None), (2, 20)])
+@pytest.mark.parametrize(("value_heads", "augmented_query"), [(None, None), (2, None), (2, 20)])
 @pytest.mark.parametrize("gate", GATES, ids=lambda gate: "-".join(gate.values()))
 def test_heads_leave_with_their_gates_and_key_value_heads(
     gate: dict[str, Any], value_heads: int | None, augmented_query: int | None, batch: Any

@@ -97,7 +97,7 @@ def test_heads_come_down_to_the_threshold_and_stay_there(on_ranks: Any, precisio
 
 
 def test_augmented_queries_come_down_by_their_last_product(on_ranks: Any) -> None:
-    """The first is below a SwiGLU, which halves nothing where its input is halved."""
+    """Half of what a SwiGLU is given is not half of what it gives, so W_q stays as it is."""
     for rank in on_ranks(2, several, [(stage, 1, "fp32", 0.0, AUGMENTED) for stage in (0, 1, 2)]):
         for found in rank:
             assert (found["before"] > 1.2).tolist() == [[False] * 4, [True, True, True, False]]
